@@ -1,0 +1,75 @@
+# The two commands of the README, and the few that developers add. Everything happens in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
+DEMO_METHODS := local central fedavg fedkd
+
+.PHONY: demo test lint bench slow clean .venv
+.DELETE_ON_ERROR:
+
+# Train four methods on real handwritten digits and compare them on one page.
+demo: $(VENV)/.ready
+	@for method in $(DEMO_METHODS); do \
+	  $(BIN)/fedkd-fast train --task digits --method $$method --out runs/demo/$$method --overwrite || exit; \
+	done
+	@$(BIN)/fedkd-fast report $(DEMO_METHODS:%=runs/demo/%) -o runs/demo/report.html
+
+# The whole test suite; what CI runs.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# Long runs that `make test` leaves out.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# Microbenchmarks; every result is checked before it is timed.
+bench: $(VENV)/.dev
+	@mkdir -p bench/out
+	$(BIN)/python -m pytest bench --benchmark-json=bench/out/latest.json
+
+# The environment and the build, in the checkout.
+.venv: $(VENV)/.ready
+
+# torch first and pinned: an unpinned one would replace it by a build of several GB.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "the venv module is missing: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	  { echo "the Python headers are missing: apt install python3-dev"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo "a C++ compiler is missing: apt install g++"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch and the build tools into $(VENV)"
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install setuptools pybind11 cmake ninja -c constraints.txt
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
+	@echo "installing what training and reports need, and building the native code"
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[train,report]'
+	@touch $@ $(VENV)/.native
+
+$(VENV)/.native: $(VENV)/.packages $(NATIVE)
+	@echo "building the native code"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.native
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready pyproject.toml
+	@echo "installing test and lint tools"
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.packages $(VENV)/.native $(VENV)/.ready $@
+
+clean:
+	rm -rf build dist bench/out fedkd_fast/*.so
+	rm -f $(VENV)/.native $(VENV)/.ready

@@ -1,0 +1,42 @@
+"""What every bench shares: one thread count, and the facts that make a number worth keeping."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedkd_fast._C as _C
+
+THREADS = 1  # two noisy cores: one thread gives ratios that repeat
+
+
+def pytest_sessionstart() -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    output_json["fedkd_fast"] = {
+        "version": _C.version,
+        "commit": commit.stdout.strip() or "unknown",
+        "compiler": _C.compiler,
+        "cuda_archs": _C.cuda_archs if _C.has_cuda else None,
+        "torch": torch.__version__,
+        "threads": THREADS,
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

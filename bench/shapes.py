@@ -1,0 +1,16 @@
+"""The one table of shapes that the benches run on."""
+
+from __future__ import annotations
+
+# (R, C): a small classifier's batch, a tagger's tokens, a mid-size output, a vocabulary.
+DISTILL: list[tuple[int, int]] = [(32, 2), (64, 20), (512, 1000), (256, 30522)]
+
+# (B, P, Q): the matrices of a two-layer MiniLM mentee, of a four-layer BERT mentee's attention, and
+# of a small vision transformer.
+SVD: list[tuple[int, int, int]] = [(8, 384, 384), (2, 1536, 384), (2, 768, 768), (24, 64, 64)]
+
+# (K, n): factors of a 384-wide layer, and of a large one.
+PACK: list[tuple[int, int]] = [(32, 3072), (256, 16384)]
+
+# (K, P, Q) of a reconstruction.
+PRODUCT: list[tuple[int, int, int]] = [(64, 384, 384), (128, 1536, 384)]

@@ -1,0 +1,36 @@
+// Schemas of the ops library, and which function serves which device.
+
+#include "bind_torch.h"
+
+namespace bind = fedkd_fast::bind;
+
+STABLE_TORCH_LIBRARY(fedkd_fast, m) {
+  m.def(
+      "truncated_svd(Tensor matrix, float energy, int rank) -> "
+      "(Tensor left, Tensor sigma, Tensor right, Tensor rank, Tensor energies)");
+  m.def(
+      "distill_loss(Tensor mentor_logits, Tensor mentee_logits, Tensor labels, int ignore_index) "
+      "-> "
+      "(Tensor mentor_loss, Tensor mentee_loss, Tensor pending_scale, Tensor statistics, "
+      "Tensor grad_mentor, Tensor grad_mentee)");
+  m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
+  m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
+  m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fedkd_fast, CPU, m) {
+  m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
+  m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
+  m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
+  m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
+  m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
+}
+
+#ifdef FEDKD_FAST_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fedkd_fast, CUDA, m) {
+  m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
+  m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
+  m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
+  m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
+}
+#endif

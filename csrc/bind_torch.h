@@ -1,0 +1,89 @@
+// What the bindings of the ops share: the only sources of the ops library that see torch. Each
+// bind_<op>.cpp checks, allocates, splits the work over threads and branches by device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+#ifdef FEDKD_FAST_HAS_CUDA
+// With target 2.10 this symbol lives in libtorch_cuda: weak, so that the library also loads where
+// torch was built for the CPU alone.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace fedkd_fast::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef FEDKD_FAST_HAS_CUDA
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
+}
+#endif
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  return text + ")";
+}
+
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType type) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, got shape ",
+                  shape_text(tensor));
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+}
+
+inline void check_same_device(const Tensor& a, const char* a_name, const Tensor& b,
+                              const char* b_name) {
+  STD_TORCH_CHECK(a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index(), a_name,
+                  " and ", b_name, " must be on one device");
+}
+
+inline Tensor empty_like_device(const Tensor& device, std::vector<int64_t> size, ScalarType type) {
+  return torch::stable::new_empty(device, size, type);
+}
+
+// Small control arrays are read on the host; on CUDA this waits for the stream.
+inline Tensor on_host(const Tensor& tensor) {
+  if (tensor.is_cpu()) return torch::stable::contiguous(tensor);
+  return torch::stable::contiguous(
+      torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+}
+
+// Rows per thread so that a thread gets at least 16 Ki values.
+inline int64_t row_grain(int64_t count) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, count));
+}
+
+// ---- the ops, each in the file of its name ------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& matrix,
+                                                                 double energy, int64_t rank);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Tensor& mentor_logits,
+                                                                        const Tensor& mentee_logits,
+                                                                        const Tensor& labels,
+                                                                        int64_t ignore_index);
+
+Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);
+Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);
+Tensor reconstruct(const Tensor& left, const Tensor& right);
+
+}  // namespace fedkd_fast::bind

@@ -1,0 +1,154 @@
+// Quantised factor packing on the CPU: codes to bit stream, back, and the fixed-order product.
+//
+// Packing moves 4 bytes in and bits/8 out per value and does a handful of operations: it is bound
+// by memory. reconstruct does 2·P·Q·K operations; the tile below keeps a panel of `right` in L1 and
+// rows of accumulators in registers. Splitting K into chunks stores and reloads fp32 accumulators,
+// which is exact, so the order of additions stays k ascending.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/quantise.h"
+#include "kernels.h"
+
+namespace fedkd_fast::cpu {
+namespace {
+
+constexpr int64_t kBlock = 512;  // values per block; a multiple of 8, so blocks end on whole bytes
+
+FEDKD_CLONES
+void quantise_block(const float* values, int64_t count, float inverse, int bits, uint32_t* codes) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = quantise(values[i], inverse, bits);
+}
+
+FEDKD_CLONES
+void dequantise_block(const uint32_t* codes, int64_t count, float scale, int bits, float* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = dequantise(codes[i], scale, bits);
+}
+
+// Appends `count` codes to a stream that starts on a byte; returns the bytes written.
+int64_t write_bits(const uint32_t* codes, int64_t count, int bits, uint8_t* out) {
+  uint8_t* const start = out;
+  uint64_t window = 0;
+  int held = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    window |= static_cast<uint64_t>(codes[i]) << held;
+    held += bits;
+    if (held >= 32) {
+      for (int byte = 0; byte < 4; ++byte) out[byte] = static_cast<uint8_t>(window >> (8 * byte));
+      out += 4;
+      window >>= 32;
+      held -= 32;
+    }
+  }
+  for (; held > 0; held -= 8, window >>= 8) *out++ = static_cast<uint8_t>(window);
+  return out - start;
+}
+
+void read_bits(const uint8_t* in, int64_t count, int bits, uint32_t* codes) {
+  const uint32_t mask = (1u << bits) - 1u;
+  uint64_t window = 0;
+  int held = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    for (; held < bits; held += 8) window |= static_cast<uint64_t>(*in++) << held;
+    codes[i] = static_cast<uint32_t>(window) & mask;
+    window >>= bits;
+    held -= bits;
+  }
+}
+
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kTileCols = 32;
+constexpr int64_t kChunk = 192;  // 192 × 32 floats = 24 KiB of `right` in L1
+
+// out[0..rows, 0..kTileCols) += left · panel over `depth` components, fma, k ascending.
+template <int64_t Rows>
+[[gnu::always_inline]] inline void multiply_tile(const float* left, int64_t left_stride,
+                                                 const float* panel, int64_t depth, float* tile) {
+  float sums[Rows][kTileCols];
+  std::memcpy(sums, tile, sizeof(sums));
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t i = 0; i < Rows; ++i) {
+      const float factor = left[k * left_stride + i];
+      for (int64_t j = 0; j < kTileCols; ++j)
+        sums[i][j] = __builtin_fmaf(factor, panel[k * kTileCols + j], sums[i][j]);
+    }
+  }
+  std::memcpy(tile, sums, sizeof(sums));
+}
+
+FEDKD_CLONES
+void multiply_panel(const float* left, int64_t rows_total, const float* panel, int64_t depth,
+                    int64_t begin, int64_t end, float* out, int64_t out_stride, int64_t width) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t rows = std::min(kTileRows, end - row);
+    float tile[kTileRows][kTileCols] = {};
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(out + (row + i) * out_stride, width, tile[i]);
+    if (rows == kTileRows) {
+      multiply_tile<kTileRows>(left + row, rows_total, panel, depth, tile[0]);
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        multiply_tile<1>(left + row + i, rows_total, panel, depth, tile[i]);
+    }
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(tile[i], width, out + (row + i) * out_stride);
+    row += rows;
+  }
+}
+
+}  // namespace
+
+void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
+                  const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
+                  int64_t end) {
+  uint32_t block[kBlock];
+  for (int64_t k = begin; k < end; ++k) {
+    if (bits[k] == 0) continue;
+    const float inverse = inverse_step(scale[k]);
+    uint8_t* out = codes + offsets[k];
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t size = std::min(kBlock, count - first);
+      quantise_block(values + k * row_stride + first, size, inverse, bits[k], block);
+      out += write_bits(block, size, bits[k], out);
+    }
+  }
+}
+
+void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
+                    const int64_t* offsets, float* values, int64_t begin, int64_t end) {
+  uint32_t block[kBlock];
+  for (int64_t k = begin; k < end; ++k) {
+    float* row = values + k * count;
+    if (bits[k] == 0) {
+      std::fill_n(row, count, 0.0f);
+      continue;
+    }
+    const uint8_t* in = codes + offsets[k];
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t size = std::min(kBlock, count - first);
+      read_bits(in, size, bits[k], block);
+      dequantise_block(block, size, scale[k], bits[k], row + first);
+      in += packed_bytes(size, bits[k]);
+    }
+  }
+}
+
+void reconstruct(const float* left, const float* right, int64_t rank, int64_t rows, int64_t cols,
+                 float* out, int64_t begin, int64_t end) {
+  float panel[kChunk * kTileCols];
+  for (int64_t row = begin; row < end; ++row) std::fill_n(out + row * cols, cols, 0.0f);
+  for (int64_t col = 0; col < cols; col += kTileCols) {
+    const int64_t width = std::min(kTileCols, cols - col);
+    for (int64_t first = 0; first < rank; first += kChunk) {
+      const int64_t depth = std::min(kChunk, rank - first);
+      for (int64_t k = 0; k < depth; ++k) {
+        float* line = panel + k * kTileCols;
+        std::copy_n(right + (first + k) * cols + col, width, line);
+        std::fill_n(line + width, kTileCols - width, 0.0f);
+      }
+      multiply_panel(left + first * rows, rows, panel, depth, begin, end, out + col, cols, width);
+    }
+  }
+}
+
+}  // namespace fedkd_fast::cpu

@@ -1,0 +1,106 @@
+// The parts of truncated_svd that are not a GEMM or an eigenproblem: scan, orient, choose the rank,
+// finish the factors. The binding strings them together with torch's matmul and eigh:
+//
+//   X = A or Aᵀ, tall, scaled by a power of two, in fp64     G = XᵀX = V Λ Vᵀ     U Σ = X V
+//
+// With fp32 input the products in G are exact to fp64, so energies are true to about 1e-14 and the
+// rank is the optimum of eq (8). Both passes over A cost 8 bytes an element; G costs M·N² and eigh
+// about 9·N³ operations, which dominate.
+
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+
+namespace fedkd_fast {
+
+int64_t select_rank(const double* energies, int64_t count, double energy) {
+  if (energy >= 1.0) return count;
+  double total = 0.0;
+  for (int64_t k = 0; k < count; ++k) total += energies[k];
+  if (total == 0.0) return 0;
+  const double wanted = energy * total;
+  double captured = 0.0;
+  for (int64_t k = 0; k < count; ++k) {
+    captured += energies[k];
+    if (captured > wanted) return k + 1;
+  }
+  return count;
+}
+
+namespace cpu {
+
+template <typename Scalar>
+MatrixScan scan_matrix(const MatrixView& matrix) {
+  const auto* data = static_cast<const Scalar*>(matrix.data);
+  Scalar largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < matrix.rows; ++i) {
+    const Scalar* row = data + i * matrix.row_stride;
+    for (int64_t j = 0; j < matrix.cols; ++j) {
+      const Scalar magnitude = std::abs(row[j * matrix.col_stride]);
+      largest = magnitude > largest ? magnitude : largest;
+      finite &= magnitude <= std::numeric_limits<Scalar>::max();  // false for NaN and Inf
+    }
+  }
+  const bool zero = finite && largest == 0;
+  return {finite, finite && !zero ? std::ilogb(largest) : 0, zero};
+}
+
+template <typename Scalar>
+void orient_matrix(const MatrixView& matrix, int exponent, double* out) {
+  const auto* data = static_cast<const Scalar*>(matrix.data);
+  const bool transposed = matrix.rows < matrix.cols;
+  const int64_t long_side = transposed ? matrix.cols : matrix.rows;
+  const int64_t short_side = transposed ? matrix.rows : matrix.cols;
+  const int64_t long_stride = transposed ? matrix.col_stride : matrix.row_stride;
+  const int64_t short_stride = transposed ? matrix.row_stride : matrix.col_stride;
+  // Two factors: 2^-exponent alone can overflow when the input is a subnormal double.
+  const double first = std::ldexp(1.0, -(exponent / 2));
+  const double second = std::ldexp(1.0, -(exponent - exponent / 2));
+  for (int64_t i = 0; i < long_side; ++i)
+    for (int64_t j = 0; j < short_side; ++j)
+      out[i * short_side + j] =
+          static_cast<double>(data[i * long_stride + j * short_stride]) * first * second;
+}
+
+template <typename Scalar>
+void finish_factors(const VectorsView& long_vectors, const VectorsView& short_vectors,
+                    const double* singular, int64_t rank, int exponent, bool transposed,
+                    Scalar* left, Scalar* sigma, Scalar* right) {
+  Scalar* const long_out = transposed ? right : left;
+  Scalar* const short_out = transposed ? left : right;
+  const VectorsView& left_vectors = transposed ? short_vectors : long_vectors;
+  for (int64_t k = 0; k < rank; ++k) {
+    double norm = 1.0;
+    if (singular == nullptr) {
+      double squares = 0.0;
+      for (int64_t i = 0; i < long_vectors.length; ++i)
+        squares += long_vectors.at(i, k) * long_vectors.at(i, k);
+      norm = std::sqrt(squares);
+    }
+    sigma[k] = static_cast<Scalar>(std::ldexp(singular == nullptr ? norm : singular[k], exponent));
+
+    double peak = 0.0;
+    for (int64_t i = 0; i < left_vectors.length; ++i)
+      if (std::abs(left_vectors.at(i, k)) > std::abs(peak)) peak = left_vectors.at(i, k);
+    const double sign = peak < 0.0 ? -1.0 : 1.0;
+    for (int64_t i = 0; i < long_vectors.length; ++i)
+      long_out[k * long_vectors.length + i] =
+          static_cast<Scalar>(long_vectors.at(i, k) * (sign / norm));
+    for (int64_t i = 0; i < short_vectors.length; ++i)
+      short_out[k * short_vectors.length + i] = static_cast<Scalar>(short_vectors.at(i, k) * sign);
+  }
+}
+
+template MatrixScan scan_matrix<float>(const MatrixView&);
+template MatrixScan scan_matrix<double>(const MatrixView&);
+template void orient_matrix<float>(const MatrixView&, int, double*);
+template void orient_matrix<double>(const MatrixView&, int, double*);
+template void finish_factors<float>(const VectorsView&, const VectorsView&, const double*, int64_t,
+                                    int, bool, float*, float*, float*);
+template void finish_factors<double>(const VectorsView&, const VectorsView&, const double*, int64_t,
+                                     int, bool, double*, double*, double*);
+
+}  // namespace cpu
+}  // namespace fedkd_fast

@@ -1,0 +1,165 @@
+// The whole native API on one page: raw pointers, shapes, contracts.
+//
+// Kernels allocate nothing, throw nothing, start no thread and know no torch. Extents and strides
+// are in elements unless a name says bytes. CPU kernels are serial over [begin, end) of their outer
+// axis; the binding splits that axis over threads, so every result is the same for any thread
+// count. CUDA launchers take the stream and return cudaError_t. Letters: B batch of matrices, P×Q
+// matrix, M×N the same matrix oriented so that M >= N, K rank, R rows of logits, C classes.
+#pragma once
+
+#include <cstdint>
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fedkd_fast {
+
+// ---- truncated_svd ------------------------------------------------------------------------------
+
+struct MatrixView {
+  const void* data;
+  int64_t rows, cols;              // P, Q
+  int64_t row_stride, col_stride;  // elements
+};
+
+struct MatrixScan {
+  bool finite;   // no NaN, no Inf
+  int exponent;  // 2^exponent <= max |a| < 2^(exponent+1); 0 for a zero matrix
+  bool zero;     // every element is zero
+};
+
+// Vectors of one length; component k of vector entry i is data[i · row_stride + k · col_stride].
+// Strides may be negative: eigensolvers return ascending order.
+struct VectorsView {
+  const double* data;
+  int64_t length;
+  int64_t row_stride, col_stride;
+  double at(int64_t i, int64_t k) const { return data[i * row_stride + k * col_stride]; }
+};
+
+// The smallest K with sum_{k<K} energies[k] > energy · total, at least 0 and at most `count`; FedKD
+// eq (8), strict. energy >= 1 gives `count`. energies descend and are >= 0. total = sum of all.
+int64_t select_rank(const double* energies, int64_t count, double energy);
+
+namespace cpu {
+
+// Scalar is float or double.
+template <typename Scalar>
+MatrixScan scan_matrix(const MatrixView& matrix);
+
+// out (M×N, row-major) = matrix · 2^-exponent, transposed where P < Q, so that M >= N. Scaling by a
+// power of two is exact and keeps the squares of the Gram matrix inside the range of double.
+template <typename Scalar>
+void orient_matrix(const MatrixView& matrix, int exponent, double* out);
+
+// K vectors on either side become factors: columns of unit length, component-major (left K×P, right
+// K×Q), with signs fixed so that the entry of the left vector with the largest magnitude (the first
+// of equals) is positive. Two kinds of input:
+//   singular == nullptr: long_vectors = X·V, whose norms times 2^exponent are the singular values;
+//   singular != nullptr: unit long_vectors, and singular values still to be scaled by 2^exponent.
+// `transposed` says that the matrix was P < Q, that is, that long_vectors belong to the right side.
+template <typename Scalar>
+void finish_factors(const VectorsView& long_vectors, const VectorsView& short_vectors,
+                    const double* singular, int64_t rank, int exponent, bool transposed,
+                    Scalar* left, Scalar* sigma, Scalar* right);
+
+}  // namespace cpu
+
+// ---- distill_loss -------------------------------------------------------------------------------
+//
+// One row of logits per sample: losses CE_t + KL(s||t) / D and CE_s + KL(t||s) / D with
+// D = max(CE_t + CE_s, kDenominatorFloor) of that row, t mentor, s mentee; formulas and numerics
+// stand in common/distill_loss.h. statistics (5×R): ce_mentor, ce_mentee, kl_mentor = KL(s||t),
+// kl_mentee = KL(t||s), D. Gradients (R×C, contiguous) are those of a row's own loss with respect
+// to its own logits, the peer and D held constant, times gradient_scale. An ignored row has zero
+// statistics, D = 1 and zero gradients. A row whose label is neither ignore_index nor in [0, C)
+// becomes NaN. NaN or Inf among the logits makes statistics of that row NaN or Inf.
+
+enum class LogitType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+struct DistillLossArgs {
+  LogitType type;             // of logits and gradients
+  const void* mentor_logits;  // (R, C), unit stride along C
+  const void* mentee_logits;
+  const int64_t* labels;  // (R,)
+  int64_t rows, classes;
+  int64_t mentor_stride, mentee_stride;  // of rows
+  int64_t label_stride;
+  int64_t ignore_index;
+  double gradient_scale;
+  void* statistics;  // double for kFloat64, else float
+  void* grad_mentor;
+  void* grad_mentee;
+};
+
+// means (3): mean mentor loss, mean mentee loss, 1 / number of rows that count. Each is 0 where no
+// row counts. Sums run in fp64 and in a fixed order.
+
+namespace cpu {
+
+struct LabelScan {
+  int64_t first_bad;  // first row whose label is neither ignore_index nor in [0, C), or -1
+  int64_t counted;    // rows whose label is not ignore_index
+};
+
+LabelScan scan_labels(const DistillLossArgs& args);
+
+void distill_loss(const DistillLossArgs& args, int64_t begin, int64_t end);
+
+void mean_distill_loss(const DistillLossArgs& args, double means[3]);
+
+}  // namespace cpu
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// Both parts. Real (double for kFloat64, else float) device scalars take the means.
+cudaError_t distill_loss(const DistillLossArgs& args, void* mentor_mean, void* mentee_mean,
+                         void* inverse_count, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
+// ---- pack_factors, unpack_factors, reconstruct --------------------------------------------------
+//
+// Row k of `values` (K×n, row stride `row_stride`) is quantised with bits[k] in 0..16 (see
+// common/quantise.h) and written as a little-endian bit stream, lowest bit first, that starts on a
+// byte: codes[offsets[k] .. offsets[k+1]). offsets has K+1 entries, offsets[k+1] - offsets[k] =
+// ceil(n · bits[k] / 8). Unused high bits of a row's last byte are zero. A row with bits[k] = 0
+// takes no bytes and decodes to zeros.
+
+namespace cpu {
+
+void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
+                  const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
+                  int64_t end);
+
+// values[k, i] = scale[k] · level; contiguous K×n.
+void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
+                    const int64_t* offsets, float* values, int64_t begin, int64_t end);
+
+// out (P×Q) = sum_k left[k, i] · right[k, j]: fp32, one fma per term, k ascending from zero. This
+// order is part of the wire format: every decoder yields the same bits. Rows [begin, end) of out.
+void reconstruct(const float* left, const float* right, int64_t rank, int64_t rows, int64_t cols,
+                 float* out, int64_t begin, int64_t end);
+
+}  // namespace cpu
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// All pointers are device pointers; contracts as above.
+cudaError_t pack_factors(const float* values, int64_t row_stride, int64_t rank, int64_t count,
+                         const float* scale, const uint8_t* bits, const int64_t* offsets,
+                         uint8_t* codes, cudaStream_t stream);
+cudaError_t unpack_factors(const uint8_t* codes, int64_t rank, int64_t count, const float* scale,
+                           const uint8_t* bits, const int64_t* offsets, float* values,
+                           cudaStream_t stream);
+cudaError_t reconstruct(const float* left, const float* right, int64_t rank, int64_t rows,
+                        int64_t cols, float* out, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
+}  // namespace fedkd_fast

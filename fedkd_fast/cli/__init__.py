@@ -1,0 +1,1 @@
+"""The subcommands of `fedkd-fast`; `fedkd_fast.__main__` puts them together."""

@@ -1,0 +1,188 @@
+"""The subcommands on files: compress, decompress, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedkd_fast.cli.common import (
+    Parser,
+    add_command,
+    check_target,
+    load_tensors,
+    save_tensors,
+    say,
+    stdout,
+    table,
+    write_bytes,
+)
+from fedkd_fast.report.text import size
+
+# Listing a frame allocates no tensor, whatever size it claims.
+_ANY_SIZE = 2**63 - 1
+
+
+def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the three subcommands."""
+    parser = add_command(
+        commands,
+        "compress",
+        _compress,
+        "make a small frame from the tensors of a safetensors file",
+        "update.safetensors update.fkd --energy 0.97\n"
+        "after.safetensors update.fkd --base before.safetensors",
+        "Make a small frame from the tensors of a safetensors file. With --base the difference to "
+        "it is encoded, and only the same base decodes the frame.",
+    )
+    parser.add_argument("source", type=Path, metavar="IN.safetensors", help="tensors to encode")
+    parser.add_argument("target", type=Path, metavar="OUT.fkd", help="frame to write")
+    parser.add_argument(
+        "--base", type=Path, metavar="B.safetensors", help="encode the difference to these tensors"
+    )
+    parser.add_argument(
+        "--energy",
+        type=float,
+        default=0.95,
+        metavar="T",
+        help="share of each tensor's squared norm to keep, in (0, 1]; larger means more bytes",
+    )
+    parser.add_argument(
+        "--codec",
+        default="wf0",
+        metavar="NAME",
+        help="wf0 (quantised factors), factors-fp32 (float32 factors) or raw (nothing lost)",
+    )
+    _add_overwrite(parser, "OUT.fkd")
+
+    parser = add_command(
+        commands,
+        "decompress",
+        _decompress,
+        "turn a frame back into a safetensors file",
+        "update.fkd update.safetensors\nupdate.fkd after.safetensors --base before.safetensors",
+    )
+    parser.add_argument("source", type=Path, metavar="IN.fkd", help="frame to decode")
+    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="B.safetensors",
+        help="the tensors that the frame is a difference to; the sum is written",
+    )
+    _add_overwrite(parser, "OUT.safetensors")
+
+    parser = add_command(
+        commands,
+        "inspect",
+        _inspect,
+        "list what a frame holds and what each tensor costs",
+        "update.fkd\nupdate.fkd --json",
+    )
+    parser.add_argument("source", type=Path, metavar="FILE.fkd", help="frame to list")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _add_overwrite(parser: Parser, target: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {target} if it exists")
+
+
+def _compress(args: argparse.Namespace) -> int:
+    check_target(args.target, args.overwrite)
+    from fedkd_fast.compress import Compressor
+
+    compressor = Compressor(args.energy, args.codec, stateless=True)
+    tensors = load_tensors(args.source)
+    base = None if args.base is None else load_tensors(args.base)
+    frame = compressor.compress(tensors, base)
+    write_bytes(args.target, frame)
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    share = f", {len(frame) / dense:.1%} of {size(dense)}" if dense else ""
+    say(f"{args.target}: {size(len(frame))}{share}, {_count(len(tensors))}")
+    return 0
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    check_target(args.target, args.overwrite)
+    from fedkd_fast import wire
+    from fedkd_fast.compress import decompress
+
+    data = args.source.read_bytes()
+    with _naming(args.source):
+        digest = wire.decode(data).base_digest
+    if digest is not None and args.base is None:
+        raise ValueError(f"{args.source} is a difference to base {digest.hex()}: give --base")
+    if digest is None and args.base is not None:
+        raise ValueError(f"{args.source} is not a difference: decode it without --base")
+    base = None if args.base is None else load_tensors(args.base)
+    with _naming(args.source):
+        tensors = decompress(data, base=base)
+    save_tensors(args.target, tensors)
+    say(f"{args.target}: {size(args.target.stat().st_size)}, {_count(len(tensors))}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from fedkd_fast import wire
+    from fedkd_fast.wire import Mode
+
+    data = args.source.read_bytes()
+    with _naming(args.source):
+        entries = wire.inspect(data)
+        digest = wire.decode(data, max_bytes=_ANY_SIZE).base_digest
+    dense_bytes = sum(entry.dense_bytes for entry in entries)
+    if args.json:
+        tensors = [{**entry._asdict(), "mode": entry.mode.name} for entry in entries]
+        facts = {
+            "file": str(args.source),
+            "frame_bytes": len(data),
+            "dense_bytes": dense_bytes,
+            "base_digest": digest.hex() if digest else None,
+            "tensors": tensors,
+        }
+        say(json.dumps(facts, indent=2))
+        return 0
+    shown = table("tensor", "shape", "mode", "rank", "bytes", "share", "of dense", left=3)
+    payload = 0
+    for entry in entries:
+        payload += entry.payload_bytes
+        rank = "–"
+        if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+            rank = str(entry.rank)
+        elif entry.mode is Mode.ALIAS:
+            rank = f"= {entries[entry.rank].name}"
+        shown.add_row(
+            entry.name,
+            "×".join(map(str, entry.shape)) or "scalar",
+            entry.mode.name.lower().replace("_", " "),
+            rank,
+            f"{entry.payload_bytes:,}",
+            f"{entry.payload_bytes / len(data):.1%}",
+            f"{entry.payload_bytes / entry.dense_bytes:.1%}" if entry.dense_bytes else "–",
+        )
+    rest = len(data) - payload
+    shown.add_row("header and directory", "", "", "", f"{rest:,}", f"{rest / len(data):.1%}", "")
+    shown.add_section()
+    share = f"{len(data) / dense_bytes:.1%}" if dense_bytes else "–"
+    shown.add_row(f"total, {_count(len(entries))}", "", "", "", f"{len(data):,}", "100.0%", share)
+    stdout().print(shown)
+    if digest is not None:
+        say(f"difference to base {digest.hex()}")
+    return 0
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with its bytes."""
+    from fedkd_fast.wire import WireError
+
+    try:
+        yield
+    except WireError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _count(tensors: int) -> str:
+    return f"{tensors:,} tensor{'' if tensors == 1 else 's'}"

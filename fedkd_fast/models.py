@@ -1,0 +1,256 @@
+"""Mentor and mentee models: built from transformers, run, saved, loaded; what of them is shared.
+
+Any ``nn.Module`` serves as a model: it takes the inputs of a batch by keyword and returns logits,
+or an object with ``logits`` and, if it has them, ``hidden_states`` and ``attentions``, like the
+models of transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedkd_fast._files import replacing
+from fedkd_fast._seeds import seeded
+
+if TYPE_CHECKING:
+    from fedkd_fast.losses import ModelOutput
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class PlainOutputs(NamedTuple):
+    """Logits of a model that returns nothing else."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def is_pretrained_model(model: nn.Module) -> bool:
+    """Tell whether a model is one of transformers, without importing transformers."""
+    return hasattr(model, "save_pretrained") and hasattr(model, "config")
+
+
+def run_model(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, layers: bool = False
+) -> ModelOutput:
+    """Call a model on a batch.
+
+    Args:
+        model: any module of the kind described above.
+        inputs: tensors by name of the model's argument.
+        layers: ask a model of transformers for hidden states and attention maps; collecting them
+            costs time, so it is not the default.
+    """
+    options: dict[str, bool] = {}
+    if is_pretrained_model(model):
+        options = {"output_hidden_states": layers, "output_attentions": layers}
+    outputs = model(**inputs, **options)
+    return PlainOutputs(outputs) if isinstance(outputs, Tensor) else cast("ModelOutput", outputs)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name: what of a shared model travels.
+
+    Frozen parameters are the same at every client from the start. Buffers, for instance running
+    statistics of batch normalisation, stay at the client as well.
+    """
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Count the elements of all parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_vit(
+    *,
+    image_size: int,
+    patch_size: tuple[int, int],
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    classes: int,
+    initializer_range: float,
+    seed: int,
+) -> nn.Module:
+    """Build a vision transformer for one-channel images with random weights.
+
+    Equal arguments give equal weights. There is no dropout.
+
+    Args:
+        image_size: height and width in pixels.
+        patch_size: height and width of a token in pixels.
+        hidden: width of the hidden states.
+        layers: number of transformer layers.
+        heads: attention heads; divide ``hidden``.
+        intermediate: width of the feed-forward layers.
+        classes: number of classes.
+        initializer_range: standard deviation of the initial weights.
+        seed: seed of the initial weights.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import ViTConfig, ViTForImageClassification
+
+    # Its declared arguments leave out those of the base class.
+    make_config: Any = ViTConfig
+    config = make_config(
+        image_size=image_size,
+        patch_size=patch_size,
+        num_channels=1,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        num_labels=classes,
+        initializer_range=initializer_range,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        # Only the plain implementation hands out attention maps.
+        attn_implementation="eager",
+    )
+    with seeded(seed):
+        return cast(nn.Module, ViTForImageClassification(config))
+
+
+def build_text_classifier(
+    source: str, labels: Sequence[str], *, layers: int | None = None, seed: int
+) -> nn.Module:
+    """Load a pretrained encoder, or its first layers, with a new classification head.
+
+    The embeddings are frozen: they hold half of the parameters of a small encoder, and mentor and
+    mentee agree on them for ever. Equal arguments give equal weights, also of the new head.
+
+    Args:
+        source: folder or name of a pretrained encoder.
+        labels: names of the classes, in the order of their indices.
+        layers: keep this many layers from the bottom; None keeps all.
+        seed: seed of the head.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the encoder cannot be loaded, or has fewer layers.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = _loading(source, lambda: AutoConfig.from_pretrained(source))
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(
+                f"mentee_layers must lie in 1..{config.num_hidden_layers}, the layers of "
+                f"{source}, got {layers}"
+            )
+        config.num_hidden_layers = layers
+    with seeded(seed):
+        model = _loading(
+            source,
+            lambda: AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, attn_implementation="eager"
+            ),
+        )
+    for name, parameter in model.named_parameters():
+        if "embeddings" in name:
+            parameter.requires_grad_(False)
+    return cast(nn.Module, model)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the tokenizer of a pretrained encoder.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    return _loading(source, lambda: AutoTokenizer.from_pretrained(source))
+
+
+def _loading(source: str, load: Callable[[], Any]) -> Any:
+    """Load something of transformers in silence, and say what was wanted if that fails."""
+    with _silent_transformers():
+        try:
+            return load()
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"mentor must be a folder or name that transformers can load, got {source!r}: "
+                f"{reason[0] if reason else type(error).__name__}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Keep the bars and notices of transformers about new heads and left-out layers away.
+
+    Both are what is wanted here.
+    """
+    import transformers
+
+    # Its logging functions carry no types.
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write a model into a new folder: by ``save_pretrained``, or its state as safetensors."""
+    folder.mkdir(parents=True)
+    if is_pretrained_model(model):
+        with _silent_transformers():
+            cast(Any, model).save_pretrained(folder)
+        return
+    # Tied tensors share their memory, which the format cannot say.
+    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    with replacing(folder / WEIGHTS_FILE) as part:
+        save_file(state, part)
+
+
+def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """Read what `save_model` wrote; the model is in evaluation mode.
+
+    Args:
+        folder: a folder of one model.
+        build: makes a model of the right shape, for models that are not of transformers.
+
+    Raises:
+        ValueError: the folder holds no such model.
+        ImportError: the model is one of transformers, which is not installed.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS_FILE}")
+    if (folder / CONFIG_FILE).is_file():
+        import transformers
+
+        described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        names = described.get("architectures") or ["none"]
+        model_class = getattr(transformers, names[0], None)
+        if model_class is None:
+            raise ValueError(f"{folder / CONFIG_FILE} names no model of transformers: {names[0]}")
+        with _silent_transformers():
+            model = model_class.from_pretrained(folder, attn_implementation="eager")
+    else:
+        model = build()
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return cast(nn.Module, model.eval())

@@ -1,0 +1,5 @@
+"""Run folders -> one self-contained HTML page. Reads files; knows nothing of training."""
+
+from fedkd_fast.report.page import build_page, read_runs, write_report
+
+__all__ = ["build_page", "read_runs", "write_report"]

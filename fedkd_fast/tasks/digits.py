@@ -1,0 +1,287 @@
+"""Handwritten digits: scikit-learn's 1,797 real 8×8 images, and small vision transformers."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedkd_fast._seeds import derived_seed
+from fedkd_fast.models import build_vit, run_model
+from fedkd_fast.tasks import Batch, TaskOptions
+
+CLASSES = 10
+SIDE = 8
+LARGEST_PIXEL = 16.0
+# The test images are the same in every run, whatever its seed.
+TEST_SPLIT_SEED = 0
+TEST_PART = 0.2
+# Weights of 0.02, the custom at width 768, leave a network of width 64 nearly silent: it then loses
+# to logistic regression. 0.1 is close to 1/√64.
+INITIALIZER_RANGE = 0.1
+# A row of pixels is a token: eight tokens and the class token.
+PATCH_SIZE = (1, SIDE)
+
+Indices = npt.NDArray[np.int64]
+
+
+class DigitsTask:
+    """Ten-way classification of 8×8 images; mentor and mentee are vision transformers.
+
+    The test split is fixed: 20 % of each class. The training images are dealt to clients class by
+    class in shares drawn from a Dirichlet distribution, so clients differ mildly in size and mix.
+
+    Args:
+        options: ``batch_size``, ``mentee_layers`` (None: 1) and ``seed`` are heeded.
+        concentration: of the Dirichlet distribution; larger makes the clients more alike.
+
+    Raises:
+        ValueError: options that make no sense here.
+        ImportError: scikit-learn is not installed.
+    """
+
+    name = "digits"
+    metric = "accuracy"
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "clients": 4,
+        "rounds": 10,
+        "local_epochs": 3,
+        "batch_size": 32,
+        "lr_mentor": 1e-3,
+        "lr_mentee": 1e-3,
+        "weight_decay": 0.05,
+        # The matrices are so small that a second thread costs more than it gives.
+        "threads": 1,
+    }
+    MENTOR_LAYERS = 4
+
+    def __init__(self, options: TaskOptions | None = None, *, concentration: float = 3.0) -> None:
+        options = options or TaskOptions()
+        for field in ("data", "mentor"):
+            if getattr(options, field) is not None:
+                raise ValueError(
+                    f"{field} must be left out for task digits, which brings its own, "
+                    f"got {getattr(options, field)!r}"
+                )
+        layers = 1 if options.mentee_layers is None else options.mentee_layers
+        if not 1 <= layers <= self.MENTOR_LAYERS:
+            raise ValueError(
+                f"mentee_layers must lie in 1..{self.MENTOR_LAYERS}, the mentor's layers, "
+                f"got {layers}"
+            )
+        if not concentration > 0:
+            raise ValueError(f"concentration must be positive, got {concentration}")
+        self._options, self._mentee_layers = options, layers
+        self._concentration = concentration
+        images, labels = _load()
+        self._test = _test_indices(labels)
+        self._train: Indices = np.setdiff1d(np.arange(len(labels)), self._test)
+        training = images[self._train]
+        self._shift, self._scale = float(training.mean()), float(training.std())
+        self._images = self._normalise(images)  # (1797, 1, 8, 8)
+        self._labels = torch.from_numpy(labels)  # (1797,)
+
+    def _normalise(self, images: npt.NDArray[np.float64]) -> Tensor:
+        scaled = torch.from_numpy((images - self._shift) / self._scale)
+        return scaled.float().reshape(-1, 1, SIDE, SIDE)
+
+    def _build(self, layers: int, role: int) -> nn.Module:
+        return build_vit(
+            image_size=SIDE,
+            patch_size=PATCH_SIZE,
+            hidden=64,
+            layers=layers,
+            heads=4,
+            intermediate=128,
+            classes=CLASSES,
+            initializer_range=INITIALIZER_RANGE,
+            seed=derived_seed(self._options.seed, role),
+        )
+
+    def build_mentor(self) -> nn.Module:
+        """Make the vision transformer of four layers."""
+        return self._build(self.MENTOR_LAYERS, 0)
+
+    def build_mentee(self) -> nn.Module:
+        """Make the vision transformer of one layer, or as many as were asked for."""
+        return self._build(self._mentee_layers, 1)
+
+    def shards(self, clients: int, seed: int) -> list[Indices]:
+        """Deal the training images to clients.
+
+        Raises:
+            ValueError: fewer images than clients.
+        """
+        if clients > len(self._train):
+            raise ValueError(
+                f"clients must be at most {len(self._train)}, the training images, got {clients}"
+            )
+        generator = np.random.default_rng(seed)
+        labels = self._labels.numpy()
+        parts: list[list[Indices]] = [[] for _ in range(clients)]
+        for digit in range(CLASSES):
+            members = generator.permutation(self._train[labels[self._train] == digit])
+            shares = generator.dirichlet([self._concentration] * clients)
+            cuts = np.floor(shares.cumsum()[:-1] * len(members)).astype(np.int64)
+            for part, piece in zip(parts, np.split(members, cuts), strict=True):
+                part.append(piece)
+        shards = [np.concatenate(part) for part in parts]
+        # With very many clients some get nothing: the largest shards then give one image each.
+        for index, shard in enumerate(shards):
+            if not len(shard):
+                donor = max(range(clients), key=lambda other: len(shards[other]))
+                shards[index], shards[donor] = shards[donor][:1], shards[donor][1:]
+        return shards
+
+    def merge(self, shards: Sequence[Indices]) -> Indices:
+        """Put shards together."""
+        return np.concatenate(list(shards))
+
+    def batches(self, shard: Indices, seed: int) -> Iterable[Batch]:
+        """Go through a shard once in random order, in batches of nearly equal size."""
+        order = np.random.default_rng(seed).permutation(shard)
+        for part in np.array_split(order, math.ceil(len(order) / self._options.batch_size)):
+            index = torch.from_numpy(part)
+            yield Batch({"pixel_values": self._images[index]}, self._labels[index])
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Return the share of the 359 test images that are recognised."""
+        index = torch.from_numpy(self._test)
+        guesses = self._probabilities(model, self._images[index]).argmax(1)
+        return float((guesses == self._labels[index]).double().mean())
+
+    @torch.inference_mode()
+    def _probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
+        was_training = model.training
+        model.eval()
+        logits = run_model(model, {"pixel_values": images}).logits
+        model.train(was_training)
+        return logits.softmax(1)
+
+    def describe(self) -> dict[str, Any]:
+        """Return sizes and how the shards were made."""
+        return {
+            "samples_train": len(self._train),
+            "samples_test": len(self._test),
+            "classes": CLASSES,
+            "shards": f"Dirichlet({self._concentration:g}) shares of each class",
+            "mentor_layers": self.MENTOR_LAYERS,
+            "mentee_layers": self._mentee_layers,
+        }
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the recipe of this task."""
+        return dict(self.DEFAULTS)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write nothing: the weights are all that prediction needs."""
+
+    def predict(self, model: nn.Module, data: str | None) -> Iterator[dict[str, Any]]:
+        """Label images.
+
+        Args:
+            model: a trained model.
+            data: a .npy, .npz or .csv file of 8×8 images with pixels 0 to 16, one image a row; None
+                takes the test images.
+
+        Yields:
+            Records of ``index``, ``label``, ``probability``, and ``truth`` for the test images.
+
+        Raises:
+            ValueError: the file holds something else.
+            OSError: the file cannot be read.
+        """
+        images = self._images[self._test] if data is None else self._normalise(read_images(data))
+        truth = self._labels[self._test].tolist() if data is None else None
+        for index, row in enumerate(self._probabilities(model, images)):
+            record = {"index": index, "label": int(row.argmax()), "probability": float(row.max())}
+            yield record if truth is None else record | {"truth": truth[index]}
+
+
+def _load() -> tuple[npt.NDArray[np.float64], Indices]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "task digits needs scikit-learn: pip install 'fedkd-fast[train]'"
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    return images.astype(np.float64), labels.astype(np.int64)
+
+
+def _test_indices(labels: Indices) -> Indices:
+    generator = np.random.default_rng(TEST_SPLIT_SEED)
+    chosen = []
+    for digit in range(CLASSES):
+        members = generator.permutation(np.flatnonzero(labels == digit))
+        chosen.append(members[: round(TEST_PART * len(members))])
+    return np.sort(np.concatenate(chosen))
+
+
+def read_images(path: str) -> npt.NDArray[np.float64]:
+    """Read 8×8 images as rows of 64 pixels.
+
+    Raises:
+        ValueError: another kind of file, other shapes, pixels that are no numbers within 0..16.
+        OSError: the file cannot be read.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".csv":
+        images = _read_csv(path)
+    elif suffix in (".npy", ".npz"):
+        images = _read_numpy(path)
+    else:
+        raise ValueError(f"data must be a .npy, .npz or .csv file of 8×8 images, got {path}")
+    pixels = SIDE * SIDE
+    if images.ndim == 2 and images.shape == (SIDE, SIDE):
+        images = images.reshape(1, pixels)
+    if images.ndim not in (2, 3) or images[0:1].size != pixels:
+        raise ValueError(f"{path} must hold 8×8 images, (N, 8, 8) or (N, 64), got {images.shape}")
+    images = images.reshape(len(images), pixels)
+    if not np.all((images >= 0) & (images <= LARGEST_PIXEL)):
+        raise ValueError(
+            f"{path} must hold pixels within 0..16, got {images.min()}..{images.max()}"
+        )
+    return images
+
+
+def _read_numpy(path: str) -> npt.NDArray[np.float64]:
+    try:
+        # Without pickle: a data file must not be able to run code.
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded.astype(np.float64)
+        with loaded:
+            if len(loaded.files) != 1:
+                raise ValueError(f"one array is expected, got {', '.join(loaded.files)}")
+            return np.asarray(loaded[loaded.files[0]], dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as images: {error}") from error
+
+
+def _read_csv(path: str) -> npt.NDArray[np.float64]:
+    rows: list[list[float]] = []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        for cells in reader:
+            if not cells:
+                continue
+            try:
+                row = [float(cell) for cell in cells]
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            if len(row) != SIDE * SIDE:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: 64 pixels wanted, got {len(row)}"
+                )
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no images")
+    return np.array(rows)

@@ -1,0 +1,174 @@
+"""Labelled texts from folders of jsonl, tsv and csv files, or from the datasets library."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FORMATS = (".jsonl", ".tsv", ".csv")
+TEXT, LABEL = "text", "label"
+
+
+class Rows(NamedTuple):
+    """One split."""
+
+    texts: list[str]
+    labels: list[str]
+    places: list[str]  # where each row came from, for error messages
+
+
+def read_splits(data: str) -> dict[str, Rows]:
+    """Read the splits ``train`` and ``test``.
+
+    A folder holds ``train`` and ``test`` (and perhaps ``dev``, which is not needed here) as .jsonl,
+    .tsv or .csv, each perhaps with .gz behind. Every row has ``text`` and ``label``; in tsv and csv
+    the first line names the columns, and tsv knows no quotes. Anything that is no folder is taken
+    as the name of a dataset of the datasets library, and so is a folder of its ``save_to_disk``.
+
+    Raises:
+        ValueError: no such data, a missing split, a malformed row; names file and line.
+    """
+    folder = Path(data)
+    if (folder / "dataset_dict.json").is_file():
+        return _from_datasets(data, saved=True)
+    if folder.is_dir():
+        return {split: _read_split(folder, split) for split in ("train", "test")}
+    if folder.exists() or data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise ValueError(f"data must be a folder or the name of a dataset, got {data!r}")
+    return _from_datasets(data, saved=False)
+
+
+def _read_split(folder: Path, split: str) -> Rows:
+    names = [f"{split}{suffix}{packed}" for suffix in FORMATS for packed in ("", ".gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        what = "no" if not found else "more than one"
+        raise ValueError(
+            f"data folder {folder} holds {what} {split} file: one of {', '.join(names)}"
+        )
+    texts, labels, places = [], [], []
+    for line, row in read_rows(found[0], (TEXT, LABEL)):
+        place = f"{found[0]}, line {line}"
+        texts.append(_text(row[TEXT], place))
+        labels.append(_label(row[LABEL], place))
+        places.append(place)
+    if not texts:
+        raise ValueError(f"{found[0]} holds no rows")
+    return Rows(texts, labels, places)
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a jsonl, tsv or csv file row by row, each with at least the named columns.
+
+    Yields:
+        Line number (of the last line of a csv row over several lines) and values by column.
+
+    Raises:
+        ValueError: a malformed row or file; names file and line.
+        OSError: the file cannot be read.
+    """
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in FORMATS:
+        raise ValueError(f"data must be one of {', '.join(FORMATS)}, perhaps with .gz, got {path}")
+    try:
+        with _open(path) as file:
+            rows = _jsonl(path, file) if suffix == ".jsonl" else _table(path, file, suffix)
+            for line, row in rows:
+                missing = [column for column in columns if column not in row]
+                if missing:
+                    raise ValueError(f"{path}, line {line}: no column {missing[0]!r}")
+                yield line, row
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> IO[str]:
+    # utf-8-sig: spreadsheets put a mark before the first column's name.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _jsonl(path: Path, file: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a JSON object is wanted, got {line[:40]!r}")
+        yield number, row
+
+
+def _table(path: Path, file: IO[str], suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if suffix == ".tsv":
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(file, strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+            elif len(cells) == len(header):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+            elif cells:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(header)} columns wanted, as in the "
+                    f"first line, got {len(cells)}"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {TEXT} must be a string, got {value!r}")
+    return value
+
+
+def _label(value: object, place: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, int):
+        return str(int(value))
+    raise ValueError(f"{place}: {LABEL} must be a string or an integer, got {value!r}")
+
+
+def _from_datasets(data: str, *, saved: bool) -> dict[str, Rows]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"data must be a folder, got {data!r}; for the name of a dataset: pip install datasets"
+        ) from error
+    try:
+        loaded = datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"data must be a folder or a dataset that datasets can load, got {data!r}: {reason}"
+        ) from error
+    splits = {}
+    for split in ("train", "test"):
+        if split not in loaded:
+            raise ValueError(f"dataset {data!r} has no split {split!r}, only {', '.join(loaded)}")
+        rows = loaded[split]
+        for column in (TEXT, LABEL):
+            if column not in rows.column_names:
+                raise ValueError(f"dataset {data!r}, split {split}: no column {column!r}")
+        names = getattr(rows.features[LABEL], "names", None)
+        places = [f"dataset {data!r}, split {split}, row {index}" for index in range(len(rows))]
+        values = [names[value] if names else value for value in rows[LABEL]]
+        splits[split] = Rows(
+            [_text(text, place) for text, place in zip(rows[TEXT], places, strict=True)],
+            [_label(value, place) for value, place in zip(values, places, strict=True)],
+            places,
+        )
+    return splits

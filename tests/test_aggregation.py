@@ -1,0 +1,93 @@
+"""aggregate: weighted means of frames, and the broadcast made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedkd_fast import Compressor, WireError, aggregate, decompress
+
+RAW = Compressor(codec="raw")
+ROUNDING = torch.finfo(torch.float32).eps
+
+
+def updates(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "w": torch.randn(20, 12, generator=generator),
+            "h": torch.randn(5, generator=generator).half(),
+            "n": torch.tensor([index, 10 * index]),
+            "f": torch.tensor([index > 0, False]),
+        }
+        for index in range(count)
+    ]
+
+
+def test_mean_of_raw_frames() -> None:
+    parts = updates()
+    mean = aggregate(RAW.compress(part) for part in parts)
+    exact = sum(part["w"].double() for part in parts) / 3
+    assert float((mean["w"] - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
+    assert mean["w"].dtype == torch.float32 and mean["h"].dtype == torch.float16
+    assert mean["n"].tolist() == [1, 10] and mean["f"].tolist() == [True, False]
+
+
+def test_weights_are_normalised() -> None:
+    frames = [RAW.compress(part) for part in updates(2)]
+    mean = aggregate(frames, weights=[30, 10])
+    exact = 0.75 * updates(2)[0]["w"].double() + 0.25 * updates(2)[1]["w"].double()
+    assert float((mean["w"] - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
+    only = aggregate(frames, weights=[0, 1])
+    assert torch.equal(only["w"], updates(2)[1]["w"])
+
+
+def test_order_of_frames_does_not_matter_for_equal_weights() -> None:
+    frames = [RAW.compress(part) for part in updates(2)]
+    assert torch.equal(aggregate(frames)["w"], aggregate(frames[::-1])["w"])
+
+
+def test_recompress_keeps_base_and_ties() -> None:
+    base = {"w": torch.ones(16, 8), "tied": torch.ones(16, 8)}
+    base["tied"] = base["w"]
+    frames = []
+    for part in updates(2):
+        moved = base["w"] + part["w"][:16, :8]
+        frames.append(Compressor(0.9).compress({"w": moved, "tied": moved}, base))
+    mean = aggregate(frames)
+    assert mean["w"].data_ptr() == mean["tied"].data_ptr()
+    broadcast = mean.recompress(Compressor(1.0))
+    applied = decompress(broadcast, base=base)
+    assert torch.equal(applied["w"], base["w"] + mean["w"])
+    with pytest.raises(ValueError, match="pass base="):
+        decompress(broadcast)
+
+
+def test_lossy_frames_average_to_the_mean_of_their_decodings() -> None:
+    frames = [Compressor(0.8).compress({"w": part["w"]}) for part in updates()]
+    exact = sum(decompress(frame)["w"].double() for frame in frames) / 3
+    mean = aggregate(frames)["w"]
+    assert float((mean - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
+
+
+def test_refusals() -> None:
+    frames = [RAW.compress(part) for part in updates(2)]
+    with pytest.raises(ValueError, match="at least one frame"):
+        aggregate([])
+    with pytest.raises(ValueError, match="2 frames, got 3"):
+        aggregate(frames, weights=[1, 2, 3])
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite and >= 0"):
+            aggregate(frames, weights=[1.0, bad])
+    with pytest.raises(ValueError, match="not all be zero"):
+        aggregate(frames, weights=[0, 0])
+    with pytest.raises(ValueError, match="frame 1 compared with frame 0 does not match"):
+        aggregate([frames[0], RAW.compress({"w": torch.ones(2)})])
+    with pytest.raises(ValueError, match="schema does not match"):
+        aggregate(frames, schema={"w": torch.ones(2)})
+    part = {"w": torch.ones(3)}
+    other = [RAW.compress(part, base={"w": torch.full((3,), value)}) for value in (0.0, 2.0)]
+    with pytest.raises(ValueError, match="frame 1 was made against another base"):
+        aggregate(other)
+    with pytest.raises(WireError):
+        aggregate([frames[0], frames[1][:-1]])

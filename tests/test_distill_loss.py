@@ -1,0 +1,315 @@
+"""ops.distill_loss against its specification in float64, and what it promises beyond that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkd_fast import ops, reference
+from fedkd_fast.reference import DistillLoss
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (1, 2), (32, 2), (33, 7), (64, 20), (5, 65), (50, 1000), (3, 1025), (9, 30522)]
+SMALL, LARGE, EXTREME = 1.0, 30.0, 1e4  # standard deviations of the logits
+IGNORED = -100
+
+# A value passes a handful of roundings of its own size on the way: shift by the maximum,
+# exponential, sum, logarithm, divisions by the sum, D and n.
+ROUNDINGS = 8
+EPS64 = torch.finfo(torch.float64).eps
+# Central differences of step h are off by about h² from the series and eps / h from rounding.
+STEP = 1e-5
+DIFFERENCE_ERROR = ROUNDINGS * (STEP**2 + EPS64 / STEP)
+
+Loss = Callable[..., DistillLoss]
+
+
+def make_inputs(
+    rows: int, classes: int, dtype: torch.dtype, device: torch.device, scale: float = SMALL
+) -> tuple[Tensor, Tensor, Tensor]:
+    noise = torch.Generator().manual_seed(1000 * rows + classes)
+    mentor = (torch.randn(rows, classes, generator=noise) * scale).to(dtype)
+    mentee = (torch.randn(rows, classes, generator=noise) * scale).to(dtype)
+    labels = torch.randint(0, classes, (rows,), generator=noise)
+    labels[1::4] = IGNORED
+    return mentor.to(device), mentee.to(device), labels.to(device)
+
+
+def evaluate(
+    loss: Loss, mentor: Tensor, mentee: Tensor, labels: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Values and gradients in float64 on the CPU, from logits in `dtype`."""
+    mentor = mentor.detach().to(dtype).clone().requires_grad_()
+    mentee = mentee.detach().to(dtype).clone().requires_grad_()
+    result = loss(mentor, mentee, labels)
+    (result.mentor_loss + result.mentee_loss).backward()
+    values = dict(result._asdict(), grad_mentor=mentor.grad, grad_mentee=mentee.grad)
+    return {name: value.detach().double().cpu() for name, value in values.items()}
+
+
+def largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def kernel_eps(name: str, dtype: torch.dtype) -> float:
+    """Gradients are stored in the dtype of the logits, everything else at least in float32."""
+    if name.startswith("grad") or dtype == torch.float64:
+        return torch.finfo(dtype).eps
+    return torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("scale", [SMALL, LARGE, EXTREME])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_error_is_at_most_twice_that_of_the_reference(
+    device: torch.device, rows: int, classes: int, dtype: torch.dtype, scale: float
+) -> None:
+    mentor, mentee, labels = make_inputs(rows, classes, dtype, device, scale)
+    truth = evaluate(reference.distill_loss, mentor, mentee, labels, torch.float64)
+    # The kernel computes 16-bit logits in float32.
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    plain = evaluate(reference.distill_loss, mentor, mentee, labels, arithmetic)
+    ours = evaluate(ops.distill_loss, mentor, mentee, labels, dtype)
+    smallest = float(truth["denominator"].min())
+    for name, value in truth.items():
+        error, size = largest(ours[name] - value), max(1.0, largest(value))
+        # The truth has roundings of its own, in float64, and divides them by D.
+        truth_error = ROUNDINGS * EPS64 * (size + 1 / smallest)
+        allowed = 2 * largest(plain[name] - value) + truth_error
+        allowed += ROUNDINGS * kernel_eps(name, dtype) * size
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("margin", [8.0, 11.0])
+@pytest.mark.parametrize("classes", [2, 20, 1500])
+def test_easy_samples_keep_relative_accuracy(
+    device: torch.device, classes: int, margin: float
+) -> None:
+    # CE_t + CE_s is far below 1 here, and everything is divided by it.
+    mentor, mentee, labels = make_inputs(16, classes, torch.float32, device)
+    labels = labels.clamp(min=0)
+    boost = margin + torch.log(torch.tensor(float(classes)))
+    for logits in (mentor, mentee):
+        logits[torch.arange(16), labels] = logits.amax(1) + boost.to(device)
+    truth = evaluate(reference.distill_loss, mentor, mentee, labels, torch.float64)
+    ours = evaluate(ops.distill_loss, mentor, mentee, labels, torch.float32)
+    eps = torch.finfo(torch.float32).eps
+    # An error of eps / 2 in a logit's distance to the maximum is that much relative in exp().
+    floor = ROUNDINGS * eps * (margin + float(boost))
+    for name in ("ce_mentor", "ce_mentee", "denominator"):
+        assert largest(ours[name] / truth[name] - 1) <= floor, name
+    for name in ("kl_mentor", "kl_mentee"):
+        assert largest((ours[name] - truth[name]) / truth["denominator"]) <= floor, name
+    for name in ("grad_mentor", "grad_mentee"):
+        assert largest(ours[name] - truth[name]) * 16 <= floor, name
+
+
+def test_gradient_is_the_derivative_with_peer_and_denominator_fixed(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(4, 5, torch.float64, device)
+    ours = evaluate(ops.distill_loss, mentor, mentee, labels, torch.float64)
+    fixed = ours["denominator"].to(device)
+    counted = labels != IGNORED
+
+    def loss(own: Tensor, peer: Tensor) -> Tensor:
+        own_log, peer_log = own.log_softmax(1), peer.log_softmax(1)
+        cross_entropy = -own_log.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        divergence = (peer_log.exp() * (peer_log - own_log)).sum(1)
+        return (cross_entropy + divergence / fixed)[counted].mean()
+
+    for name, own, peer in (("grad_mentor", mentor, mentee), ("grad_mentee", mentee, mentor)):
+        for index in range(own.numel()):
+            step = torch.zeros_like(own).flatten()
+            step[index] = STEP
+            step = step.reshape(own.shape)
+            slope = float(loss(own + step, peer) - loss(own - step, peer)) / (2 * STEP)
+            assert abs(slope - float(ours[name].flatten()[index])) <= DIFFERENCE_ERROR
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_logits_have_no_divergence(device: torch.device, dtype: torch.dtype) -> None:
+    mentor, _, labels = make_inputs(33, 77, dtype, device, LARGE)
+    result = ops.distill_loss(mentor, mentor.clone(), labels)
+    assert largest(result.kl_mentor) == 0.0
+    assert largest(result.kl_mentee) == 0.0
+    assert torch.equal(result.mentor_loss, result.mentee_loss)
+
+
+def test_divergence_is_never_negative(device: torch.device) -> None:
+    mentor, _, labels = make_inputs(2000, 5, torch.float32, device, LARGE)
+    mentee = mentor * (1 + torch.finfo(torch.float32).eps)
+    result = ops.distill_loss(mentor, mentee, labels)
+    assert float(result.kl_mentor.min()) >= 0.0
+    assert float(result.kl_mentee.min()) >= 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_do_not_matter(device: torch.device, dtype: torch.dtype) -> None:
+    mentor, mentee, labels = make_inputs(12, 40, dtype, device)
+    expected = ops.distill_loss(mentor, mentee, labels)
+    wide = torch.zeros(12, 100, dtype=dtype, device=device)
+    wide[:, 7:47] = mentor
+    by_column = mentee.t().contiguous().t()
+    pairs = torch.stack([labels, labels], 1)
+    got = ops.distill_loss(wide[:, 7:47], by_column, pairs[:, 0])
+    for name in DistillLoss._fields:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+def test_ignored_rows_leave_no_trace(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(9, 6, torch.float32, device)
+    ignored = labels == IGNORED
+    mentor[ignored] = float("nan")
+    whole = evaluate(ops.distill_loss, mentor, mentee, labels, torch.float32)
+    kept = ~ignored
+    part = evaluate(ops.distill_loss, mentor[kept], mentee[kept], labels[kept], torch.float32)
+    assert torch.equal(whole["mentor_loss"], part["mentor_loss"])
+    assert torch.equal(whole["grad_mentee"][kept.cpu()], part["grad_mentee"])
+    for name in ("ce_mentor", "kl_mentee", "grad_mentor", "grad_mentee"):
+        assert largest(whole[name][ignored.cpu()]) == 0.0
+    assert bool((whole["denominator"][ignored.cpu()] == 1.0).all())
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_learn_from_costs_nothing(
+    device: torch.device, rows: int, dtype: torch.dtype
+) -> None:
+    mentor, mentee, labels = make_inputs(rows, 4, dtype, device)
+    values = evaluate(ops.distill_loss, mentor, mentee, torch.full_like(labels, IGNORED), dtype)
+    for name in ("mentor_loss", "mentee_loss", "grad_mentor", "grad_mentee"):
+        assert largest(values[name]) == 0.0
+
+
+def test_ignore_index_may_be_a_class(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(8, 3, torch.float32, device)
+    labels = labels.clamp(min=0)
+    marked = torch.where(labels == 0, IGNORED, labels)
+    expected = ops.distill_loss(mentor, mentee, marked)
+    got = ops.distill_loss(mentor, mentee, labels, ignore_index=0)
+    assert torch.equal(got.mentor_loss, expected.mentor_loss)
+
+
+def test_not_finite_logits_show_in_the_loss(device: torch.device) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        mentor, mentee, labels = make_inputs(8, 70, torch.float32, device)
+        mentor[2, 69] = bad
+        result = ops.distill_loss(mentor, mentee, labels)
+        assert not bool(result.mentor_loss.isfinite())
+        assert bool(result.kl_mentor[[0, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_scales_and_repeats(device: torch.device, dtype: torch.dtype) -> None:
+    mentor, mentee, labels = make_inputs(8, 5, dtype, device)
+    once = evaluate(ops.distill_loss, mentor, mentee, labels, dtype)
+    mentor.requires_grad_()
+    mentee.requires_grad_()
+    result = ops.distill_loss(mentor, mentee, labels)
+    total = result.mentor_loss + 4 * result.mentee_loss
+    total.backward(retain_graph=True)
+    total.backward()
+    # Powers of two scale without rounding.
+    assert torch.equal(mentor.grad.double().cpu(), 2 * once["grad_mentor"])
+    assert torch.equal(mentee.grad.double().cpu(), 8 * once["grad_mentee"])
+
+
+def test_each_loss_reaches_its_own_logits_only(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(8, 5, torch.float32, device)
+    mentor.requires_grad_()
+    mentee.requires_grad_()
+    result = ops.distill_loss(mentor, mentee, labels)
+    result.mentor_loss.backward()
+    assert mentee.grad is None
+    assert largest(mentor.grad) > 0.0
+    frozen = ops.distill_loss(mentor.detach(), mentee, labels)
+    (frozen.mentor_loss + frozen.mentee_loss).backward()
+    assert largest(mentee.grad) > 0.0
+    assert not any(value.requires_grad for value in result[2:])
+
+
+def test_float16_gradients_survive_many_rows(device: torch.device) -> None:
+    # 1e-4 / 40000 is below the range of float16; a gradient scaler multiplies before that.
+    rows, scaler = 40_000, 2.0**16
+    logits = torch.zeros(rows, 2, dtype=torch.float16, device=device)
+    logits[:, 0] = 9.0
+    mentor, mentee = logits.requires_grad_(), logits.detach()
+    labels = torch.zeros(rows, dtype=torch.int64, device=device)
+    (ops.distill_loss(mentor, mentee, labels).mentor_loss * scaler).backward()
+    expected = torch.sigmoid(torch.tensor(-9.0, dtype=torch.float64)) * scaler / rows
+    error = largest(mentor.grad.double().cpu()[:, 1] - expected)
+    assert error <= ROUNDINGS * torch.finfo(torch.float16).eps * float(expected)
+
+
+def test_second_derivative_is_refused(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(4, 3, torch.float64, device)
+    mentor.requires_grad_()
+    loss = ops.distill_loss(mentor, mentee, labels).mentor_loss * mentor.sum()
+    (gradient,) = torch.autograd.grad(loss, mentor, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
+    mentor, mentee, labels = make_inputs(128, 500, dtype, torch.device("cpu"), LARGE)
+    one = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, IGNORED)
+    torch.set_num_threads(2)
+    try:
+        two = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, IGNORED)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
+    mentor, mentee, labels = make_inputs(6, 5, dtype, device)
+    torch.library.opcheck(
+        torch.ops.fedkd_fast.distill_loss.default, (mentor, mentee, labels, IGNORED)
+    )
+
+
+@pytest.mark.parametrize("label", [5, -1, 2**40])
+def test_a_label_out_of_range(device: torch.device, label: int) -> None:
+    mentor, mentee, labels = make_inputs(8, 5, torch.float32, device)
+    labels[6] = label
+    if device.type == "cuda":
+        result = ops.distill_loss(mentor, mentee, labels)
+        assert bool(result.mentor_loss.isnan()) and bool(result.kl_mentor[6].isnan())
+        return
+    message = rf"labels must lie in \[0, 5\) or equal ignore_index -100, got {label} in row 6"
+    with pytest.raises(RuntimeError, match=message):
+        ops.distill_loss(mentor, mentee, labels)
+
+
+LOGITS, LABELS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("mentor", "mentee", "labels", "message"),
+    [
+        (LOGITS[0], LOGITS, LABELS, r"mentor_logits must have shape \(R, C\), got \(3\)"),
+        (LOGITS, LOGITS[:, :2], LABELS, r"mentee_logits must have the shape .* got \(4, 2\)"),
+        (LOGITS[:, :0], LOGITS[:, :0], LABELS, "mentor_logits must have at least one class"),
+        (LOGITS, LOGITS, LABELS[:3], r"one entry per row of logits, 4, got shape \(3\)"),
+        (LOGITS, LOGITS, LABELS[:, None], "labels must have one entry per row of logits"),
+        (LOGITS, LOGITS.double(), LABELS, "mentor_logits and mentee_logits must have one dtype"),
+        (LOGITS.int(), LOGITS.int(), LABELS, "mentor_logits must be float32, float64, bfloat16"),
+        (LOGITS, LOGITS, LABELS.int(), "labels must be int64"),
+    ],
+)
+def test_wrong_arguments(
+    device: torch.device, mentor: Tensor, mentee: Tensor, labels: Tensor, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.distill_loss(mentor.to(device), mentee.to(device), labels.to(device))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_devices_must_agree() -> None:
+    with pytest.raises(RuntimeError, match="mentor_logits and labels must be on one device"):
+        ops.distill_loss(LOGITS.cuda(), LOGITS.cuda(), LABELS)

@@ -1,0 +1,428 @@
+"""The federated loop on a tiny task of plain torch modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_task import TinyTask
+from torch import Tensor, nn
+
+import fedkd_fast
+from fedkd_fast import trainer
+from fedkd_fast.client import Client
+from fedkd_fast.compress import Compressor
+from fedkd_fast.config import TrainConfig
+from fedkd_fast.methods import METHODS, LocalSettings, get_method
+from fedkd_fast.models import trainable_parameters
+from fedkd_fast.records import RoundRecord
+from fedkd_fast.runs import evaluate_run, load_run, predict_run
+from fedkd_fast.server import Server
+from fedkd_fast.tasks import PredictingTask, Task
+from fedkd_fast.trainer import Run, train
+
+EXCHANGING = [name for name, method in METHODS.items() if method.exchanges]
+SILENT = [name for name, method in METHODS.items() if not method.exchanges]
+# A raw difference, its mean in float64, and the sum with the base are rounded once each.
+ROUNDINGS = 3
+SETTINGS = LocalSettings(
+    lr_mentor=1e-2, lr_mentee=1e-2, weight_decay=0.0, hidden=True, attention=True, seed=1
+)
+
+
+def make_clients(count: int, compressor: dict[str, Any], method: str = "fedkd") -> list[Client]:
+    task = TinyTask()
+    return [
+        Client(
+            index,
+            get_method(method).make_learner(task, SETTINGS),
+            task,
+            shard,
+            Compressor(**compressor),
+            seed=0,
+            local_epochs=1,
+        )
+        for index, shard in enumerate(task.shards(count, 0))
+    ]
+
+
+def shared(client: Client) -> dict[str, Tensor]:
+    model = client.learner.shared
+    assert model is not None
+    return {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if not key.startswith("seconds")}
+
+
+def test_a_plain_class_is_a_task() -> None:
+    assert isinstance(TinyTask(), Task)
+    assert not isinstance(TinyTask(), PredictingTask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_writes_a_run_folder(method: str, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "one"
+    run = train(TinyTask(), method, out=str(out), seed=3)
+    assert run.folder == out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == dict(run.summary)
+    assert (summary["method"], summary["task"], summary["seed"]) == (method, "tiny", 3)
+    config = json.loads((out / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(config)
+    assert config["rounds"] == 2
+    assert config["version"] == fedkd_fast.__version__
+    assert config["task_facts"]["samples_train"] == 60
+    assert config["task_facts"]["parameters_mentor"] == summary["parameters_mentor"]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    for role in ("mentor", "mentee"):
+        score, exists = summary[f"score_{role}"], (out / f"{role}s" / "0").is_dir()
+        exists = exists if role == "mentor" else (out / "mentee").is_dir()
+        assert (score is not None) == exists
+    rows = [line for line in lines(out) if line["client"] is not None]
+    assert {row["round"] for row in rows} == {1, 2}
+    assert len(rows) == 2 * (1 if method == "central" else 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_learns(method: str) -> None:
+    run = train(TinyTask(), method, rounds=6, local_epochs=2)
+    guessing = 0.5
+    found = [run.summary[name] for name in ("score_mentor", "score_mentee")]
+    assert all(score > guessing for score in found if score is not None)
+
+
+@pytest.mark.parametrize("method", EXCHANGING)
+def test_bytes_are_counted_per_client_over_all_rounds(method: str, tmp_path: Path) -> None:
+    run = train(TinyTask(), method, out=str(tmp_path / "run"))
+    rows = [line for line in lines(tmp_path / "run") if line["client"] is not None]
+    server = [line for line in lines(tmp_path / "run") if line["client"] is None]
+    assert run.summary["bytes_up"] == sum(row["bytes_up"] for row in rows) / 3
+    assert run.summary["bytes_down"] == sum(row["bytes_down"] for row in rows) / 3
+    assert run.summary["bytes_down"] == sum(row["bytes_down"] for row in server)
+    assert all(row["bytes_up"] > sum(layer["bytes"] for layer in row["layers"]) for row in rows)
+    assert all(row["bytes_up"] == 0 for row in server)
+    shares = run.summary["bytes_up"] + run.summary["bytes_down"]
+    assert run.summary["saving"] == 1 - shares / run.summary["bytes_fedavg_mentor"]
+
+
+def test_fedavg_sends_what_savings_are_measured_against() -> None:
+    summary = train(TinyTask(), "fedavg").summary
+    # A difference also carries the digest of its base, in a field that is always there.
+    assert summary["saving"] == 0.0
+    assert summary["parameters_shared"] == summary["parameters_mentor"]
+
+
+@pytest.mark.parametrize("method", SILENT)
+def test_without_exchange_nothing_is_sent(method: str, tmp_path: Path) -> None:
+    summary = train(TinyTask(), method, out=str(tmp_path / "run")).summary
+    assert summary["bytes_up"] == summary["bytes_down"] == 0
+    assert summary["saving"] is None
+    assert all(line["layers"] == [] for line in lines(tmp_path / "run"))
+
+
+def test_layers_of_a_frame_are_recorded(tmp_path: Path) -> None:
+    train(TinyTask(), "fedkd", out=str(tmp_path / "run"), codec="factors-fp32", energy_start=0.5)
+    layers = {layer["name"]: layer for layer in lines(tmp_path / "run")[0]["layers"]}
+    assert set(layers) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert layers["0.weight"]["shape"] == [12, 6]
+    assert layers["0.weight"]["full_rank"] == 6
+    assert layers["0.weight"]["mode"] == "FACTORS"
+    assert 1 <= layers["0.weight"]["rank"] < 6
+    assert (layers["0.bias"]["full_rank"], layers["0.bias"]["rank"]) == (0, 0)
+    assert layers["0.bias"]["dense_bytes"] == 4 * 12
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_seed_gives_one_run(method: str, tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> Run:
+        # Global random state and what trained before must not matter.
+        torch.rand(seed + len(name))
+        return train(TinyTask(), method, out=str(tmp_path / name), seed=seed)
+
+    first, again, other = run("first", 1), run("the same", 1), run("another", 2)
+    records = [[without_times(x) for x in lines(tmp_path / n)] for n in ("first", "the same")]
+    assert records[0] == records[1]
+    pairs = zip(first.mentors, again.mentors, strict=True)
+    for model, twin in [*pairs, (first.mentee or nn.Identity(), again.mentee or nn.Identity())]:
+        for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(one, two)
+    losses = [[line["loss_mentor"] for line in lines(tmp_path / n)] for n in ("first", "another")]
+    if other.mentors:
+        assert losses[0] != losses[1]
+
+
+def test_one_seed_gives_the_same_bytes() -> None:
+    frames = []
+    for _ in range(2):
+        clients = make_clients(2, {})
+        server = Server(shared(clients[0]), Compressor())
+        for number in (1, 2):
+            uploads = []
+            for client in clients:
+                client.train(number)
+                uploads.append(client.upload(0.95))
+            broadcast = server.step(uploads, 0.95)
+            for client in clients:
+                client.apply(broadcast)
+            frames.append((uploads, broadcast))
+    assert frames[:2] == frames[2:]
+
+
+def test_training_leaves_torch_as_it_was() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(TinyTask(), "fedkd", rounds=1, threads=threads + 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("method", EXCHANGING)
+def test_lossless_exchange_is_the_mean_of_the_clients(method: str) -> None:
+    clients = make_clients(3, {"codec": "raw"}, method)
+    start = shared(clients[0])
+    server = Server(start, Compressor(codec="raw"))
+    for client in clients:
+        client.train(1)
+    trained = [shared(client) for client in clients]
+    broadcast = server.step([client.upload(1.0) for client in clients], 1.0)
+    for client in clients:
+        client.apply(broadcast)
+    for name, value in start.items():
+        mean = torch.stack([copy[name].double() for copy in trained]).mean(0)
+        largest = max(float(t.abs().max()) for t in (value, *(copy[name] for copy in trained)))
+        bound = ROUNDINGS * torch.finfo(torch.float32).eps * largest
+        for client in clients:
+            assert float((shared(client)[name].double() - mean).abs().max()) <= bound
+
+
+def test_every_copy_of_the_mentee_is_the_same_bits() -> None:
+    clients = make_clients(3, {})
+    server = Server(shared(clients[0]), Compressor())
+    for client in clients:
+        client.train(1)
+    assert len({client.digest() for client in clients}) == 3
+    mentor = clients[0].learner.mentor
+    assert mentor is not None
+    private = [parameter.clone() for parameter in mentor.parameters()]
+    broadcast = server.step([client.upload(0.9) for client in clients], 0.9)
+    for client in clients:
+        client.apply(broadcast)
+    assert {client.digest() for client in clients} == {server.digest()}
+    for before, after in zip(private, mentor.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_copy_that_differs_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply(client: Client, broadcast: bytes) -> None:
+        whole(client, broadcast)
+        if client.index == 1:
+            assert client.learner.shared is not None
+            with torch.no_grad():
+                next(client.learner.shared.parameters()).add_(1.0)
+
+    whole = Client.apply
+    monkeypatch.setattr(Client, "apply", apply)
+    with pytest.raises(RuntimeError, match="client 1 holds other shared parameters.*round 1"):
+        train(TinyTask(), "fedkd")
+
+
+def test_a_broadcast_for_other_parameters_is_refused() -> None:
+    clients = make_clients(2, {})
+    server = Server(shared(clients[0]), Compressor())
+    clients[0].train(1)
+    frames = [client.upload(0.9) for client in clients]
+    clients[0].apply(server.step(frames, 0.9))
+    clients[0].train(2)
+    later = clients[0].upload(0.9)
+    with pytest.raises(ValueError, match="base"):
+        server.step([later, frames[1]], 0.9)
+
+
+def test_divergence_names_tensor_client_and_round() -> None:
+    with pytest.raises(ValueError, match=r"'\d\.\w+' of client \d holds NaN or Inf after round 1"):
+        train(TinyTask(), "fedkd", lr_mentee=1e38, rounds=3)
+
+
+def test_hidden_states_are_distilled_where_models_have_them() -> None:
+    runs = [train(TinyTask(layered=True), "fedkd", hidden=hidden) for hidden in (True, False)]
+    pairs = zip(runs[0].mentors[0].parameters(), runs[1].mentors[0].parameters(), strict=True)
+    assert any(not torch.equal(one, two) for one, two in pairs)
+
+
+def test_energy_goes_from_start_to_end() -> None:
+    config = TrainConfig(rounds=4, energy_start=0.9, energy_end=0.99)
+    energies = [config.energy(number) for number in range(1, 5)]
+    assert (energies[0], energies[-1]) == (0.9, 0.99)
+    assert energies == sorted(energies)
+    assert TrainConfig(rounds=1, energy_start=0.9).energy(1) == 0.9
+
+
+def test_progress_is_told_every_round() -> None:
+    seen: list[RoundRecord] = []
+    run = train(TinyTask(), "fedkd", rounds=3, eval_every=2, progress=seen.append)
+    assert [(record.round, record.rounds) for record in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [record.score_mentor is not None for record in seen] == [False, True, True]
+    assert math.isclose(sum(record.bytes_up for record in seen), run.summary["bytes_up"])
+    assert sum(record.bytes_down for record in seen) == run.summary["bytes_down"]
+
+
+def test_given_fields_win_over_those_of_the_task() -> None:
+    config = train(TinyTask(), "local", rounds=1).config
+    assert (config.rounds, config.clients, config.lr_mentor) == (1, 3, 1e-2)
+    assert config.batch_size == TrainConfig().batch_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"clients": 0}, "clients must be at least 1, got 0"),
+        ({"clients": 61}, "clients must be at most 60, got 61"),
+        ({"local_epochs": 0}, "local_epochs must be at least 1, got 0"),
+        ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"mentee_layers": 0}, "mentee_layers must be at least 1, got 0"),
+        ({"energy_start": 1.5}, r"energy_start must lie in \(0, 1\], got 1.5"),
+        ({"energy_end": 0.0}, r"energy_end must lie in \(0, 1\], got 0.0"),
+        ({"energy_end": math.nan}, r"energy_end must lie in \(0, 1\], got nan"),
+        ({"lr_mentor": 0.0}, "lr_mentor must be positive and finite, got 0.0"),
+        ({"lr_mentee": math.inf}, "lr_mentee must be positive and finite, got inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
+        ({"codec": "zip"}, "codec must be one of wf0, factors-fp32, raw, got 'zip'"),
+        ({"method": "fedsgd"}, "method must be one of fedkd, .*, got 'fedsgd'"),
+    ],
+)
+def test_values_out_of_range(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        train(TinyTask(), out=str(out), **fields)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounds": 1.5}, "rounds must be an integer, got 1.5"),
+        ({"clients": True}, "clients must be an integer, got True"),
+        ({"energy_start": "high"}, "energy_start must be a number, got 'high'"),
+        ({"round": 1}, "'round' is no field of TrainConfig"),
+    ],
+)
+def test_values_of_wrong_types(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        train(TinyTask(), **fields)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(ValueError, match="task must be one of digits, text, got 'chess'"):
+        train("chess")
+
+
+def test_existing_folder_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="out must not exist without overwrite"):
+        train(TinyTask(), out=str(tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_overwriting_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(TinyTask(), "fedkd", out=str(out))
+    (out / "notes.txt").write_text("mine")
+    train(TinyTask(), "fedavg-mentee", out=str(out), overwrite=True)
+    assert json.loads((out / "summary.json").read_text())["method"] == "fedavg-mentee"
+    assert not (out / "mentors").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="out must be a run folder or empty"):
+        train(TinyTask(), out=str(other), overwrite=True)
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_files_in_the_way(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(NotADirectoryError, match="out must be a folder"):
+        train(TinyTask(), out=str(file), overwrite=True)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        train(TinyTask(), out=str(file / "run"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="out cannot be written"):
+        train(TinyTask(), out=str(tmp_path / "run"))
+
+
+def test_nothing_is_written_before_everything_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: TrainConfig, client: Client, method: object) -> None:
+        raise ValueError("late check")
+
+    monkeypatch.setattr(trainer, "_make_server", fail)
+    with pytest.raises(ValueError, match="late check"):
+        train(TinyTask(), out=str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_failed_has_no_summary(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="diverged"):
+        train(TinyTask(), "fedkd", lr_mentee=1e38, rounds=3, out=str(out))
+    assert not (out / "summary.json").exists()
+    with pytest.raises(ValueError, match=r"no folder of a finished run: it holds no summary.json"):
+        load_run(out, TinyTask())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_read_back(method: str, tmp_path: Path) -> None:
+    run = train(TinyTask(), method, out=str(tmp_path / "run"))
+    loaded = load_run(tmp_path / "run", TinyTask())
+    assert loaded.summary == run.summary
+    assert len(loaded.mentors) == len(run.mentors)
+    pairs = [*zip(run.mentors, loaded.mentors, strict=True)]
+    if run.mentee is not None:
+        assert loaded.mentee is not None
+        pairs.append((run.mentee, loaded.mentee))
+    for model, copy in pairs:
+        assert not copy.training
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, copy.state_dict()[name])
+    again = evaluate_run(tmp_path / "run", TinyTask())
+    assert again["score_mentee"] == run.summary["score_mentee"]
+    assert again["score_mentor"] == run.summary["score_mentor"]
+
+
+def test_reading_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder of a finished run"):
+        load_run(tmp_path)
+    train(TinyTask(), "fedkd", out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="run of task 'tiny', which is not built in: pass task="):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_run(tmp_path / "run", TinyTask())
+
+
+def test_prediction_needs_a_task_that_can(tmp_path: Path) -> None:
+    train(TinyTask(), "fedkd", out=str(tmp_path / "run"))
+    with pytest.raises(TypeError, match="task 'tiny' cannot predict"):
+        predict_run(tmp_path / "run", task=TinyTask())
