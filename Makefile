@@ -36,7 +36,8 @@ bench: $(VENV)/.dev
 # The environment and the build, in the checkout.
 .venv: $(VENV)/.ready
 
-# torch first and pinned: an unpinned one would replace it by a build of several GB.
+# torch first, by itself: pip takes it from whatever index is configured. On Linux the plain one has
+# the CUDA build of several GB; PIP_INDEX_URL or PIP_FIND_LINKS can point to a CPU build.
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }

@@ -11,8 +11,7 @@ namespace {
 
 template <size_t N>
 void call_torch(const char* op, const char* overload, std::array<StableIValue, N>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
 }
 
 std::pair<Tensor, Tensor> eigh(const Tensor& gram) {
@@ -60,9 +59,8 @@ void factorise(const MatrixView& view, const MatrixScan& scan, double energy, in
   const auto report = [&](int64_t kept) {
     *out.rank = kept;
     out.energies[0] = out.energies[1] = 0.0;
-    const double unit = std::ldexp(1.0, 2 * scan.exponent);
     for (int64_t k = 0; k < short_side; ++k) {
-      out.energies[1] += energies[static_cast<size_t>(k)] * unit;
+      out.energies[1] += energies[static_cast<size_t>(k)];
       if (k + 1 == kept) out.energies[0] = out.energies[1];
     }
   };

@@ -1,11 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of others read with care."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -37,3 +39,65 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def read_text(path: Path) -> str:
+    """Read a file of UTF-8 text.
+
+    Raises:
+        ValueError: it is something else; names file and byte.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def parse_json(text: str, place: str) -> Any:
+    """Parse JSON from outside.
+
+    Args:
+        text: one JSON value.
+        place: where it stands, for the message.
+
+    Raises:
+        ValueError: it is no JSON; names the place.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: not JSON: nested too deeply") from error
+    except ValueError as error:
+        # Python refuses integers of thousands of digits.
+        raise ValueError(f"{place}: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+        OSError: it cannot be read.
+    """
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def names_folder(value: str) -> bool:
+    """Tell whether a value that may be a folder or a name on a hub must be meant as a folder.
+
+    A name on a hub has at most one slash and no folder of this machine before it.
+    """
+    first, slash, rest = value.partition("/")
+    return (
+        value.startswith((".", "/", "~"))
+        or "/" in rest
+        or (bool(slash) and (not rest or Path(first).exists()))
+    )

@@ -1,15 +1,19 @@
-"""Weighted means of frames, with one decoded frame in memory at a time."""
+"""Weighted means of frames, with one decoded frame beside the sums in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedkd_fast.compress import Compressor, Shaped, check_same_tensors, decode_frame
+from fedkd_fast.compress import Compressor, decode_frame
+from fedkd_fast.tensors import Shaped
 from fedkd_fast.wire import DEFAULT_MAX_BYTES
+
+Frame: TypeAlias = bytes | bytearray | memoryview
 
 
 class Aggregate(dict[str, Tensor]):
@@ -24,24 +28,39 @@ class Aggregate(dict[str, Tensor]):
         return compressor.compress(self, energy=energy, base_digest=self.base_digest)
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0 / count] * count
-    if len(weights) != count:
-        raise ValueError(
-            f"weights must have one entry per frame: {count} frames, got {len(weights)}"
-        )
+# Sums run in float64, which holds integers up to here.
+_EXACT_INTEGERS = 2**53
+
+
+def _check_weights(weights: Sequence[float]) -> list[float]:
     for index, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weights must be finite and >= 0, got {weight} at {index}")
-    total = math.fsum(weights)
-    if total <= 0:
+    largest = max(weights, default=0.0)
+    if largest <= 0:
         raise ValueError("weights must not all be zero")
-    return [weight / total for weight in weights]
+    return [weight / largest for weight in weights]
+
+
+def _frame_weights(
+    frames: Iterable[Frame], weights: Sequence[float] | None
+) -> Iterator[tuple[Frame, float]]:
+    """Pair frames with weights, without holding more than one frame."""
+    if weights is None:
+        yield from ((frame, 1.0) for frame in frames)
+        return
+    scaled, count = _check_weights(weights), 0
+    for count, frame in enumerate(frames, 1):
+        if count <= len(scaled):
+            yield frame, scaled[count - 1]
+    if count != len(scaled):
+        raise ValueError(
+            f"weights must have one entry per frame: {count} frames, got {len(scaled)}"
+        )
 
 
 def aggregate(
-    frames: Iterable[bytes | bytearray | memoryview],
+    frames: Iterable[Frame],
     weights: Sequence[float] | None = None,
     schema: Mapping[str, Shaped] | None = None,
     *,
@@ -51,46 +70,55 @@ def aggregate(
     """Average frames: ``Σ_i w_i · decode(frame_i) / Σ_i w_i``, FedAvg; FedKD has equal weights.
 
     Args:
-        frames: at least one; all with the same tensors and the same base.
+        frames: at least one, also from a generator; all with the same tensors and the same base.
         weights: one finite number >= 0 per frame, for instance sample counts; None means equal.
-        schema: expected tensors, as in `decompress`; None takes those of the first frame.
+        schema: expected tensors, as in `decompress`; None takes those of the first frame. With a
+            schema, no frame can cost more than what it describes.
         max_bytes: bound on each decoded frame.
         backend: as in `Compressor`.
 
     Returns:
         The mean, in each tensor's dtype: sums run in float64, integers are rounded to the nearest,
-        booleans are true from one half on. Tensors that are tied in the first frame stay tied.
+        booleans are true from one half on. Tensors that are tied in every frame stay tied.
 
     Raises:
         WireError: anything wrong with the bytes of a frame.
-        ValueError: no frames, wrong weights, or frames that do not match each other or the schema;
-            names the frame.
+        ValueError: no frames, wrong weights, frames that do not match each other or the schema, or
+            integers beyond 2^53; names the frame.
     """
-    frames = list(frames)
-    if not frames:
-        raise ValueError("frames must hold at least one frame, got none")
     sums: dict[str, Tensor] = {}
-    first: dict[str, Tensor] = {}
+    wanted, what = schema, "schema"
+    ties: dict[str, str] = {}
     digest: bytes | None = None
-    for index, (frame, weight) in enumerate(
-        zip(frames, _weights(weights, len(frames)), strict=True)
-    ):
-        tensors, frame_digest = decode_frame(frame, max_bytes=max_bytes, backend=backend)
+    total = 0.0
+    for index, (frame, weight) in enumerate(_frame_weights(frames, weights)):
+        tensors, frame_digest = decode_frame(
+            frame, wanted, schema_name=what, max_bytes=max_bytes, backend=backend
+        )
+        owners: dict[int, str] = {}
+        tied = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         if index == 0:
-            first, digest = tensors, frame_digest
-            check_same_tensors(tensors, schema if schema is not None else tensors, "schema")
+            digest, ties = frame_digest, tied
+            wanted = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
         elif frame_digest != digest:
             raise ValueError(f"frame {index} was made against another base than frame 0")
-        else:
-            check_same_tensors(tensors, first, f"frame {index} compared with frame 0")
+        # One sender's ties must not overwrite what the others sent.
+        ties = {name: owner for name, owner in ties.items() if tied[name] == owner}
         for name, tensor in tensors.items():
+            if tensor.dtype == torch.int64 and not _exact(tensor):
+                raise ValueError(f"frame {index}: {name!r} holds integers beyond 2^53")
             part = tensor.double() * weight
             sums[name] = sums[name].add_(part) if name in sums else part
-    shared: dict[int, Tensor] = {}
-    for name, tensor in first.items():
-        if id(tensor) not in shared:
-            shared[id(tensor)] = _cast(sums[name], tensor.dtype)
-    return Aggregate({name: shared[id(tensor)] for name, tensor in first.items()}, digest)
+        total += weight
+        what = f"frame {index + 1} compared with frame 0"
+    if wanted is None or not total:
+        raise ValueError("frames must hold at least one frame, got none")
+    means = {name: _cast(sums[name].div_(total), wanted[name].dtype) for name in sums}
+    return Aggregate({name: means[ties.get(name, name)] for name in means}, digest)
+
+
+def _exact(integers: Tensor) -> bool:
+    return bool(((integers <= _EXACT_INTEGERS) & (integers >= -_EXACT_INTEGERS)).all())
 
 
 def _cast(mean: Tensor, dtype: torch.dtype) -> Tensor:

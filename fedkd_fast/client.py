@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fedkd_fast._seeds import derived_seed, seeded
-from fedkd_fast.compress import Compressor, decompress, digest_of
+from fedkd_fast.compress import Compressor, decompress
 from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.tasks import Batch, Task
+from fedkd_fast.tensors import digest_of
 
 
 class Client:
@@ -46,12 +47,12 @@ class Client:
         # What every client holds: the shared parameters at the start of the round.
         self._base = _copy(learner.shared)
 
-    def train(self, round_number: int) -> Losses:
-        """Train for one round on the client's own data."""
+    def train(self, round_number: int, lr_share: float = 1.0) -> Losses:
+        """Train for one round on the client's own data, with this share of the learning rates."""
         self._round = round_number
         # Dropout must not depend on who trained before.
         with seeded(derived_seed(self._seed, self.index, round_number)):
-            return self.learner.train(self._batches())
+            return self.learner.train(self._batches(), lr_share)
 
     def _batches(self) -> Iterator[Batch]:
         for epoch in range(self._local_epochs):

@@ -37,6 +37,8 @@ VECTOR_SHARE = 1 / 16
 TAIL_SHARE = 0.25
 # Rows shorter than this share one scale with their neighbours: 5 bytes a row must stay small.
 MIN_ROW = 128
+# Payloads up to this many bytes are not worth the time: their line in the directory weighs as much.
+WORTH_BYTES = 64
 # A factor row costs one float32 scale and two widths, a dense row one scale and one width.
 FACTOR_ROW_BYTES, DENSE_ROW_BYTES = 6, 5
 # Half-steps outside this range leave float32's normal numbers; such tensors travel raw.
@@ -70,11 +72,17 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def raw_entry(name: str, tensor: Tensor) -> Entry:
-    """Encode without loss; all-zero tensors take no payload."""
-    mode = Mode.RAW if tensor.numel() and bool((tensor != 0).any()) else Mode.ZERO
-    # -0.0 compares equal to zero; its sign is the one bit that ZERO drops.
-    payload = to_bytes(tensor) if mode is Mode.RAW else b""
-    return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), mode, 0, payload)
+    """Encode without loss; tensors whose bytes are all zero take no payload."""
+    payload = to_bytes(tensor)
+    zero = payload.count(0) == len(payload)
+    return Entry(
+        name,
+        DTYPES[tensor.dtype],
+        tuple(tensor.shape),
+        Mode.ZERO if zero else Mode.RAW,
+        0,
+        b"" if zero else payload,
+    )
 
 
 def factors_entry(name: str, dtype: str, shape: tuple[int, ...], svd: TruncatedSVD) -> Entry:
@@ -212,9 +220,9 @@ def _dense_rows(shape: tuple[int, ...]) -> int:
     if len(shape) < 2:
         return 1
     rows = shape[0]
-    return next(
-        r for r in range(rows, 0, -1) if rows % r == 0 and (count // r >= MIN_ROW or r == 1)
-    )
+    merged = -(-MIN_ROW * rows // count)
+    # A few steps suffice unless the number of rows is nearly prime.
+    return next((rows // m for m in range(merged, 8 * merged + 1) if rows % m == 0), 1)
 
 
 def representable(exact: Tensor) -> bool:
@@ -239,6 +247,8 @@ def encode_lossy(
         svd: leading factors of the tensor as a matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
+    if len(template.payload) <= WORTH_BYTES:
+        return template
     total = float(exact.double().square().sum())
     allowed = (1.0 - energy) * (1.0 if is_matrix(template.shape) else VECTOR_SHARE)
     target = allowed * total

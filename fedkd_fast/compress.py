@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,23 +14,12 @@ from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.reference import TruncatedSVD
+from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of, tied_names
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
 CODECS = ("wf0", "factors-fp32", "raw")
 BACKENDS = ("native", "reference")
 _FEEDBACK_PREFIX = "feedback."
-
-
-class Shaped(Protocol):
-    """Anything with a shape and a dtype: tensors, arrays, meta tensors."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Extents."""
-
-    @property
-    def dtype(self) -> Any:
-        """A torch or numpy dtype."""
 
 
 def _backend(name: str) -> ModuleType:
@@ -54,88 +40,6 @@ def _check_energy(energy: float) -> float:
     return float(energy)
 
 
-def _as_tensor(name: str, value: object, argument: str) -> Tensor:
-    """Turn one value of a mapping into a strided CPU tensor of a dtype that the wire carries."""
-    label = f"{argument}[{name!r}]"
-    if isinstance(value, (np.ndarray, np.generic)):
-        try:
-            # A copy, because torch refuses read-only arrays and negative strides.
-            value = torch.from_numpy(np.array(value, order="C"))
-        except TypeError as error:
-            raise TypeError(
-                f"{label} has dtype {value.dtype}, which torch does not know"
-            ) from error
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{label} must be a torch.Tensor or numpy.ndarray, got {type(value).__name__}"
-        )
-    if type(value).__name__ == "DTensor":
-        raise TypeError(f"{label} is a DTensor: pass value.full_tensor() or the local shard")
-    if value.layout != torch.strided:
-        raise TypeError(f"{label} has layout {value.layout}: pass value.to_dense()")
-    if value.device.type == "meta":
-        raise TypeError(f"{label} is on the meta device and has no data")
-    if value.is_quantized or value.dtype not in DTYPES:
-        known = ", ".join(DTYPES.values())
-        raise TypeError(f"{label} has dtype {value.dtype}; the wire carries {known}: cast it first")
-    tensor = value.detach().cpu()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{label} holds NaN or Inf: nothing was encoded")
-    return tensor
-
-
-def _as_tensors(values: Mapping[str, object], argument: str) -> dict[str, Tensor]:
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"{argument} must be a mapping of names to tensors, got {type(values).__name__}"
-        )
-    for name in values:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{argument} must have non-empty str names, got {name!r}")
-    return {name: _as_tensor(name, value, argument) for name, value in values.items()}
-
-
-def check_same_tensors(
-    tensors: Mapping[str, Tensor], other: Mapping[str, Shaped], what: str
-) -> None:
-    """Refuse a base or schema whose names, shapes or dtypes differ; name the first difference."""
-    missing, extra = sorted(set(other) - set(tensors)), sorted(set(tensors) - set(other))
-    if missing or extra:
-        raise ValueError(f"{what} does not match: missing {missing[:3]}, unexpected {extra[:3]}")
-    for name, tensor in tensors.items():
-        shape, dtype = tuple(other[name].shape), str(other[name].dtype).removeprefix("torch.")
-        if shape != tuple(tensor.shape) or dtype != DTYPES[tensor.dtype]:
-            raise ValueError(
-                f"{what} does not match: {name!r} is {tuple(tensor.shape)} "
-                f"{DTYPES[tensor.dtype]}, {what} has {shape} {dtype}"
-            )
-
-
-def digest_of(base: Mapping[str, object]) -> bytes:
-    """Return the 16 bytes that identify a base: BLAKE2b over names, dtypes, shapes and elements."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(_as_tensors(base, "base").items()):
-        digest.update(f"{name}\0{DTYPES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(_codec.to_bytes(tensor))
-    return digest.digest()
-
-
-def _storage_key(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map every tied tensor to the first name of the same memory."""
-    first: dict[tuple[object, ...], str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            owner = first.setdefault(_storage_key(tensor), name)
-            if owner != name:
-                tied[name] = owner
-    return tied
-
-
 def _difference(value: Tensor, base: Tensor) -> Tensor:
     # Integers and booleans travel whole: a rounded difference of counters helps nobody.
     return value - base if value.is_floating_point() else value
@@ -150,15 +54,16 @@ class Compressor:
     encoded bytes, rows are quantised directly, or the tensor travels raw. Vectors keep a 16 times
     smaller error. ``factors-fp32`` is the paper's payload, ``U·diag(σ)·Vᵀ`` in float32 with the
     smallest rank K whose energy exceeds the threshold (Nature Communications 13:2032, eq (8)), or
-    raw bytes where that is smaller. ``raw`` loses nothing. With ``energy=1`` every codec sends raw
-    bytes.
+    raw bytes where that is smaller. ``raw`` loses nothing; nor does any codec with ``energy=1``.
+    With a base it is ``update - base`` that is encoded, after one rounding to the tensor's dtype.
 
     Args:
         energy: share of the squared norm to keep, in (0, 1]; larger means more bytes.
         codec: "wf0", "factors-fp32" or "raw".
         feedback: add to each update what the messages before left out (`ErrorFeedback`).
         stateless: promise that nothing is kept between calls; excludes `feedback`.
-        backend: "native", or "reference" where the ops library is not built; same bytes, slowly.
+        backend: "native", or "reference" where the ops library is not built: the same promise, and
+            decoding to the same bits, slowly.
 
     Raises:
         ValueError: an argument out of its range, or `feedback` together with `stateless`.
@@ -199,7 +104,7 @@ class Compressor:
                 carries the base's digest, so that it only decodes against the same base.
             energy: overrides the instance's energy for this call.
             base_digest: instead of a base, for updates that are differences already: the digest of
-                what they are differences to (`digest_of`).
+                what they are differences to (`tensors.digest_of`).
 
         Returns:
             The frame; its length is the cost. Same input and state give the same bytes.
@@ -210,21 +115,21 @@ class Compressor:
                 match. State is unchanged then.
         """
         kept = self.energy if energy is None else _check_energy(energy)
-        tensors = _as_tensors(update, "update")
-        tied = _aliases(tensors)
+        tensors = as_tensors(update, "update")
+        tied = tied_names(update)
         digest = base_digest
         if base is not None:
             if base_digest is not None:
                 raise ValueError("give base or base_digest, not both")
-            bases = _as_tensors(base, "base")
+            bases = as_tensors(base, "base")
             check_same_tensors(tensors, bases, "base")
-            base_ties = _aliases(bases)
+            base_ties = tied_names(base)
             tied = {name: owner for name, owner in tied.items() if base_ties.get(name) == owner}
             tensors = {name: _difference(value, bases[name]) for name, value in tensors.items()}
-            for name, value in tensors.items():
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                    raise ValueError(f"update[{name!r}] - base[{name!r}] overflows {value.dtype}")
             digest = digest_of(bases)
+        if self._feedback:
+            # A tensor with a residual of its own is not what it is tied to.
+            tied = {name: owner for name, owner in tied.items() if name not in self._feedback}
 
         exact: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -232,6 +137,12 @@ class Compressor:
                 wide = tensor if tensor.dtype == torch.float64 else tensor.float()
                 exact[name] = self._feedback.add(name, wide) if self._feedback else wide
                 tensors[name] = exact[name].to(tensor.dtype)
+                # Finite inputs: what is not finite now, a difference or a residual made so.
+                if not bool(torch.isfinite(tensors[name]).all()):
+                    raise ValueError(
+                        f"update[{name!r}], less its base and with its residual, overflows "
+                        f"{DTYPES[tensor.dtype]}"
+                    )
         entries = self._encode(tensors, exact, tied, kept)
         frame = wire.encode(entries, base_digest=digest)
         if self._feedback:
@@ -322,20 +233,34 @@ class Compressor:
 
 def decode_frame(
     frame: bytes | bytearray | memoryview,
+    schema: Mapping[str, Shaped] | None = None,
     *,
+    schema_name: str = "schema",
     max_bytes: int = DEFAULT_MAX_BYTES,
     backend: str = "native",
 ) -> tuple[dict[str, Tensor], bytes | None]:
-    """Decode a frame without applying it to a base; also return the base's digest, if any."""
+    """Decode a frame without applying it to a base; also return the base's digest, if any.
+
+    The schema is compared before anything is decoded, so that a frame costs no more than what the
+    receiver expects. `schema_name` is what messages call it.
+    """
     module = _backend(backend)
     parsed = wire.decode(frame, max_bytes=max_bytes)
+    if schema is not None:
+        check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
     tensors: dict[str, Tensor] = {}
     names = [entry.name for entry in parsed.entries]
     for entry in parsed.entries:
         if entry.mode is Mode.ALIAS:
             tensors[entry.name] = tensors[names[entry.rank]]
             continue
-        tensor = _codec.decode_entry(entry, module)
+        try:
+            tensor = _codec.decode_entry(entry, module)
+        except RuntimeError as error:
+            # torch has no error of its own for this.
+            if "allocate" not in str(error):
+                raise
+            raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
         # No honest sender sends these, and one of them would poison a mean.
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
@@ -358,7 +283,8 @@ def decompress(
         schema: expected tensors; names, shapes and dtypes must be equal. Anything with `.shape` and
             `.dtype` serves as a value, for instance the model's own state dict.
         base: the tensors that the frame is a difference to; the result is then base + difference.
-        max_bytes: refuse frames that would decode to more.
+        max_bytes: refuse frames that would decode to more; decoding may take some four times that
+            for a moment, where tensors have 16 bits.
         backend: as in `Compressor`.
 
     Returns:
@@ -368,24 +294,36 @@ def decompress(
         WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
         ValueError: a schema or base that does not match, or a missing or unneeded base.
     """
-    tensors, digest = decode_frame(frame, max_bytes=max_bytes, backend=backend)
-    if schema is not None:
-        check_same_tensors(tensors, schema, "schema")
+    if schema is None and base is not None:
+        schema, name = as_tensors(base, "base"), "base"
+    else:
+        name = "schema"
+    tensors, digest = decode_frame(
+        frame, schema, schema_name=name, max_bytes=max_bytes, backend=backend
+    )
     if digest is None:
         if base is not None:
             raise ValueError("base was given, but the frame is not a difference: decode it without")
         return tensors
     if base is None:
         raise ValueError(f"frame is a difference to base {digest.hex()}: pass base=")
-    bases = _as_tensors(base, "base")
+    bases = as_tensors(base, "base")
     check_same_tensors(tensors, bases, "base")
-    if digest_of(bases) != digest:
+    own = digest_of(bases)
+    if own != digest:
         raise ValueError(
             f"base does not match: the frame was made against {digest.hex()}, "
-            f"this base is {digest_of(bases).hex()}"
+            f"this base is {own.hex()}"
         )
-    applied: dict[int, Tensor] = {}
+    # Tied differences give tied results only where the base is tied as well.
+    base_ties = tied_names(base)
+    applied: dict[tuple[int, str], Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if value.is_floating_point() and id(value) not in applied:
-            applied[id(value)] = bases[name] + value
-    return {name: applied.get(id(value), value) for name, value in tensors.items()}
+        key = id(value), base_ties.get(name, name)
+        if key not in applied:
+            applied[key] = bases[name] + value if value.is_floating_point() else value
+            if value.is_floating_point() and not bool(torch.isfinite(applied[key]).all()):
+                raise ValueError(f"base[{name!r}] + difference overflows {DTYPES[value.dtype]}")
+        result[name] = applied[key]
+    return result

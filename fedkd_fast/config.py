@@ -26,6 +26,7 @@ class TrainConfig:
     feedback: bool = False  # True: what a message leaves out travels with the next
     lr_mentor: float = 1e-3  # larger learns faster, until it diverges
     lr_mentee: float = 1e-3  # likewise
+    lr_end: float = 1.0  # share of the learning rates left in the last round; smaller ends calmer
     weight_decay: float = 0.01  # larger holds matrices closer to zero
     batch_size: int = 32  # larger: fewer, smoother steps an epoch
     hidden: bool = True  # distil hidden states, where the models have them
@@ -58,6 +59,9 @@ class TrainConfig:
             rate = _number(name, getattr(self, name))
             if not (math.isfinite(rate) and rate > 0.0):
                 raise ValueError(f"{name} must be positive and finite, got {rate}")
+        share = _number("lr_end", self.lr_end)
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"lr_end must lie in (0, 1], got {share}")
         decay = _number("weight_decay", self.weight_decay)
         if not (math.isfinite(decay) and decay >= 0.0):
             raise ValueError(f"weight_decay must be finite and at least 0, got {decay}")
@@ -68,11 +72,16 @@ class TrainConfig:
         ``T(t) = T_start + (T_end - T_start)·t``, t = share of the rounds that lie behind, so
         that the first round has T_start and the last T_end.
         """
-        if self.rounds == 1:
-            return self.energy_start
-        progress = (round_number - 1) / (self.rounds - 1)
+        return self._between(self.energy_start, self.energy_end, round_number)
+
+    def lr_share(self, round_number: int) -> float:
+        """Return the share of the learning rates that a round uses, linear from 1 to `lr_end`."""
+        return self._between(1.0, self.lr_end, round_number)
+
+    def _between(self, first: float, last: float, round_number: int) -> float:
+        progress = (round_number - 1) / (self.rounds - 1) if self.rounds > 1 else 0.0
         # Exact at both ends, whatever the rounding in between.
-        return self.energy_start * (1.0 - progress) + self.energy_end * progress
+        return first * (1.0 - progress) + last * progress
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

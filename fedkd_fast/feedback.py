@@ -19,6 +19,10 @@ class ErrorFeedback:
     def __init__(self) -> None:
         self._residuals: dict[str, Tensor] = {}
 
+    def __contains__(self, name: str) -> bool:
+        """Tell whether something was left out of this tensor before."""
+        return name in self._residuals
+
     def add(self, name: str, update: Tensor) -> Tensor:
         """Return ``update + residual``; a residual of another shape is stale and an error.
 
@@ -48,8 +52,11 @@ class ErrorFeedback:
 
         Raises:
             TypeError: a value is not a floating tensor.
+            ValueError: a value holds NaN or Inf.
         """
         for name, residual in state.items():
             if not isinstance(residual, torch.Tensor) or not residual.is_floating_point():
                 raise TypeError(f"residual {name!r} must be a floating tensor, got {residual!r}")
+            if not bool(torch.isfinite(residual).all()):
+                raise ValueError(f"residual {name!r} holds NaN or Inf")
         self._residuals = {name: residual.detach().clone() for name, residual in state.items()}

@@ -99,17 +99,18 @@ class MutualDistillationLoss(nn.Module):
         self,
         config: DistillationConfig | None = None,
         *,
-        mentor_hidden: int,
-        mentee_hidden: int,
-        layer_pairs: Sequence[tuple[int, int]],
+        mentor_hidden: int = 1,
+        mentee_hidden: int = 1,
+        layer_pairs: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Build the projections: identity where the widths are equal, else Xavier-uniform.
 
         Args:
             config: which parts of equation (5) to use; None means all of them.
-            mentor_hidden: width H of the mentor's hidden states.
-            mentee_hidden: width H of the mentee's hidden states.
-            layer_pairs: (mentor index, mentee index) pairs as `map_layers` makes them.
+            mentor_hidden: width H of the mentor's hidden states, where the config asks for them.
+            mentee_hidden: width H of the mentee's hidden states, likewise.
+            layer_pairs: (mentor index, mentee index) pairs as `map_layers` makes them; may be empty
+                when the config asks for logits alone.
 
         Raises:
             ValueError: a width below 1, a negative index, or no pair although the config asks for

@@ -50,7 +50,7 @@ def truncated_svd(
     with ``K = min(rank, P, Q)``. ``energy=1`` truncates nothing. A zero matrix has rank 0.
 
     Args:
-        matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides.
+        matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides; on the CPU.
         energy: wanted share of the squared singular values, in (0, 1].
         rank: wanted rank instead, >= 0. Exactly one of `energy` and `rank` is given.
 
@@ -59,8 +59,9 @@ def truncated_svd(
         entry of each left vector with the largest magnitude is positive.
 
     Raises:
-        ValueError: both or none of `energy` and `rank`, or one out of range.
-        RuntimeError: fewer than 2 dimensions, another dtype, or NaN or Inf in a matrix.
+        ValueError: both or none of `energy` and `rank`, one out of range, fewer than 2 dimensions,
+            or a matrix on another device: this op has a CPU kernel only.
+        RuntimeError: another dtype, or NaN or Inf in a matrix.
 
     Deterministic for one machine and thread count. Energies are computed in float64. Not
     differentiable. Cost: one Gram matrix and one symmetric eigenproblem of side min(P, Q).
@@ -73,6 +74,8 @@ def truncated_svd(
         raise ValueError(f"rank must be >= 0, got {rank}")
     if matrix.dim() < 2:
         raise ValueError(f"matrix must have 2 or more dimensions, got shape {tuple(matrix.shape)}")
+    if matrix.device.type not in ("cpu", "meta"):
+        raise ValueError(f"matrix must be on the CPU, got {matrix.device}")
     source = matrix.detach()
     if source.dtype in (torch.bfloat16, torch.float16):
         source = source.float()

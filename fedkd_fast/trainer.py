@@ -135,7 +135,7 @@ class _Loop:
         for client in self.clients:
             row = ClientRow(client.index)
             with row.timed():
-                row.losses = client.train(number)
+                row.losses = client.train(number, config.lr_share(number))
             if self.server is not None:
                 with row.timed(codec=True):
                     row.frame = client.upload(energy)
@@ -226,19 +226,23 @@ class _Loop:
         mentor = learner.mentor or self.task.build_mentor()
         mentee = learner.mentee or self.task.build_mentee()
         shared = trainable_parameters(learner.shared) if learner.shared is not None else {}
-        # Of updates, not of initial weights: biases that start at zero would cost nothing.
-        whole = {name: torch.ones_like(p) for name, p in trainable_parameters(mentor).items()}
-        self.fedavg_frame = len(Compressor(codec="raw").compress(whole))
         return {
             "parameters_mentor": parameter_count(mentor),
             "parameters_mentee": parameter_count(mentee),
             "parameters_shared": sum(value.numel() for value in shared.values()),
         }
 
+    def _mentor_frame(self) -> int:
+        """Return the bytes of a lossless frame of a mentor's update, what fedavg sends each way."""
+        mentor = self.clients[0].learner.mentor or self.task.build_mentor()
+        # Not of the weights themselves: biases that start at zero would cost nothing.
+        update = {name: torch.ones_like(p) for name, p in trainable_parameters(mentor).items()}
+        return len(Compressor(codec="raw").compress(update))
+
     def _summary(self, scores: _Scores, sizes: Mapping[str, int], seconds: float) -> dict[str, Any]:
         config, count = self.config, len(self.clients)
         up, down = self.bytes_up / count, self.bytes_down / count
-        fedavg = 2 * config.rounds * self.fedavg_frame
+        fedavg = 2 * config.rounds * self._mentor_frame()
         names = (
             "method",
             "task",

@@ -70,6 +70,34 @@ def test_lossy_frames_average_to_the_mean_of_their_decodings() -> None:
     assert float((mean - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
 
 
+def test_one_frame_cannot_tie_what_the_others_send() -> None:
+    values = {"a": torch.ones(4), "b": torch.full((4,), 3.0)}
+    tied = {"a": values["a"], "b": values["a"]}
+    frames = [RAW.compress(tied), *(RAW.compress(values) for _ in range(3))]
+    for order in (frames, frames[::-1]):
+        mean = aggregate(order)
+        assert mean["a"].tolist() == [1.0] * 4 and mean["b"].tolist() == [2.5] * 4
+
+
+@pytest.mark.parametrize("count", range(2, 31, 2))
+def test_half_of_the_booleans_is_true(count: int) -> None:
+    frames = [RAW.compress({"f": torch.tensor([index % 2 == 0])}) for index in range(count)]
+    assert bool(aggregate(frames)["f"])
+    assert not bool(aggregate([*frames, frames[1]])["f"])
+
+
+def test_integers_are_exact_or_refused() -> None:
+    value = torch.tensor([2**53, -(2**53), 7])
+    assert torch.equal(aggregate([RAW.compress({"n": value})] * 3)["n"], value)
+    with pytest.raises(ValueError, match="frame 0: 'n' holds integers beyond 2\\^53"):
+        aggregate([RAW.compress({"n": torch.tensor([2**53 + 1])})])
+
+
+def test_huge_weights() -> None:
+    frames = [RAW.compress({"w": torch.tensor([value])}) for value in (1.0, 3.0)]
+    assert aggregate(frames, weights=[1e308, 1e308])["w"].item() == 2.0
+
+
 def test_refusals() -> None:
     frames = [RAW.compress(part) for part in updates(2)]
     with pytest.raises(ValueError, match="at least one frame"):

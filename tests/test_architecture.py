@@ -15,7 +15,7 @@ PACKAGE = Path(fedkd_fast.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = {
     0: {"ops", "reference", "wire", "_C", "_files", "_seeds"},
-    1: {"rate", "codec", "compress", "feedback", "aggregation"},
+    1: {"rate", "codec", "tensors", "compress", "feedback", "aggregation"},
     2: {"losses", "models"},
     3: {"methods", "tasks", "client", "server"},
     4: {"trainer", "runs", "config", "records"},
@@ -23,7 +23,9 @@ FLOORS = {
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
-NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
+NATIVE = sorted(
+    p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".inc", ".cpp", ".cu", ".cuh"}
+)
 OPS_LIBRARY = PACKAGE / "libfedkd_fast_ops.so"
 
 

@@ -15,6 +15,7 @@ import fedkd_fast
 from fedkd_fast import Compressor, WireError, decompress, inspect
 from fedkd_fast.codec import DTYPES, VECTOR_SHARE
 from fedkd_fast.compress import CODECS
+from fedkd_fast.tensors import digest_of
 from fedkd_fast.wire import Mode
 
 LOSSY = ("wf0", "factors-fp32")
@@ -156,6 +157,34 @@ def test_tied_tensors_are_sent_once() -> None:
     assert infos[1].mode is not Mode.ALIAS
 
 
+def test_tied_arrays_and_marked_views() -> None:
+    array = powerlaw(60, 40).numpy()
+    modes = [info.mode for info in inspect(Compressor().compress({"a": array, "b": array}))]
+    assert modes[1] is Mode.ALIAS
+    ones = torch.ones(30)
+    decoded = decompress(Compressor(codec="raw").compress({"a": ones, "b": torch._neg_view(ones)}))
+    assert torch.equal(decoded["b"], -ones)
+
+
+def test_negative_zeros_survive() -> None:
+    zeros = torch.full((40, 40), -0.0)
+    decoded = decompress(Compressor(0.9).compress({"z": zeros}))["z"]
+    assert bool(torch.signbit(decoded).all())
+
+
+def test_big_endian_arrays() -> None:
+    array = np.arange(6, dtype=">f4")
+    assert decompress(Compressor(codec="raw").compress({"w": array}))["w"].tolist() == list(
+        range(6)
+    )
+
+
+def test_thousands_of_tiny_tensors_travel_raw() -> None:
+    update = {f"layer.{index}.bias": torch.randn(3) for index in range(3000)}
+    infos = inspect(Compressor(0.9).compress(update))
+    assert {info.mode for info in infos} == {Mode.RAW}
+
+
 def test_numpy_in_strides_and_read_only() -> None:
     array = powerlaw(30, 20).numpy().T[::-1]
     array.setflags(write=False)
@@ -236,6 +265,37 @@ def test_base_and_schema_must_match(change, message: str) -> None:  # type: igno
     assert decompress(Compressor().compress(update), schema=update)
 
 
+def test_ties_of_differences_follow_the_base() -> None:
+    difference = torch.full((4,), 0.5)
+    base = {"a": torch.zeros(4), "b": torch.full((4,), 100.0)}
+    frame = Compressor(codec="raw").compress(
+        {"a": difference, "b": difference}, base_digest=digest_of(base)
+    )
+    decoded = decompress(frame, base=base)
+    assert decoded["a"].tolist() == [0.5] * 4 and decoded["b"].tolist() == [100.5] * 4
+
+
+def test_base_plus_difference_may_not_overflow() -> None:
+    base = {"w": torch.full((2, 300), 65000.0).half()}
+    frame = Compressor(codec="raw").compress(
+        {"w": torch.full((2, 300), 1000.0).half()}, base_digest=digest_of(base)
+    )
+    with pytest.raises(ValueError, match="base\\['w'\\] \\+ difference overflows float16"):
+        decompress(frame, base=base)
+    with pytest.raises(ValueError, match="overflows float16"):
+        Compressor().compress(base, {"w": -base["w"]})
+
+
+def test_schema_is_checked_before_anything_is_decoded() -> None:
+    # 2^31 zeros in 80 bytes: decoding them would take 8 GiB.
+    entry = fedkd_fast.wire.Entry("w", "float32", (2**15, 2**15), Mode.ZERO)
+    frame = fedkd_fast.wire.encode([entry])
+    with pytest.raises(ValueError, match="schema does not match"):
+        decompress(frame, schema={"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="base does not match"):
+        decompress(frame, base={"w": torch.zeros(2)})
+
+
 # ---- error feedback ------------------------------------------------------------------------------
 
 
@@ -243,7 +303,7 @@ def test_feedback_residual_is_exactly_what_was_left_out() -> None:
     compressor = Compressor(0.8, feedback=True)
     residual = {name: torch.zeros_like(value) for name, value in model().items()}
     for seed in range(3):
-        update = {"w": powerlaw(40, 30, seed=seed), "b": torch.randn(30)}
+        update = {"w": powerlaw(40, 30, seed=seed), "b": powerlaw(30, 1, seed=seed)[:, 0]}
         decoded = decompress(compressor.compress(update))
         for name, value in update.items():
             sent = value + residual.get(name, torch.zeros_like(value))
@@ -288,6 +348,27 @@ def test_a_refused_update_leaves_the_state_alone() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_feedback_never_sends_what_cannot_be_decoded() -> None:
+    compressor = Compressor(0.5, feedback=True)
+    state = {"feedback.w": torch.full((300,), 3e38)}
+    compressor.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"update\['w'\].*overflows float32"):
+        compressor.compress({"w": torch.full((300,), 2e38)})
+    assert torch.equal(compressor.state_dict()["feedback.w"], state["feedback.w"])
+    with pytest.raises(ValueError, match="residual 'w' holds NaN or Inf"):
+        compressor.load_state_dict({"feedback.w": torch.tensor([torch.nan])})
+
+
+def test_a_tensor_with_a_residual_is_not_tied() -> None:
+    compressor = Compressor(0.5, feedback=True)
+    compressor.compress({"a": powerlaw(20, 30), "b": powerlaw(20, 30, seed=1)})
+    residual = compressor.state_dict()["feedback.b"]
+    both = powerlaw(20, 30, seed=2)
+    decoded = decompress(compressor.compress({"a": both, "b": both}))
+    kept = compressor.state_dict()["feedback.b"]
+    assert torch.equal(kept, both + residual - decoded["b"])
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -299,6 +380,8 @@ def test_a_refused_update_leaves_the_state_alone() -> None:
         (torch.eye(3).to_sparse(), TypeError, "layout torch.sparse_coo"),
         (torch.empty(3, device="meta"), TypeError, "meta device"),
         (np.array(["a"]), TypeError, "torch does not know"),
+        (np.ma.masked_array([1.0], [True]), TypeError, "masked array"),
+        (torch.nested.nested_tensor([torch.ones(2)]), TypeError, "nested tensor"),
         ([1.0, 2.0], TypeError, "must be a torch.Tensor or numpy.ndarray, got list"),
         (torch.tensor([1.0, torch.nan]), ValueError, "holds NaN or Inf"),
         (torch.tensor([1.0, torch.inf]), ValueError, "holds NaN or Inf"),

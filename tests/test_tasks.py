@@ -27,6 +27,8 @@ from fedkd_fast.tasks.text_data import read_splits
 
 # The mentee must not be so small that its savings are trivial.
 SMALLEST_SHARE = 1 / 6
+# Correlation of two augmented copies of an image.
+STILL_ALIKE = 0.5
 WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "very", "day", "film", "book"]
 POSITIVE = set(WORDS[:3])
 
@@ -144,6 +146,18 @@ def test_digits_models(digits: DigitsTask) -> None:
     mentor.train()
     assert 0.0 <= digits.evaluate(mentor) <= 1.0
     assert mentor.training
+
+
+def test_digits_are_augmented_a_little(digits: DigitsTask) -> None:
+    shard = digits.shards(4, 0)[0][:1]
+    (first,), (again,), (other,) = (list(digits.batches(shard, seed)) for seed in (0, 0, 1))
+    images = [batch.inputs["pixel_values"] for batch in (first, again, other)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    # Still the same digit on the same background.
+    assert float(images[0].min()) == pytest.approx(float(images[2].min()))
+    both = torch.stack([image.flatten() for image in (images[0], images[2])])
+    assert float(torch.corrcoef(both)[0, 1]) > STILL_ALIKE
 
 
 @pytest.mark.parametrize(

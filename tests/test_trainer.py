@@ -269,6 +269,14 @@ def test_energy_goes_from_start_to_end() -> None:
     assert TrainConfig(rounds=1, energy_start=0.9).energy(1) == 0.9
 
 
+def test_learning_rates_end_at_their_share() -> None:
+    config = TrainConfig(rounds=3, lr_end=0.2)
+    assert [config.lr_share(number) for number in (1, 2, 3)] == [1.0, 0.6, 0.2]
+    ends = [train(TinyTask(), "fedkd", lr_end=share) for share in (1.0, 0.1)]
+    pairs = zip(ends[0].mentors[0].parameters(), ends[1].mentors[0].parameters(), strict=True)
+    assert all(not torch.equal(one, two) for one, two in pairs)
+
+
 def test_progress_is_told_every_round() -> None:
     seen: list[RoundRecord] = []
     run = train(TinyTask(), "fedkd", rounds=3, eval_every=2, progress=seen.append)
@@ -301,6 +309,7 @@ def test_given_fields_win_over_those_of_the_task() -> None:
         ({"energy_end": math.nan}, r"energy_end must lie in \(0, 1\], got nan"),
         ({"lr_mentor": 0.0}, "lr_mentor must be positive and finite, got 0.0"),
         ({"lr_mentee": math.inf}, "lr_mentee must be positive and finite, got inf"),
+        ({"lr_end": 0.0}, r"lr_end must lie in \(0, 1\], got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
         ({"codec": "zip"}, "codec must be one of wf0, factors-fp32, raw, got 'zip'"),
         ({"method": "fedsgd"}, "method must be one of fedkd, .*, got 'fedsgd'"),

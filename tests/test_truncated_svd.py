@@ -132,6 +132,12 @@ def test_scale_does_not_matter(scale: float) -> None:
     assert int(plain.rank) == int(scaled.rank)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_energy_is_a_share_at_any_scale(scale: float) -> None:
+    svd = ops.truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) * scale, rank=1)
+    assert float(svd.energy) == pytest.approx(9 / 14)
+
+
 def test_zero_and_empty_matrices() -> None:
     zero = ops.truncated_svd(torch.zeros(2, 5, 7), energy=0.9)
     assert zero.rank.tolist() == [0, 0] and zero.U.shape == (2, 5, 0)

@@ -44,6 +44,7 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
         ("--batch-size", int, "N", "samples a step"),
         ("--lr-mentor", float, "RATE", "learning rate of the mentors"),
         ("--lr-mentee", float, "RATE", "learning rate of the mentee"),
+        ("--lr-end", float, "SHARE", "share of the learning rates left in the last round"),
         ("--weight-decay", float, "RATE", "pull of matrices towards zero"),
         ("--seed", int, "N", "of everything random; equal seeds give equal runs"),
         ("--threads", int, "N", "of torch's operators; 0: torch's own choice"),

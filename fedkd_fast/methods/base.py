@@ -50,8 +50,8 @@ class Learner(Protocol):
     def shared(self) -> nn.Module | None:
         """The model whose trainable parameters are exchanged, if any is."""
 
-    def train(self, batches: Iterable[Batch]) -> Losses:
-        """Train on all batches in turn."""
+    def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
+        """Train on all batches in turn, with this share of the learning rates."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ def make_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Change the learning rate and keep the state."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class SoloLearner:
     """One model, trained by cross entropy."""
 
@@ -89,8 +95,8 @@ class SoloLearner:
         mentor = role == "mentor"
         self._model = task.build_mentor() if mentor else task.build_mentee()
         self._role, self._shares = role, shares
-        lr = settings.lr_mentor if mentor else settings.lr_mentee
-        self._optimizer = make_optimizer([self._model], lr, settings.weight_decay)
+        self._lr = settings.lr_mentor if mentor else settings.lr_mentee
+        self._optimizer = make_optimizer([self._model], self._lr, settings.weight_decay)
 
     @property
     def mentor(self) -> nn.Module | None:
@@ -107,9 +113,10 @@ class SoloLearner:
         """The model, if it is exchanged."""
         return self._model if self._shares else None
 
-    def train(self, batches: Iterable[Batch]) -> Losses:
-        """Train on all batches in turn."""
+    def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
+        """Train on all batches in turn, with this share of the learning rate."""
         self._model.train()
+        set_lr(self._optimizer, self._lr * lr_share)
         total, samples = torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             logits = run_model(self._model, batch.inputs).logits

@@ -20,7 +20,7 @@ from fedkd_fast.losses import (
     MutualDistillationLoss,
     map_layers,
 )
-from fedkd_fast.methods.base import LocalSettings, Losses, Method, make_optimizer, mean_loss
+from fedkd_fast.methods.base import LocalSettings, Losses, Method, make_optimizer, mean_loss, set_lr
 from fedkd_fast.models import run_model
 from fedkd_fast.tasks import Batch, Task
 
@@ -96,8 +96,9 @@ class MutualLearner:
         self._distilling = _Distilling(loss, optimizer)
         return self._distilling
 
-    def train(self, batches: Iterable[Batch]) -> Losses:
+    def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train both models on all batches in turn, with one backward pass for both."""
+        settings = self._settings
         self._mentor.train()
         self._mentee.train()
         totals, samples = torch.zeros(2, dtype=torch.float64), 0
@@ -108,6 +109,8 @@ class MutualLearner:
             mask = batch.inputs.get("attention_mask")
             losses = distilling.loss(mentor, mentee, batch.labels, mask)
             optimizers = self._mentor_optimizer, distilling.optimizer
+            set_lr(optimizers[0], settings.lr_mentor * lr_share)
+            set_lr(optimizers[1], settings.lr_mentee * lr_share)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             losses.total.backward()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._files import parse_json, read_json_object, read_text
+
 # A megabyte of traffic is 10^6 bytes, the unit in which the FedKD paper counts.
 BYTES_PER_MB = 1_000_000
 

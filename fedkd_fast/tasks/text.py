@@ -55,7 +55,8 @@ class TextTask:
         "local_epochs": 1,
         "batch_size": 16,
         "lr_mentor": 5e-5,
-        "lr_mentee": 5e-5,
+        "lr_mentee": 2e-4,
+        "lr_end": 0.2,
         "weight_decay": 0.01,
     }
 

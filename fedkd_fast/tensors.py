@@ -1,0 +1,135 @@
+"""What callers pass in, checked: mappings of names to tensors or arrays, ties, schemas, digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd_fast.codec import DTYPES, to_bytes
+
+
+class Shaped(Protocol):
+    """Anything with a shape and a dtype: tensors, arrays, meta tensors, wire entries."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Extents."""
+
+    @property
+    def dtype(self) -> Any:
+        """A torch or numpy dtype, or its name."""
+
+
+def _from_numpy(label: str, value: np.ndarray[Any, Any] | np.generic) -> Tensor:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{label} is a masked array: pass value.filled(…)")
+    try:
+        # A copy in native byte order: torch refuses read-only arrays and negative strides.
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise TypeError(f"{label} has dtype {value.dtype}, which torch does not know") from error
+
+
+def _as_tensor(label: str, value: object) -> Tensor:
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = _from_numpy(label, value)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{label} must be a torch.Tensor or numpy.ndarray, got {type(value).__name__}"
+        )
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{label} is a DTensor: pass value.full_tensor() or the local shard")
+    if value.layout != torch.strided:
+        raise TypeError(f"{label} has layout {value.layout}: pass value.to_dense()")
+    if value.is_nested:
+        raise TypeError(f"{label} is a nested tensor: pass its parts under names of their own")
+    if value.device.type == "meta":
+        raise TypeError(f"{label} is on the meta device and has no data")
+    if value.is_quantized or value.dtype not in DTYPES:
+        known = ", ".join(DTYPES.values())
+        raise TypeError(f"{label} has dtype {value.dtype}; the wire carries {known}: cast it first")
+    # Negation can be a mark on a view; elements are read as they are stored.
+    tensor = value.detach().resolve_neg().cpu()
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{label} holds NaN or Inf")
+    return tensor
+
+
+def as_tensors(values: Mapping[str, object], argument: str) -> dict[str, Tensor]:
+    """Turn a mapping into strided CPU tensors of dtypes that the wire carries.
+
+    Raises:
+        TypeError: no mapping, a name that is no non-empty str, or a value that is no dense tensor
+            or array of a known dtype; names the tensor.
+        ValueError: NaN or Inf; names the tensor.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{argument} must be a mapping of names to tensors, got {type(values).__name__}"
+        )
+    for name in values:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{argument} must have non-empty str names, got {name!r}")
+    return {name: _as_tensor(f"{argument}[{name!r}]", value) for name, value in values.items()}
+
+
+def _memory(value: object) -> tuple[object, ...] | None:
+    """Identify the memory that a value shows and how; None for values without elements."""
+    if isinstance(value, np.ndarray) and value.size:
+        pointer = value.__array_interface__["data"][0]
+        return (pointer, value.shape, value.strides, value.dtype)
+    if isinstance(value, Tensor) and value.numel():
+        view = value.shape, value.stride(), value.dtype, value.is_neg()
+        return (value.device, value.data_ptr(), *view)
+    return None
+
+
+def tied_names(values: Mapping[str, object]) -> dict[str, str]:
+    """Map every name whose value shows the same memory as an earlier one to that earlier name."""
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, value in values.items():
+        memory = _memory(value)
+        if memory is not None:
+            owner = first.setdefault(memory, name)
+            if owner != name:
+                tied[name] = owner
+    return tied
+
+
+def check_same_tensors(
+    found: Mapping[str, Shaped], wanted: Mapping[str, Shaped], what: str
+) -> None:
+    """Refuse a base or schema whose names, shapes or dtypes differ.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing or extra:
+        raise ValueError(f"{what} does not match: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, tensor in found.items():
+        ours, theirs = (
+            (tuple(one.shape), str(one.dtype).removeprefix("torch."))
+            for one in (tensor, wanted[name])
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"{what} does not match: {name!r} is {ours[0]} {ours[1]}, "
+                f"{what} has {theirs[0]} {theirs[1]}"
+            )
+
+
+def digest_of(base: Mapping[str, object]) -> bytes:
+    """Return the 16 bytes that identify a base: BLAKE2b over names, dtypes, shapes and elements."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(as_tensors(base, "base").items()):
+        digest.update(f"{name}\0{DTYPES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(to_bytes(tensor))
+    return digest.digest()
