@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of stdout went away (`| head`); what is left in the buffer has no taker.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if verbose > 1:
             logging.getLogger("fedkd_fast").debug("where it came from", exc_info=True)
         print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
@@ -90,6 +90,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         extra = _EXTRAS[error.name]
         return f'{error.name} is not installed: pip install "fedkd-fast[{extra}]"'
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -69,7 +69,7 @@ def parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg}") from error
+        raise ValueError(f"{place}: not JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
         raise ValueError(f"{place}: not JSON: nested too deeply") from error
     except ValueError as error:

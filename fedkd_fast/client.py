@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,11 +49,31 @@ class Client:
         self._base = _copy(learner.shared)
 
     def train(self, round_number: int, lr_share: float = 1.0) -> Losses:
-        """Train for one round on the client's own data, with this share of the learning rates."""
+        """Train for one round on the client's own data, with this share of the learning rates.
+
+        Raises:
+            ValueError: a loss or a parameter became NaN or Inf; names client and round.
+        """
         self._round = round_number
         # Dropout must not depend on who trained before.
         with seeded(derived_seed(self._seed, self.index, round_number)):
-            return self.learner.train(self._batches(), lr_share)
+            losses = self.learner.train(self._batches(), lr_share)
+        for what in self._not_finite(losses):
+            raise ValueError(
+                f"training diverged: {what} of client {self.index} holds NaN or Inf after round "
+                f"{round_number}; a smaller learning rate may help"
+            )
+        return losses
+
+    def _not_finite(self, losses: Losses) -> Iterator[str]:
+        """Name the parameters and losses that are NaN or Inf; a last step may spoil either."""
+        for role, loss in losses._asdict().items():
+            model = getattr(self.learner, role)
+            for name, value in trainable_parameters(model).items() if model is not None else ():
+                if not bool(torch.isfinite(value).all()):
+                    yield f"{name!r} of the {role}"
+            if loss is not None and not math.isfinite(loss):
+                yield f"the loss of the {role}"
 
     def _batches(self) -> Iterator[Batch]:
         for epoch in range(self._local_epochs):
@@ -66,15 +87,9 @@ class Client:
             energy: share of the squared norm of the update to keep.
 
         Raises:
-            ValueError: a parameter is NaN or Inf; names parameter, client and round.
+            ValueError: a parameter is NaN or Inf.
         """
         current = _copy(self.learner.shared)
-        for name, value in current.items():
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"training diverged: {name!r} of client {self.index} holds NaN or Inf after "
-                    f"round {self._round}; a smaller learning rate may help"
-                )
         return self._compressor.compress(current, base=self._base, energy=energy)
 
     def apply(self, broadcast: bytes) -> None:

@@ -10,6 +10,9 @@ from fedkd_fast.compress import CODECS
 from fedkd_fast.methods import get_method
 from fedkd_fast.tasks import TaskOptions
 
+# More threads than any machine has processors are a slip, and torch dies over very many.
+MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -49,6 +52,8 @@ class TrainConfig:
             _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "threads"):
             _check_integer(name, getattr(self, name), 0)
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
         if self.mentee_layers is not None:
             _check_integer("mentee_layers", self.mentee_layers, 1)
         for name in ("energy_start", "energy_end"):

@@ -8,15 +8,16 @@ models of transformers.
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedkd_fast._files import replacing
+from fedkd_fast._files import names_folder, read_json_object, replacing
 from fedkd_fast._seeds import seeded
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# What transformers and safetensors raise over files that are damaged or hold nonsense.
+_LOAD_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    SafetensorError,
+)
 
 
 class PlainOutputs(NamedTuple):
@@ -142,9 +148,9 @@ def build_text_classifier(
         ImportError: transformers is not installed.
         ValueError: the encoder cannot be loaded, or has fewer layers.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    config = _loading(source, lambda: AutoConfig.from_pretrained(source))
+    config = load_config(source)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
@@ -158,14 +164,26 @@ def build_text_classifier(
     with seeded(seed):
         model = _loading(
             source,
-            lambda: AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, attn_implementation="eager"
+            lambda **local: AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, attn_implementation="eager", **local
             ),
         )
     for name, parameter in model.named_parameters():
         if "embeddings" in name:
             parameter.requires_grad_(False)
     return cast(nn.Module, model)
+
+
+def load_config(source: str) -> Any:
+    """Load the configuration of a pretrained encoder.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is none.
+    """
+    from transformers import AutoConfig
+
+    return _loading(source, lambda **local: AutoConfig.from_pretrained(source, **local))
 
 
 def load_tokenizer(source: str) -> Any:
@@ -177,20 +195,55 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _loading(source, lambda: AutoTokenizer.from_pretrained(source))
+    return _loading(source, lambda **local: AutoTokenizer.from_pretrained(source, **local))
 
 
-def _loading(source: str, load: Callable[[], Any]) -> Any:
-    """Load something of transformers in silence, and say what was wanted if that fails."""
-    with _silent_transformers():
+def _loading(source: str, load: Callable[..., Any]) -> Any:
+    """Load something of transformers in silence, and say what was wanted if that fails.
+
+    What this machine has is taken from here: asking the hub first costs half a minute without a
+    network.
+    """
+    wanted = f"mentor must be a folder or name that transformers can load, got {source!r}"
+    if names_folder(source) and not Path(source).is_dir():
+        raise ValueError(f"{wanted}: no such folder")
+    with silent_hub(), _silent_transformers(), _refusing(wanted):
         try:
+            return load(local_files_only=True)
+        except (OSError, ValueError):
+            if Path(source).is_dir():
+                raise
             return load()
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"mentor must be a folder or name that transformers can load, got {source!r}: "
-                f"{reason[0] if reason else type(error).__name__}"
-            ) from error
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over files that it cannot use into a ValueError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (*_LOAD_ERRORS, StrictDataclassError) as error:
+        raise ValueError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a message, or two where the first only announces the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count]) or type(error).__name__
+
+
+@contextlib.contextmanager
+def silent_hub() -> Iterator[None]:
+    """Keep the notices of huggingface_hub about each retry away; the error at the end suffices."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -224,7 +277,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     # Tied tensors share their memory, which the format cannot say.
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as part:
-        save_file(state, part)
+        save_file(state, part, metadata={"format": "pt"})
 
 
 def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
@@ -235,22 +288,46 @@ def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
         build: makes a model of the right shape, for models that are not of transformers.
 
     Raises:
-        ValueError: the folder holds no such model.
+        ValueError: the folder holds no such model, or its weights are not those of the model.
         ImportError: the model is one of transformers, which is not installed.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS_FILE}")
     if (folder / CONFIG_FILE).is_file():
-        import transformers
-
-        described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        names = described.get("architectures") or ["none"]
-        model_class = getattr(transformers, names[0], None)
-        if model_class is None:
-            raise ValueError(f"{folder / CONFIG_FILE} names no model of transformers: {names[0]}")
-        with _silent_transformers():
-            model = model_class.from_pretrained(folder, attn_implementation="eager")
-    else:
-        model = build()
+        return _load_pretrained(folder)
+    model = build()
+    if is_pretrained_model(model):
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}")
+    try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except _LOAD_ERRORS as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be loaded: {_reason(error)}") from error
+    return model.eval()
+
+
+def _load_pretrained(folder: Path) -> nn.Module:
+    import transformers
+
+    names = read_json_object(folder / CONFIG_FILE).get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"{folder / CONFIG_FILE} names no model of transformers, got {name!r}")
+    model_class: Any = found
+    with _silent_transformers(), _refusing(f"{folder} cannot be loaded"):
+        model, loading = model_class.from_pretrained(
+            folder,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    # transformers gives random values to weights that it misses or cannot fit, and goes on.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            what = problem.replace("_keys", " weights")
+            example = min(map(str, loading[problem]))
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {len(loading[problem])} "
+                f"{what}, for instance {example}"
+            )
     return cast(nn.Module, model.eval())

@@ -1,15 +1,18 @@
 """Run folders: written while training, read again to evaluate and predict.
 
-``config.json`` is written first, ``metrics.jsonl`` grows line by line, models follow the last
-round, and ``summary.json`` comes last: a folder without it is of a run that did not finish.
+While training, the run lies in a hidden temporary folder beside its place: ``metrics.jsonl`` grows
+there line by line. Its place is taken when all is written, so a folder of that name is of a
+finished run, and an older run that it replaces is whole until then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +20,22 @@ from typing import Any
 
 from torch import nn
 
-from fedkd_fast._files import replacing
+from fedkd_fast._files import read_json_object
 from fedkd_fast.config import TrainConfig, task_options
 from fedkd_fast.models import load_model, save_model
 from fedkd_fast.tasks import TASKS, PredictingTask, Task, build_task
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 MENTEE, MENTORS = "mentee", "mentors"
-_REPORT = "report.html"
+# All that may lie in a run folder. What makes a run a finished one leaves first and comes last.
+_CONTENT = (SUMMARY, METRICS, CONFIG, "report.html", MENTEE, MENTORS)
 
 
 class RunWriter:
     """Writes one run folder.
 
     Args:
-        folder: where to; it is not touched before `start`.
+        folder: where to; it is not touched before `finish`.
         overwrite: replace a run folder that exists.
 
     Raises:
@@ -40,7 +44,7 @@ class RunWriter:
     """
 
     def __init__(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder, self._overwrite = Path(folder), overwrite
         if self.folder.exists():
             if not overwrite:
                 raise ValueError(f"out must not exist without overwrite, got {self.folder}")
@@ -54,23 +58,34 @@ class RunWriter:
             raise NotADirectoryError(f"out cannot be made: {existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PermissionError(f"out cannot be written: no permission for {existing}")
+        # On the file system of the place, so that a rename suffices.
+        self._parent = existing
+        self._temporary: Path | None = None
+
+    @property
+    def _part(self) -> Path:
+        """The run until it is finished."""
+        assert self._temporary is not None, "start comes first"
+        return self._temporary / "run"
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, without what an older run left there, and write the configuration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The summary goes first: from here on the old run is not finished any more.
-        for name in (SUMMARY, METRICS, CONFIG, _REPORT):
-            (self.folder / name).unlink(missing_ok=True)
-        for name in (MENTEE, MENTORS):
-            if (self.folder / name).exists():
-                shutil.rmtree(self.folder / name)
-        _write_json(self.folder / CONFIG, config)
-        (self.folder / METRICS).touch()
+        """Make the temporary folder and write the configuration, its paths as absolute ones."""
+        prefix = f".{self.folder.name}.partial-"
+        self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self._parent))
+        self._part.mkdir()
+        paths = {name: config.get(name) for name in ("data", "mentor")}
+        absolute = {
+            name: os.path.abspath(path)
+            for name, path in paths.items()
+            if path is not None and os.path.exists(path)
+        }
+        _write_json(self._part / CONFIG, {**config, **absolute})
+        (self._part / METRICS).touch()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics; it is on its way to the disk when this returns."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with (self._part / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def finish(
         self,
@@ -79,16 +94,39 @@ class RunWriter:
         mentee: nn.Module | None,
         summary: Mapping[str, Any],
     ) -> None:
-        """Write the models, then the summary."""
-        folders = [self.folder / MENTORS / str(index) for index in range(len(mentors))]
+        """Write models and summary, and put the run into its place."""
+        folders = [self._part / MENTORS / str(index) for index in range(len(mentors))]
         models = [*zip(folders, mentors, strict=True)]
         if mentee is not None:
-            models.append((self.folder / MENTEE, mentee))
+            models.append((self._part / MENTEE, mentee))
         for folder, model in models:
             save_model(model, folder)
             if isinstance(task, PredictingTask):
                 task.save_assets(folder)
-        _write_json(self.folder / SUMMARY, summary)
+        _write_json(self._part / SUMMARY, summary)
+        if self._overwrite and self.folder.exists():
+            self._replace()
+        else:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(self._part, self.folder)
+
+    def _replace(self) -> None:
+        """Exchange an older run for this one; other files in its folder stay."""
+        old = self._part.with_name("old")
+        old.mkdir()
+        moves = [(self.folder, old, name) for name in _CONTENT]
+        moves += [(self._part, self.folder, name) for name in reversed(_CONTENT)]
+        with contextlib.ExitStack() as undo:
+            for source, target, name in moves:
+                if (source / name).exists():
+                    os.rename(source / name, target / name)
+                    undo.callback(os.rename, target / name, source / name)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Remove the temporary folder, with all that is not finished by now."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -98,8 +136,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -132,23 +169,27 @@ def load_run(folder: str | Path, task: Task | None = None) -> LoadedRun:
     if (folder / MENTEE).is_dir():
         mentee = load_model(folder / MENTEE, task.build_mentee)
     mentors = [load_model(path, task.build_mentor) for path in _mentor_folders(folder)]
+    if mentee is None and not mentors:
+        raise ValueError(f"{folder} holds no models: {MENTEE} or {MENTORS} is wanted")
     return LoadedRun(config, summary, task, mentee, tuple(mentors))
 
 
 def _mentor_folders(folder: Path) -> list[Path]:
     mentors = folder / MENTORS
-    found = [path for path in mentors.iterdir() if path.is_dir()] if mentors.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
+    found = {path.name for path in mentors.iterdir() if path.is_dir()} if mentors.is_dir() else ()
+    wanted = [str(client) for client in range(len(found))]
+    if set(found) != set(wanted):
+        raise ValueError(
+            f"{mentors} must hold folders numbered from 0, one a client, got "
+            f"{', '.join(sorted(found))}"
+        )
+    return [mentors / name for name in wanted]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no folder of a finished run: it holds no {path.name}")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return content
+    return read_json_object(path)
 
 
 def _task_of(folder: Path, config: Mapping[str, Any]) -> Task:
@@ -159,7 +200,11 @@ def _task_of(folder: Path, config: Mapping[str, Any]) -> Task:
     if known.get("mentor") is not None:
         # The trained models carry all that is needed; the pretrained ones may be gone by now.
         known["mentor"] = str(next(iter([*_mentor_folders(folder), folder / MENTEE])))
-    return build_task(str(name), task_options(TrainConfig(**known)))
+    try:
+        options = task_options(TrainConfig(**known))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    return build_task(str(name), options)
 
 
 def evaluate_run(folder: str | Path, task: Task | None = None) -> dict[str, Any]:

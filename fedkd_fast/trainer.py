@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,11 +76,20 @@ def train(
     unknown = sorted((set(fields) | set(defaults)) - known)
     if unknown:
         raise TypeError(f"{unknown[0]!r} is no field of TrainConfig")
-    config = TrainConfig(**{**defaults, **fields, "task": name, "method": method})
+    # Paths as text, which the configuration is written as.
+    plain = {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in fields.items()
+    }
+    config = TrainConfig(**{**defaults, **plain, "task": name, "method": method})
     writer = RunWriter(config.out, overwrite=config.overwrite) if config.out is not None else None
     with _threads(config.threads):
         chosen = build_task(task, task_options(config)) if isinstance(task, str) else task
-        return _Loop(config, chosen, writer, progress).run()
+        try:
+            return _Loop(config, chosen, writer, progress).run()
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 @contextlib.contextmanager

@@ -121,6 +121,20 @@ def test_interrupt_is_130(
     assert capsys.readouterr().err == "fedkd-fast: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(MemoryError(), "out of memory"), (MemoryError("for 9 GB"), "out of memory: for 9 GB")],
+)
+def test_memory_that_runs_out_takes_one_line(
+    error: MemoryError, line: str, monkeypatch: pytest.MonkeyPatch, refused: Refusal
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedkd_fast.report.write_report", fail)
+    assert refused("report", "anything") == f"fedkd-fast: error: {line}\n"
+
+
 def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
@@ -169,7 +183,7 @@ def test_report_names_the_malformed_line(tmp_path: Path, refused: Refusal) -> No
     folder = make_run(tmp_path / "run", rounds=1)
     with (folder / "metrics.jsonl").open("a") as lines:
         lines.write("{")
-    assert re.search(r"metrics\.jsonl:6: malformed JSON", refused("report", folder))
+    assert re.search(r"metrics\.jsonl:6: not JSON", refused("report", folder))
 
 
 def test_report_into_a_missing_folder(tmp_path: Path, refused: Refusal) -> None:

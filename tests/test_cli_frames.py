@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from cli_support import Refusal, refused
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fedkd_fast
 from fedkd_fast.__main__ import main
 from fedkd_fast.compress import Compressor
+from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
 __all__ = ["refused"]
 # Offset of the major version in a frame's header.
@@ -228,7 +231,7 @@ def test_decompress_needs_its_base(
     line = refused("decompress", small, out, "--base", tensors)
     assert "base does not match: the frame was made against" in line
     line = refused("decompress", frame, out, "--base", base)
-    assert "is not a difference: decode it without --base" in line
+    assert "the frame is not a difference: decode it without --base" in line
 
 
 def _damaged(frame: Path, change: Callable[[bytearray], object]) -> Path:
@@ -268,6 +271,45 @@ def test_damaged_frame(
     damaged = _damaged(frame, change)
     out = [frame.with_name("a.safetensors")] if command == "decompress" else []
     assert re.search(message, refused(command, damaged, *out))
+
+
+def test_decompress_bounds_what_it_allocates(
+    tmp_path: Path, frame: Path, refused: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.safetensors"
+    dense = sum(info.dense_bytes for info in fedkd_fast.inspect(frame.read_bytes()))
+    line = refused("decompress", frame, out, "--max-bytes", dense - 1)
+    assert f"{frame}: tensors must take at most --max-bytes = {dense - 1} bytes" in line
+    assert "max_bytes must lie in" in refused("decompress", frame, out, "--max-bytes", "-1")
+    assert main(["decompress", str(frame), str(out), "--max-bytes", str(dense)]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["decompress", "--help"])
+    assert f"(default: {DEFAULT_MAX_BYTES})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_name_that_safetensors_keeps_for_itself(tmp_path: Path, refused: Refusal) -> None:
+    small, out = tmp_path / "a.fkd", tmp_path / "a.safetensors"
+    small.write_bytes(Compressor().compress({"__metadata__": torch.ones(2)}))
+    assert f"{out} cannot hold a tensor named '__metadata__'" in refused("decompress", small, out)
+
+
+def test_files_name_their_framework(tmp_path: Path, frame: Path) -> None:
+    out = tmp_path / "back.safetensors"
+    assert main(["decompress", str(frame), str(out)]) == 0
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_names_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.fkd"
+    tricky = "a\u202eb\u2028c\u200bé中"
+    shared = torch.ones(2, 2)
+    path.write_bytes(Compressor().compress({tricky: shared, "twin": shared}))
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert not set(tricky[1:6:2]) & set(text)
+    assert text.count(r"a\u202eb\u2028c\u200bé中") == 2
 
 
 def test_inspect_missing_file(tmp_path: Path, refused: Refusal) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,8 @@ def test_reader_that_goes_away_is_no_error() -> None:
         (["--rounds", "two"], "argument --rounds: invalid int value: 'two'"),
         (["--energy-start", "1.5"], r"energy_start must lie in \(0, 1\], got 1.5"),
         (["--energy-end", "0"], r"energy_end must lie in \(0, 1\], got 0"),
+        (["--threads", "99999999999"], "threads must be at most 1024, got 99999999999"),
+        (["--method", "local", "--lr-mentor", "1e30", *SHORT], "training diverged: .* client 0"),
         (["--lr-mentor", "nan"], "lr_mentor must be positive and finite, got nan"),
         (["--clients", "5000"], "clients must be at most 1438, the training images, got 5000"),
         (["--mentee-layers", "40"], "mentee_layers must lie in 1"),
@@ -194,6 +197,22 @@ def test_train_refuses_an_unwritable_folder(tmp_path: Path, refused: Refusal) ->
     assert "is a file" in refused("train", "--out", blocked / "run")
 
 
+def test_folders_that_are_missing_are_no_names_on_a_hub(
+    tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "reviews").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "reviews" / f"{split}.csv").write_text("text,label\na,0\nb,1\n")
+    line = refused("train", "--task", "text", "--data", "reviews/nope", "--mentor", "models")
+    assert "got 'reviews/nope': no such folder" in line
+    line = refused(
+        "train", "--task", "text", "--data", "reviews", "--mentor", "models/nope", "--clients", 2
+    )
+    assert "got 'models/nope': no such folder" in line
+
+
 def test_malformed_row_names_file_and_line(tmp_path: Path, refused: Refusal) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -212,7 +231,7 @@ def test_diverged_training_is_no_finished_run(
     assert main(["train", *SHORT, "--lr-mentee", "1e30", "--out", str(out)]) == 2
     line = capsys.readouterr().err
     assert re.match(r"fedkd-fast: error: .*diverged.*\n$", line)
-    assert not (out / "summary.json").exists()
+    assert list(tmp_path.iterdir()) == []
     assert main(["report", str(out)]) == 2
 
 
@@ -238,6 +257,20 @@ def test_predict_refuses(run: Path, tmp_path: Path, refused: Refusal) -> None:
     data = tmp_path / "images.csv"
     data.write_text("1,2\n")
     assert f"{data}, line 1: 64 pixels wanted" in refused("predict", run, "--data", data)
+
+
+def test_damaged_runs_take_one_line(run: Path, tmp_path: Path, refused: Refusal) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "mentee" / "config.json").unlink()
+    assert "mentee holds no config.json" in refused("evaluate", copy)
+    shutil.copy(run / "mentors" / "0" / "config.json", copy / "mentee")
+    assert "mentee/model.safetensors does not fit config.json" in refused("evaluate", copy)
+    (copy / "config.json").write_text("[1]")
+    assert "config.json must hold a JSON object" in refused("predict", copy)
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK\x03\x04")
+    assert f"{broken} cannot be read as images" in refused("predict", run, "--data", broken)
 
 
 def test_missing_extra_is_named(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 from fedkd_fast.tasks.digits import CLASSES, DigitsTask, read_images
-from fedkd_fast.tasks.text import TextTask, f1_score, read_texts
-from fedkd_fast.tasks.text_data import read_splits
+from fedkd_fast.tasks.text import TextTask, f1_score
 
 # The mentee must not be so small that its savings are trivial.
 SMALLEST_SHARE = 1 / 6
@@ -31,6 +30,8 @@ SMALLEST_SHARE = 1 / 6
 STILL_ALIKE = 0.5
 WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "very", "day", "film", "book"]
 POSITIVE = set(WORDS[:3])
+# Of the encoder: just enough for the default length of texts.
+POSITIONS = TaskOptions().max_length
 
 DataMaker = Callable[..., Path]
 
@@ -55,7 +56,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_hidden_layers=3,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=32,
+        max_position_embeddings=POSITIONS,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -215,6 +216,19 @@ def test_digits_files_that_hold_something_else(tmp_path: Path) -> None:
     refuse("code.npy", "cannot be read as images")
     np.savez(tmp_path / "two.npz", a=np.zeros(64), b=np.zeros(64))
     refuse("two.npz", "one array is expected, got a, b")
+    for name in ("cut.npz", "cut.npy"):
+        np.savez_compressed(tmp_path / "cut.npz", np.zeros((9, 64)))
+        np.save(tmp_path / "cut.npy", np.zeros((9, 64)))
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+        refuse(name, f"{name} cannot be read as images")
+    np.save(tmp_path / "complex.npy", np.zeros((1, 64), dtype=complex))
+    refuse("complex.npy", "pixels must be real numbers, got dtype complex128")
+    np.save(tmp_path / "fields.npy", np.zeros(64, dtype=[("a", "f4"), ("b", "f4")]))
+    refuse("fields.npy", "pixels must be real numbers, got dtype")
+    (tmp_path / "latin.csv").write_bytes(b"0," * 50 + b"\xff")
+    refuse("latin.csv", r"latin.csv is not UTF-8 text: .* at byte 100")
+    (tmp_path / "long.csv").write_text("1" * 200_000)
+    refuse("long.csv", "long.csv, line 1: field larger than field limit")
     (tmp_path / "short.csv").write_text("\n" + "0," * 63 + "0\n1,2,3\n")
     refuse("short.csv", "short.csv, line 3: 64 pixels wanted, got 3")
     (tmp_path / "words.csv").write_text("a,b\n")
@@ -330,6 +344,8 @@ def test_text_models_are_ordinary_transformers_folders(
         ({"mentor": "/nowhere"}, "mentor must be a folder or name .* got '/nowhere'"),
         ({"mentee_layers": 4}, r"mentee_layers must lie in 1\.\.3, .* got 4"),
         ({"max_length": 2}, "max_length must be at least 3, got 2"),
+        ({"max_length": POSITIONS + 1}, f"max_length must be at most {POSITIONS}, .* got"),
+        ({"mentor": "./nope"}, "mentor must be a folder or name .*: no such folder"),
     ],
 )
 def test_text_options(
@@ -341,68 +357,6 @@ def test_text_options(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', "line 2: no column 'label'"),
-        ("train.jsonl", '{"text": "a", "label": 1}\n{"text', "line 2: not JSON"),
-        ("train.jsonl", "[1, 2]", "line 1: a JSON object is wanted"),
-        ("train.jsonl", '{"text": 3, "label": 1}', "line 1: text must be a string, got 3"),
-        ("train.jsonl", '{"text": "a", "label": 0.5}', "line 1: label must be .*, got 0.5"),
-        ("train.jsonl", "\n", "train.jsonl holds no rows"),
-        ("train.tsv", "text\tlabel\na\t1\nb\n", "line 3: 2 columns wanted, .* got 1"),
-        ("train.tsv", "sentence\tlabel\na\t1\n", "line 2: no column 'text'"),
-        ("train.csv", 'text,label\n"a\nb",1\n"c,1\n', "train.csv, line 4"),
-        ("train.jsonl.gz", "this is no gzip", "train.jsonl.gz cannot be read"),
-        ("train.json", "{}", "holds no train file: one of train.jsonl, train.jsonl.gz"),
-    ],
-)
-def test_text_rows_that_cannot_be_read(
-    name: str, content: str, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_splits(str(tmp_path))
-
-
-def test_text_formats_agree(tmp_path: Path) -> None:
-    rows = [("good day", "yes"), ('a "very" bad film', "no")]
-    contents = {
-        "train.jsonl": "".join(json.dumps({"text": t, "label": c}) + "\n\n" for t, c in rows),
-        "train.tsv": "\ufefftext\tlabel\n" + "".join(f"{t}\t{c}\n" for t, c in rows),
-        "train.csv": "label,text\n" + 'yes,good day\nno,"a ""very"" bad film"\n',
-    }
-    for number, (name, content) in enumerate(contents.items()):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / name).write_text(content, encoding="utf-8")
-        (folder / "test.csv").write_text("text,label\nx,yes\n")
-        found = read_splits(str(folder))
-        assert [*zip(found["train"].texts, found["train"].labels, strict=True)] == rows
-        assert found["test"].labels == ["yes"]
-
-
-def test_text_data_that_is_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data must be a folder or the name of a dataset, got"):
-        read_splits(str(tmp_path / "gone"))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
-        read_splits("imdb")
-
-
-def test_text_from_the_datasets_library(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
-    )
-    part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
-    datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / "saved")
-    assert read_splits(str(tmp_path / "saved"))["train"].labels == ["no", "yes"]
-    datasets.DatasetDict(train=part).save_to_disk(tmp_path / "half")
-    with pytest.raises(ValueError, match="has no split 'test', only train"):
-        read_splits(str(tmp_path / "half"))
-
-
 def test_text_labels(tmp_path: Path, encoder: str) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,10\nb,9\nc,10\n")
     (tmp_path / "test.csv").write_text("text,label\na,10\nb,8\n")
@@ -410,30 +364,32 @@ def test_text_labels(tmp_path: Path, encoder: str) -> None:
     assert task.labels == ["9", "10"]
     with pytest.raises(ValueError, match=r"test.csv, line 3: label '8' never occurs in training"):
         task.evaluate(task.build_mentee())
+    (tmp_path / "train.csv").write_text("text,label\na,10\nb,--1\nc,9\n")
+    assert text_task(tmp_path, encoder).labels == ["--1", "10", "9"]
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,01\nc,-2\n")
+    assert text_task(tmp_path, encoder).labels == ["-2", "01", "1"]
     (tmp_path / "train.csv").write_text("text,label\na,1\nb,1\n")
     with pytest.raises(ValueError, match=r"at least two classes, got \['1'\]"):
         _ = text_task(tmp_path, encoder).labels
 
 
-def test_texts_to_label(tmp_path: Path) -> None:
-    (tmp_path / "rows.tsv").write_text("id\ttext\n1\thello\n")
-    assert read_texts(tmp_path / "rows.tsv") == ["hello"]
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="holds no texts"):
-        read_texts(tmp_path / "empty.txt")
-    (tmp_path / "rows.jsonl").write_text('{"text": null}')
-    with pytest.raises(ValueError, match="line 1: text must be a string, got None"):
-        read_texts(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match=r"data must be one of \.jsonl, \.tsv, \.csv"):
-        read_texts(tmp_path / "rows.parquet")
+def test_a_name_on_a_hub_is_looked_up_here_first(
+    make_data: DataMaker, encoder: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from transformers import AutoConfig
 
+    asked = []
 
-def test_f1() -> None:
-    truth, guesses = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
-    from sklearn.metrics import f1_score as expected
+    def load(source: str, **options: Any) -> Any:
+        asked.append(options)
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying")
+        raise OSError("We couldn't connect\nto the hub")
 
-    assert f1_score(truth, guesses, 2) == pytest.approx(expected(truth, guesses))
-    truth, guesses = np.array([0, 1, 2, 2]), np.array([0, 2, 2, 1])
-    macro = expected(truth, guesses, average="macro")
-    assert f1_score(truth, guesses, 3) == pytest.approx(macro)
-    assert f1_score(np.array([0]), np.array([0]), 2) == 0.0
+    monkeypatch.setattr(AutoConfig, "from_pretrained", load)
+    with pytest.raises(ValueError, match="got 'owner/encoder': We couldn't connect$"):
+        text_task(make_data(), "owner/encoder").build_mentee()
+    assert asked == [{"local_files_only": True}, {}]
+    with pytest.raises(ValueError, match="We couldn't connect"):
+        text_task(make_data("more"), encoder).build_mentee()
+    assert asked[2:] == [{"local_files_only": True}]
+    assert capfd.readouterr() == ("", "")

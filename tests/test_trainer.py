@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from tiny_task import TinyTask
 from torch import Tensor, nn
 
 import fedkd_fast
-from fedkd_fast import trainer
 from fedkd_fast.client import Client
 from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
-from fedkd_fast.methods import METHODS, LocalSettings, get_method
+from fedkd_fast.methods import METHODS, LocalSettings, Losses, get_method
+from fedkd_fast.methods.fedkd import MutualLearner
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.records import RoundRecord
-from fedkd_fast.runs import evaluate_run, load_run, predict_run
 from fedkd_fast.server import Server
 from fedkd_fast.tasks import PredictingTask, Task
 from fedkd_fast.trainer import Run, train
@@ -250,9 +248,21 @@ def test_a_broadcast_for_other_parameters_is_refused() -> None:
         server.step([later, frames[1]], 0.9)
 
 
-def test_divergence_names_tensor_client_and_round() -> None:
-    with pytest.raises(ValueError, match=r"'\d\.\w+' of client \d holds NaN or Inf after round 1"):
-        train(TinyTask(), "fedkd", lr_mentee=1e38, rounds=3)
+@pytest.mark.parametrize(
+    ("method", "rate"), [(method, "lr_mentor") for method in METHODS if method != "fedavg-mentee"]
+    + [("fedkd", "lr_mentee"), ("fedavg-mentee", "lr_mentee")]
+)  # fmt: skip
+def test_divergence_names_what_client_and_round(method: str, rate: str) -> None:
+    what = r"training diverged: ('\d\.\w+'|the loss) of the (mentor|mentee) of client 0"
+    with pytest.raises(ValueError, match=rf"{what} holds NaN or Inf after round \d; a smaller"):
+        train(TinyTask(), method, rounds=3, **{rate: 1e38})
+
+
+def test_a_loss_of_infinity_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    (client,) = make_clients(1, {})
+    monkeypatch.setattr(MutualLearner, "train", lambda *_: Losses(1.0, math.inf))
+    with pytest.raises(ValueError, match="the loss of the mentee of client 0 holds NaN or Inf"):
+        client.train(1)
 
 
 def test_hidden_states_are_distilled_where_models_have_them() -> None:
@@ -303,6 +313,7 @@ def test_given_fields_win_over_those_of_the_task() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"threads": -1}, "threads must be at least 0, got -1"),
+        ({"threads": 200_000}, "threads must be at most 1024, got 200000"),
         ({"mentee_layers": 0}, "mentee_layers must be at least 1, got 0"),
         ({"energy_start": 1.5}, r"energy_start must lie in \(0, 1\], got 1.5"),
         ({"energy_end": 0.0}, r"energy_end must lie in \(0, 1\], got 0.0"),
@@ -339,99 +350,3 @@ def test_values_of_wrong_types(fields: dict[str, Any], message: str) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="task must be one of digits, text, got 'chess'"):
         train("chess")
-
-
-def test_existing_folder_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="out must not exist without overwrite"):
-        train(TinyTask(), out=str(tmp_path / "run"))
-    assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_overwriting_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train(TinyTask(), "fedkd", out=str(out))
-    (out / "notes.txt").write_text("mine")
-    train(TinyTask(), "fedavg-mentee", out=str(out), overwrite=True)
-    assert json.loads((out / "summary.json").read_text())["method"] == "fedavg-mentee"
-    assert not (out / "mentors").exists()
-    assert (out / "notes.txt").read_text() == "mine"
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="out must be a run folder or empty"):
-        train(TinyTask(), out=str(other), overwrite=True)
-    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
-
-
-def test_files_in_the_way(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("x")
-    with pytest.raises(NotADirectoryError, match="out must be a folder"):
-        train(TinyTask(), out=str(file), overwrite=True)
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        train(TinyTask(), out=str(file / "run"))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_unwritable_folder(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="out cannot be written"):
-        train(TinyTask(), out=str(tmp_path / "run"))
-
-
-def test_nothing_is_written_before_everything_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(config: TrainConfig, client: Client, method: object) -> None:
-        raise ValueError("late check")
-
-    monkeypatch.setattr(trainer, "_make_server", fail)
-    with pytest.raises(ValueError, match="late check"):
-        train(TinyTask(), out=str(tmp_path / "a" / "b"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_failed_has_no_summary(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(ValueError, match="diverged"):
-        train(TinyTask(), "fedkd", lr_mentee=1e38, rounds=3, out=str(out))
-    assert not (out / "summary.json").exists()
-    with pytest.raises(ValueError, match=r"no folder of a finished run: it holds no summary.json"):
-        load_run(out, TinyTask())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_is_read_back(method: str, tmp_path: Path) -> None:
-    run = train(TinyTask(), method, out=str(tmp_path / "run"))
-    loaded = load_run(tmp_path / "run", TinyTask())
-    assert loaded.summary == run.summary
-    assert len(loaded.mentors) == len(run.mentors)
-    pairs = [*zip(run.mentors, loaded.mentors, strict=True)]
-    if run.mentee is not None:
-        assert loaded.mentee is not None
-        pairs.append((run.mentee, loaded.mentee))
-    for model, copy in pairs:
-        assert not copy.training
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, copy.state_dict()[name])
-    again = evaluate_run(tmp_path / "run", TinyTask())
-    assert again["score_mentee"] == run.summary["score_mentee"]
-    assert again["score_mentor"] == run.summary["score_mentor"]
-
-
-def test_reading_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder of a finished run"):
-        load_run(tmp_path)
-    train(TinyTask(), "fedkd", out=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="run of task 'tiny', which is not built in: pass task="):
-        load_run(tmp_path / "run")
-    (tmp_path / "run" / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load_run(tmp_path / "run", TinyTask())
-
-
-def test_prediction_needs_a_task_that_can(tmp_path: Path) -> None:
-    train(TinyTask(), "fedkd", out=str(tmp_path / "run"))
-    with pytest.raises(TypeError, match="task 'tiny' cannot predict"):
-        predict_run(tmp_path / "run", task=TinyTask())

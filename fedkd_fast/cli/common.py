@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 # A table into a file or pipe must not be cut at the 80 columns that rich assumes there.
 _PIPE_WIDTH = 160
+# Control and format characters, line and paragraph separators: a name that holds them could rewrite
+# or reorder what a terminal shows.
+_INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp"})
+# The key of a safetensors header that is no tensor.
+_RESERVED = "__metadata__"
 
 
 class UsageError(ValueError):
@@ -107,6 +113,14 @@ def say(text: str) -> None:
     stdout().print(text, soft_wrap=True)
 
 
+def visible(text: str) -> str:
+    """Write characters that a terminal would obey instead of show as escapes."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _INVISIBLE else char
+        for char in text
+    )
+
+
 def table(*columns: str, left: int = 1) -> Table:
     """An empty table; the first ``left`` columns hold text, the others numbers."""
     from rich import box
@@ -168,9 +182,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all.
 
     Raises:
+        ValueError: a name that the format keeps for itself.
         OSError: it cannot be written.
     """
     from safetensors.torch import save
 
+    if _RESERVED in tensors:
+        raise ValueError(f"{path} cannot hold a tensor named {_RESERVED!r}: safetensors keeps it")
     # Tied tensors share their memory, which the format cannot say: each name gets its own copy.
-    write_bytes(path, save({name: tensor.clone() for name, tensor in tensors.items()}))
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    # What transformers wants to see before it reads a file.
+    write_bytes(path, save(copies, metadata={"format": "pt"}))

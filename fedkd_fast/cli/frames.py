@@ -17,12 +17,19 @@ from fedkd_fast.cli.common import (
     say,
     stdout,
     table,
+    visible,
     write_bytes,
 )
 from fedkd_fast.report.text import size
 
-# Listing a frame allocates no tensor, whatever size it claims.
-_ANY_SIZE = 2**63 - 1
+# Where csrc/wire/frame.h puts the digest of the base; zeros if there is none.
+_DIGEST = slice(32, 48)
+# What the library's messages advise, and how it is done here.
+_ADVICE = {
+    "at most max_bytes": "at most --max-bytes",
+    "pass base=": "give --base",
+    "decode it without": "decode it without --base",
+}
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -72,6 +79,13 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="B.safetensors",
         help="the tensors that the frame is a difference to; the sum is written",
     )
+    limit = parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="refuse a frame whose tensors take more than this; a small frame can claim any size",
+    )
+    parser.before_help = lambda: _add_default(limit)
     _add_overwrite(parser, "OUT.safetensors")
 
     parser = add_command(
@@ -87,6 +101,12 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_overwrite(parser: Parser, target: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {target} if it exists")
+
+
+def _add_default(limit: argparse.Action) -> None:
+    from fedkd_fast.wire import DEFAULT_MAX_BYTES
+
+    limit.help = f"{limit.help} (default: {DEFAULT_MAX_BYTES})"
 
 
 def _compress(args: argparse.Namespace) -> int:
@@ -106,19 +126,14 @@ def _compress(args: argparse.Namespace) -> int:
 
 def _decompress(args: argparse.Namespace) -> int:
     check_target(args.target, args.overwrite)
-    from fedkd_fast import wire
     from fedkd_fast.compress import decompress
+    from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
+    limit = DEFAULT_MAX_BYTES if args.max_bytes is None else args.max_bytes
     data = args.source.read_bytes()
-    with _naming(args.source):
-        digest = wire.decode(data).base_digest
-    if digest is not None and args.base is None:
-        raise ValueError(f"{args.source} is a difference to base {digest.hex()}: give --base")
-    if digest is None and args.base is not None:
-        raise ValueError(f"{args.source} is not a difference: decode it without --base")
     base = None if args.base is None else load_tensors(args.base)
     with _naming(args.source):
-        tensors = decompress(data, base=base)
+        tensors = decompress(data, base=base, max_bytes=limit)
     save_tensors(args.target, tensors)
     say(f"{args.target}: {size(args.target.stat().st_size)}, {_count(len(tensors))}")
     return 0
@@ -131,7 +146,7 @@ def _inspect(args: argparse.Namespace) -> int:
     data = args.source.read_bytes()
     with _naming(args.source):
         entries = wire.inspect(data)
-        digest = wire.decode(data, max_bytes=_ANY_SIZE).base_digest
+    digest = data[_DIGEST] if any(data[_DIGEST]) else None
     dense_bytes = sum(entry.dense_bytes for entry in entries)
     if args.json:
         tensors = [{**entry._asdict(), "mode": entry.mode.name} for entry in entries]
@@ -152,9 +167,9 @@ def _inspect(args: argparse.Namespace) -> int:
         if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
             rank = str(entry.rank)
         elif entry.mode is Mode.ALIAS:
-            rank = f"= {entries[entry.rank].name}"
+            rank = f"= {visible(entries[entry.rank].name)}"
         shown.add_row(
-            entry.name,
+            visible(entry.name),
             "×".join(map(str, entry.shape)) or "scalar",
             entry.mode.name.lower().replace("_", " "),
             rank,
@@ -175,13 +190,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name before what is wrong with its bytes."""
-    from fedkd_fast.wire import WireError
-
+    """Put the file's name before what is wrong with it, and say it in terms of options."""
     try:
         yield
-    except WireError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:
+        message = str(error)
+        for advice, option in _ADVICE.items():
+            message = message.replace(advice, option)
+        raise ValueError(f"{path}: {message}") from error
 
 
 def _count(tensors: int) -> str:

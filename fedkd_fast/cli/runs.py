@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkd_fast.cli.common import Parser, add_command, check_target, say, stdout, table
+from fedkd_fast.cli.common import Parser, add_command, check_target, say, stdout, table, visible
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -108,5 +108,5 @@ def _print_comparison(folders: Sequence[Path]) -> None:
     runs = read_runs(folders)
     shown = table("task", *COMPARISON_COLUMNS, left=2)
     for run, row in zip(runs, comparison_rows(runs), strict=True):
-        shown.add_row(run.task, *row)
+        shown.add_row(*map(visible, (run.task, *row)))
     stdout().print(shown)

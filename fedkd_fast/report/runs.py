@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -246,37 +245,19 @@ def _round_row(record: object, where: str) -> RoundRow:
     )
 
 
-def _text_of(path: Path) -> str:
+def _present(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {path.name}: it is not the folder of a finished run"
         )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text_of(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
+    return path
 
 
 def _rows(path: Path) -> Iterable[RoundRow]:
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: malformed JSON: {error.msg}") from error
-        yield _round_row(record, where)
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _round_row(parse_json(line, where), where)
 
 
 def read_run(folder: str | Path) -> RunFolder:
@@ -295,12 +276,12 @@ def read_run(folder: str | Path) -> RunFolder:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"run folder {path} does not exist")
-    summary = _json_object(path / "summary.json")
-    config = _json_object(path / "config.json")
+    summary = read_json_object(_present(path / "summary.json"))
+    config = read_json_object(_present(path / "config.json"))
     for key in ("method", "task"):
         if not isinstance(summary.get(key), str) or not summary[key]:
             raise ValueError(f"{path / 'summary.json'}: {key} must be a name")
-    return RunFolder(path, config, summary, tuple(_rows(path / "metrics.jsonl")))
+    return RunFolder(path, config, summary, tuple(_rows(_present(path / "metrics.jsonl"))))
 
 
 def run_labels(runs: Sequence[RunFolder]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkd_fast._files import read_text
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.models import build_vit, run_model
 from fedkd_fast.tasks import Batch, TaskOptions
@@ -287,33 +291,32 @@ def read_images(path: str) -> npt.NDArray[np.float64]:
 def _read_numpy(path: str) -> npt.NDArray[np.float64]:
     try:
         # Without pickle: a data file must not be able to run code.
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded.astype(np.float64)
-        with loaded:
-            if len(loaded.files) != 1:
-                raise ValueError(f"one array is expected, got {', '.join(loaded.files)}")
-            return np.asarray(loaded[loaded.files[0]], dtype=np.float64)
-    except ValueError as error:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                if len(loaded.files) != 1:
+                    raise ValueError(f"one array is expected, got {', '.join(loaded.files)}")
+                loaded = np.asarray(loaded[loaded.files[0]])
+        if loaded.dtype.kind not in "buif":
+            raise ValueError(f"pixels must be real numbers, got dtype {loaded.dtype}")
+        pixels: npt.NDArray[np.float64] = loaded.astype(np.float64)
+        return pixels
+    except (ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as images: {error}") from error
 
 
 def _read_csv(path: str) -> npt.NDArray[np.float64]:
     rows: list[list[float]] = []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(io.StringIO(read_text(Path(path)), newline=""))
+    try:
         for cells in reader:
-            if not cells:
-                continue
-            try:
-                row = [float(cell) for cell in cells]
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-            if len(row) != SIDE * SIDE:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: 64 pixels wanted, got {len(row)}"
-                )
-            rows.append(row)
+            row = [float(cell) for cell in cells]
+            if len(row) not in (0, SIDE * SIDE):
+                raise ValueError(f"64 pixels wanted, got {len(row)}")
+            if row:
+                rows.append(row)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no images")
     return np.array(rows)

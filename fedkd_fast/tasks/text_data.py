@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from fedkd_fast._files import names_folder, parse_json
+from fedkd_fast.models import silent_hub
+
 FORMATS = (".jsonl", ".tsv", ".csv")
 TEXT, LABEL = "text", "label"
+# No characters: what the error handler surrogateescape makes of bytes that are not UTF-8, and what
+# JSON can smuggle in.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Rows(NamedTuple):
@@ -37,8 +45,9 @@ def read_splits(data: str) -> dict[str, Rows]:
         return _from_datasets(data, saved=True)
     if folder.is_dir():
         return {split: _read_split(folder, split) for split in ("train", "test")}
-    if folder.exists() or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise ValueError(f"data must be a folder or the name of a dataset, got {data!r}")
+    if folder.exists() or names_folder(data):
+        what = "no folder" if folder.exists() else "no such folder"
+        raise ValueError(f"data must be a folder or the name of a dataset, got {data!r}: {what}")
     return _from_datasets(data, saved=False)
 
 
@@ -53,7 +62,7 @@ def _read_split(folder: Path, split: str) -> Rows:
     texts, labels, places = [], [], []
     for line, row in read_rows(found[0], (TEXT, LABEL)):
         place = f"{found[0]}, line {line}"
-        texts.append(_text(row[TEXT], place))
+        texts.append(check_text(row[TEXT], place))
         labels.append(_label(row[LABEL], place))
         places.append(place)
     if not texts:
@@ -76,46 +85,57 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
         raise ValueError(f"data must be one of {', '.join(FORMATS)}, perhaps with .gz, got {path}")
     try:
         with _open(path) as file:
-            rows = _jsonl(path, file) if suffix == ".jsonl" else _table(path, file, suffix)
+            lines = _lines(path, file)
+            rows = _jsonl(path, lines) if suffix == ".jsonl" else _table(path, lines, suffix)
             for line, row in rows:
                 missing = [column for column in columns if column not in row]
                 if missing:
                     raise ValueError(f"{path}, line {line}: no column {missing[0]!r}")
                 yield line, row
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _open(path: Path) -> IO[str]:
     # utf-8-sig: spreadsheets put a mark before the first column's name.
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _jsonl(path: Path, file: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(path: Path, file: IO[str]) -> Iterator[str]:
     for number, line in enumerate(file, 1):
+        if _SURROGATE.search(line):
+            raise ValueError(f"{path}, line {number}: not UTF-8 text")
+        yield line
+
+
+def _jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a JSON object is wanted, got {line[:40]!r}")
         yield number, row
 
 
-def _table(path: Path, file: IO[str], suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table(path: Path, lines: Iterable[str], suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix == ".tsv":
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:
             if header is None:
                 header = cells
+                # Spreadsheets may leave several columns without a name.
+                twice = [name for name, count in Counter(header).items() if name and count > 1]
+                if twice:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: column {twice[0]!r} occurs twice"
+                    )
             elif len(cells) == len(header):
                 yield reader.line_num, dict(zip(header, cells, strict=True))
             elif cells:
@@ -127,9 +147,16 @@ def _table(path: Path, file: IO[str], suffix: str) -> Iterator[tuple[int, dict[s
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _text(value: object, place: str) -> str:
+def check_text(value: object, place: str) -> str:
+    """Return a value of the column ``text``.
+
+    Raises:
+        ValueError: it is no text; names its place.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{place}: {TEXT} must be a string, got {value!r}")
+    if _SURROGATE.search(value):
+        raise ValueError(f"{place}: {TEXT} holds half a surrogate pair, which is no character")
     return value
 
 
@@ -149,7 +176,8 @@ def _from_datasets(data: str, *, saved: bool) -> dict[str, Rows]:
             f"data must be a folder, got {data!r}; for the name of a dataset: pip install datasets"
         ) from error
     try:
-        loaded = datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
+        with silent_hub():
+            loaded = datasets.load_from_disk(data) if saved else datasets.load_dataset(data)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -167,7 +195,7 @@ def _from_datasets(data: str, *, saved: bool) -> dict[str, Rows]:
         places = [f"dataset {data!r}, split {split}, row {index}" for index in range(len(rows))]
         values = [names[value] if names else value for value in rows[LABEL]]
         splits[split] = Rows(
-            [_text(text, place) for text, place in zip(rows[TEXT], places, strict=True)],
+            [check_text(text, place) for text, place in zip(rows[TEXT], places, strict=True)],
             [_label(value, place) for value, place in zip(values, places, strict=True)],
             places,
         )
