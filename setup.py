@@ -29,19 +29,18 @@ class CMakeBuild(build_ext):
             )
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=WARNING"),
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFEDKD_FAST_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        for command in (
-            configure,
-            ["cmake", "--build", str(build)],
-            ["cmake", "--install", str(build)],
-        ):
-            subprocess.run(command, check=True, env=os.environ | {"PATH": tools})
+        steps = [configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]]
+        for step in steps:
+            # Installing has nothing to say but what is up to date.
+            quiet = subprocess.DEVNULL if step is steps[-1] else None
+            subprocess.run(step, check=True, stdout=quiet, env=os.environ | {"PATH": tools})
 
 
 setup(ext_modules=[Extension("fedkd_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -197,11 +197,16 @@ def _search(
     corrections of the aim bring the measured error just below the target.
     """
     best, aim = None, target
+    tried: set[bytes] = set()
     for _ in range(ATTEMPTS):
         allocation = expected(aim)
-        entry = build(allocation) if allocation is not None else None
+        if allocation is None:
+            break
+        widths = b"".join(bits.tobytes() for bits in allocation.bits)
+        entry = build(allocation) if widths not in tried else None
         if entry is None:
             break
+        tried.add(widths)
         error = _squared_error(entry, exact, backend)
         if error <= target and (best is None or len(entry.payload) < len(best.payload)):
             best = entry

@@ -28,7 +28,9 @@ DISTORTION = np.array(
         *(8.7686e-5, 2.4919e-5, 6.9970e-6, 1.9444e-6, 5.3554e-7),
     ]
 )
-_WIDTHS = np.arange(len(DISTORTION))
+# One more bit is worth its price where energy / (price · count) exceeds this, from 1 bit on. The
+# gains fall with every bit, so the number of thresholds passed is the best width.
+_WORTH = 1.0 / (DISTORTION[1:-1] - DISTORTION[2:])
 _BISECTIONS = 40
 # Bits are integers and rows are not Gaussian: a closer hit than this would mean nothing.
 CLOSE_ENOUGH = 0.995
@@ -59,15 +61,28 @@ def _allocate(
     cost = np.full_like(energies, price * 8 * side_info_bytes)
     bits = []
     for count in sides:
-        options = energies[:, None] * DISTORTION[None, 1:] + price * count * _WIDTHS[None, 1:]
-        best = options.argmin(1)
-        bits.append((best + 1).astype(np.uint8))
-        error += energies * DISTORTION[1:][best]
-        cost += options[np.arange(len(best)), best]
+        width = 1 + np.searchsorted(_WORTH, energies / (price * count))
+        bits.append(width.astype(np.uint8))
+        distortion = energies * DISTORTION[width]
+        error += distortion
+        cost += distortion + price * count * width
     dropped = cost >= energies
-    for width in bits:
-        width[dropped] = 0
+    for kept in bits:
+        kept[dropped] = 0
     return tuple(bits), float(np.where(dropped, energies, error).sum())
+
+
+def _allocate_one(
+    energy: float, count: int, side_info_bytes: int, target: float
+) -> Allocation | None:
+    """Take the narrowest codes that meet the target: a single row leaves nothing to weigh."""
+    fitting = np.flatnonzero(energy * DISTORTION <= target)
+    if not len(fitting):
+        return None
+    bits = fitting[:1].astype(np.uint8)
+    side_info = side_info_bytes if bits[0] else 0
+    error = energy * float(DISTORTION[bits[0]])
+    return Allocation((bits,), error, side_info + _row_bytes(count, bits))
 
 
 def allocate_bits(
@@ -89,6 +104,8 @@ def allocate_bits(
     if largest == 0.0:
         empty = np.zeros(len(energies), np.uint8)
         return Allocation(tuple(empty for _ in sides), 0.0, 0) if target >= 0 else None
+    if len(energies) == 1 and len(sides) == 1:
+        return _allocate_one(largest, sides[0], side_info_bytes, target)
     # Prices are searched by exponent: 2^high drops every row, 2^low takes the widest codes.
     high = np.log2(largest)
     low = high - 2 * len(DISTORTION) - np.log2(max(sides)) - 12
