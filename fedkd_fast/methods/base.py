@@ -70,9 +70,10 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Make AdamW over the trainable parameters; only matrices decay.
 
-    The state is kept from round to round: against a fresh optimizer each round it reached the same
-    scores on the digits with a sixth less bytes, because a fresh Adam's first steps have the size
-    of the learning rate in every entry, which is noise of full rank.
+    The state is kept from round to round: with a fresh optimizer for the mentee each round the
+    digits took 11 per cent more bytes for equal scores of the mentee and no better mentors (means
+    of seeds 0 to 2), for a fresh Adam's first steps have the size of the learning rate in every
+    entry, which is noise of full rank.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [

@@ -28,8 +28,8 @@ LARGEST_PIXEL = 16.0
 # The test images are the same in every run, whatever its seed.
 TEST_SPLIT_SEED = 0
 TEST_PART = 0.2
-# Weights of 0.02, the custom at width 768, leave a network of width 64 nearly silent: it then loses
-# to logistic regression. 0.1 is close to 1/√64.
+# Weights of 0.02, the custom at width 768, leave a network of width 64 nearly silent: local mentors
+# then lose two points (0.912 for 0.932, mean of seeds 0 to 2). 0.1 is close to 1/√64.
 INITIALIZER_RANGE = 0.1
 # A row of pixels is a token: eight tokens and the class token.
 PATCH_SIZE = (1, SIDE)
@@ -68,7 +68,8 @@ class DigitsTask:
         "lr_mentee": 1e-3,
         "weight_decay": 0.3,
         # Matching hidden states ties the mentor to features of a model a third of its size: over
-        # seeds 0 to 2 it took 0.9 points from the mentors and gave the mentee nothing.
+        # seeds 0 to 2 the mentors scored 0.940 with it and 0.948 without, the mentee 0.968 and
+        # 0.967.
         "hidden": False,
         # The matrices are so small that a second thread costs more than it gives.
         "threads": 1,

@@ -60,10 +60,10 @@ class TextTask:
         "lr_mentee": 2e-4,
         "lr_end": 0.2,
         "weight_decay": 0.01,
-        # Matching hidden states ties the deep mentor to the shallow mentee: on sentences about
-        # side effects of drugs it took 3.5 points of F1 from the mentors within three rounds.
+        # Matching hidden states and attention maps ties the deep mentor to the shallow mentee: on
+        # sentences about side effects of drugs, one seed, the mentors reached F1 0.722 with both
+        # and 0.757 with neither. They were not tried one by one.
         "hidden": False,
-        # Attention maps need eager attention, which takes longer, and were not needed here.
         "attention": False,
     }
 
