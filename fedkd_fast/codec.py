@@ -197,19 +197,22 @@ def _search(
     corrections of the aim bring the measured error just below the target.
     """
     best, aim = None, target
-    tried: set[bytes] = set()
+    # Small tensors have few allocations: the aim may have to move on for another one to come up.
+    errors: dict[bytes, float] = {}
     for _ in range(ATTEMPTS):
         allocation = expected(aim)
         if allocation is None:
             break
         widths = b"".join(bits.tobytes() for bits in allocation.bits)
-        entry = build(allocation) if widths not in tried else None
-        if entry is None:
-            break
-        tried.add(widths)
-        error = _squared_error(entry, exact, backend)
-        if error <= target and (best is None or len(entry.payload) < len(best.payload)):
-            best = entry
+        if widths not in errors:
+            entry = build(allocation)
+            if entry is None:
+                break
+            errors[widths] = _squared_error(entry, exact, backend)
+            smaller = best is None or len(entry.payload) < len(best.payload)
+            if errors[widths] <= target and smaller:
+                best = entry
+        error = errors[widths]
         if FULL_USE * target <= error <= target:
             break
         if error == 0.0:
