@@ -14,7 +14,7 @@ from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.reference import TruncatedSVD
-from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of, tied_names
+from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
 CODECS = ("wf0", "factors-fp32", "raw")
@@ -126,7 +126,7 @@ class Compressor:
             base_ties = tied_names(base)
             tied = {name: owner for name, owner in tied.items() if base_ties.get(name) == owner}
             tensors = {name: _difference(value, bases[name]) for name, value in tensors.items()}
-            digest = digest_of(bases)
+            digest = digest_of_tensors(bases)
         if self._feedback:
             # A tensor with a residual of its own is not what it is tied to.
             tied = {name: owner for name, owner in tied.items() if name not in self._feedback}
@@ -294,22 +294,19 @@ def decompress(
         WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
         ValueError: a schema or base that does not match, or a missing or unneeded base.
     """
-    if schema is None and base is not None:
-        schema, name = as_tensors(base, "base"), "base"
-    else:
-        name = "schema"
+    bases = None if base is None else as_tensors(base, "base")
+    wanted, name = (bases, "base") if schema is None else (schema, "schema")
     tensors, digest = decode_frame(
-        frame, schema, schema_name=name, max_bytes=max_bytes, backend=backend
+        frame, wanted, schema_name=name, max_bytes=max_bytes, backend=backend
     )
     if digest is None:
         if base is not None:
             raise ValueError("base was given, but the frame is not a difference: decode it without")
         return tensors
-    if base is None:
+    if base is None or bases is None:
         raise ValueError(f"frame is a difference to base {digest.hex()}: pass base=")
-    bases = as_tensors(base, "base")
     check_same_tensors(tensors, bases, "base")
-    own = digest_of(bases)
+    own = digest_of_tensors(bases)
     if own != digest:
         raise ValueError(
             f"base does not match: the frame was made against {digest.hex()}, "
