@@ -6,7 +6,7 @@ namespace bind = fedkd_fast::bind;
 
 STABLE_TORCH_LIBRARY(fedkd_fast, m) {
   m.def(
-      "truncated_svd(Tensor matrix, float energy, int rank) -> "
+      "truncated_svd(Tensor matrix, float energy, int rank, Tensor? basis=None) -> "
       "(Tensor left, Tensor sigma, Tensor right, Tensor rank, Tensor energies)");
   m.def(
       "distill_loss(Tensor mentor_logits, Tensor mentee_logits, Tensor labels, int ignore_index) "

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -74,7 +75,8 @@ inline int64_t row_grain(int64_t count) {
 // ---- the ops, each in the file of its name ------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& matrix,
-                                                                 double energy, int64_t rank);
+                                                                 double energy, int64_t rank,
+                                                                 std::optional<Tensor> basis);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Tensor& mentor_logits,
                                                                         const Tensor& mentee_logits,

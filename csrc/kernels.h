@@ -38,9 +38,9 @@ struct VectorsView {
   double at(int64_t i, int64_t k) const { return data[i * row_stride + k * col_stride]; }
 };
 
-// The smallest K with sum_{k<K} energies[k] > energy · total, at least 0 and at most `count`; FedKD
-// eq (8), strict. energy >= 1 gives `count`. energies descend and are >= 0. total = sum of all.
-int64_t select_rank(const double* energies, int64_t count, double energy);
+// The smallest K with sum_{k<K} energies[k] > energy · total; FedKD eq (8), strict. 0 for total =
+// 0, `count` for energy >= 1, -1 where all `count` do not reach it. energies descend and are >= 0.
+int64_t select_rank(const double* energies, int64_t count, double total, double energy);
 
 namespace cpu {
 
@@ -52,6 +52,15 @@ MatrixScan scan_matrix(const MatrixView& matrix);
 // power of two is exact and keeps the squares of the Gram matrix inside the range of double.
 template <typename Scalar>
 void orient_matrix(const MatrixView& matrix, int exponent, double* out);
+
+double squared_norm(const double* values, int64_t count);
+
+// Leading rows of a warm basis (rows×length, row-major) that are finite and not all zero.
+int64_t basis_width(const float* basis, int64_t rows, int64_t length);
+
+// out (wanted×length): the first `known` rows of a warm basis, then pseudo-random rows, the same in
+// every call.
+void extend_basis(const float* basis, int64_t known, int64_t wanted, int64_t length, double* out);
 
 // K vectors on either side become factors: columns of unit length, component-major (left K×P, right
 // K×Q), with signs fixed so that the entry of the left vector with the largest magnitude (the first

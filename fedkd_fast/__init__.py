@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedkd_fast.compress import Compressor as Compressor
     from fedkd_fast.compress import decompress as decompress
     from fedkd_fast.feedback import ErrorFeedback as ErrorFeedback
+    from fedkd_fast.feedback import SubspaceCache as SubspaceCache
     from fedkd_fast.losses import DistillationConfig as DistillationConfig
     from fedkd_fast.losses import MutualDistillationLoss as MutualDistillationLoss
     from fedkd_fast.tasks import Task as Task
@@ -30,6 +31,7 @@ _HOMES = {
     "Compressor": "compress",
     "decompress": "compress",
     "ErrorFeedback": "feedback",
+    "SubspaceCache": "feedback",
     "DistillationConfig": "losses",
     "MutualDistillationLoss": "losses",
     "Task": "tasks",

@@ -12,14 +12,14 @@ from torch import Tensor
 from fedkd_fast import codec as _codec
 from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES
-from fedkd_fast.feedback import ErrorFeedback
+from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
 from fedkd_fast.reference import TruncatedSVD
 from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
 CODECS = ("wf0", "factors-fp32", "raw")
 BACKENDS = ("native", "reference")
-_FEEDBACK_PREFIX = "feedback."
+_FEEDBACK_PREFIX, _CACHE_PREFIX = "feedback.", "cache."
 
 
 def _backend(name: str) -> ModuleType:
@@ -61,12 +61,14 @@ class Compressor:
         energy: share of the squared norm to keep, in (0, 1]; larger means more bytes.
         codec: "wf0", "factors-fp32" or "raw".
         feedback: add to each update what the messages before left out (`ErrorFeedback`).
-        stateless: promise that nothing is kept between calls; excludes `feedback`.
+        cache: start the factorisations where the last ones ended (`SubspaceCache`): faster for
+            ``factors-fp32`` and for low energies, bytes that may differ a little.
+        stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
         backend: "native", or "reference" where the ops library is not built: the same promise, and
             decoding to the same bits, slowly.
 
     Raises:
-        ValueError: an argument out of its range, or `feedback` together with `stateless`.
+        ValueError: an argument out of its range, or `stateless` together with state.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Compressor:
         codec: str = "wf0",
         *,
         feedback: bool = False,
+        cache: SubspaceCache | None = None,
         stateless: bool = False,
         backend: str = "native",
     ) -> None:
@@ -82,10 +85,13 @@ class Compressor:
             raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
         if feedback and stateless:
             raise ValueError("stateless=True excludes feedback=True: a residual is state")
+        if cache is not None and stateless:
+            raise ValueError("stateless=True excludes cache: a subspace is state")
         self.energy = _check_energy(energy)
         self.codec = codec
         self._backend = _backend(backend)
         self._feedback = ErrorFeedback() if feedback else None
+        self._cache = cache
 
     def compress(
         self,
@@ -143,13 +149,16 @@ class Compressor:
                         f"update[{name!r}], less its base and with its residual, overflows "
                         f"{DTYPES[tensor.dtype]}"
                     )
-        entries = self._encode(tensors, exact, tied, kept)
+        entries, svds = self._encode(tensors, exact, tied, kept)
         frame = wire.encode(entries, base_digest=digest)
         if self._feedback:
             for entry in entries:
                 if entry.name in exact:
                     decoded = _codec.decode_entry(entry, self._backend)
                     self._feedback.keep(entry.name, exact[entry.name], decoded)
+        if self._cache is not None:
+            for name, svd in svds.items():
+                self._cache.keep(name, svd)
         return frame
 
     def _encode(
@@ -158,7 +167,8 @@ class Compressor:
         exact: dict[str, Tensor],
         tied: dict[str, str],
         energy: float,
-    ) -> list[Entry]:
+    ) -> tuple[list[Entry], dict[str, TruncatedSVD]]:
+        svds: dict[str, TruncatedSVD] = {}
         entries = {
             name: _codec.raw_entry(name, tensor)
             for name, tensor in tensors.items()
@@ -174,7 +184,7 @@ class Compressor:
             for name, value in lossy.items():
                 entries[name] = self._encode_lossy(entries[name], value, energy, svds.get(name))
         order = {name: index for index, name in enumerate(tensors)}
-        return [
+        listed = [
             entries[name]
             if name in entries
             else Entry(
@@ -182,6 +192,7 @@ class Compressor:
             )
             for name, tensor in tensors.items()
         ]
+        return listed, svds
 
     def _encode_lossy(
         self, raw: Entry, value: Tensor, energy: float, svd: TruncatedSVD | None
@@ -204,31 +215,43 @@ class Compressor:
         svds: dict[str, TruncatedSVD] = {}
         for shape, names in groups.items():
             stack = torch.stack([lossy[name].reshape(shape).float() for name in names])
-            batch: TruncatedSVD = self._backend.truncated_svd(stack, energy=energy)
+            basis = self._cache.basis(names, min(shape)) if self._cache is not None else None
+            batch: TruncatedSVD = self._backend.truncated_svd(stack, energy=energy, basis=basis)
             for position, name in enumerate(names):
                 svds[name] = TruncatedSVD(*(part[position] for part in batch))
         return svds
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is kept between calls, as tensors that safetensors can store."""
-        residuals = self._feedback.state_dict() if self._feedback else {}
-        return {_FEEDBACK_PREFIX + name: value for name, value in residuals.items()}
+        return {
+            prefix + name: value
+            for prefix, part in self._state().items()
+            for name, value in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore `state_dict`.
 
         Raises:
-            ValueError: residuals for a Compressor without feedback, or unknown keys.
+            ValueError: state of a kind that this Compressor does not keep, or unknown keys.
+            TypeError: a value that is no tensor of the right dtype.
         """
-        unknown = [name for name in state if not name.startswith(_FEEDBACK_PREFIX)]
-        if unknown:
-            raise ValueError(f"state must hold only {_FEEDBACK_PREFIX}* tensors, got {unknown[:3]}")
-        if state and self._feedback is None:
-            raise ValueError("state holds residuals, but this Compressor has feedback=False")
-        if self._feedback is not None:
-            self._feedback.load_state_dict(
-                {name.removeprefix(_FEEDBACK_PREFIX): value for name, value in state.items()}
-            )
+        parts: dict[str, dict[str, Tensor]] = {_FEEDBACK_PREFIX: {}, _CACHE_PREFIX: {}}
+        for name, value in state.items():
+            prefix = next((prefix for prefix in parts if name.startswith(prefix)), None)
+            if prefix is None:
+                raise ValueError(f"state must hold only {', '.join(parts)} tensors, got {name!r}")
+            parts[prefix][name.removeprefix(prefix)] = value
+        own = self._state()
+        for prefix, part in parts.items():
+            if part and prefix not in own:
+                raise ValueError(f"state holds {prefix}* tensors, which this Compressor lacks")
+        for prefix, keeper in own.items():
+            keeper.load_state_dict(parts[prefix])
+
+    def _state(self) -> dict[str, ErrorFeedback | SubspaceCache]:
+        kept = {_FEEDBACK_PREFIX: self._feedback, _CACHE_PREFIX: self._cache}
+        return {prefix: part for prefix, part in kept.items() if part is not None}
 
 
 def decode_frame(

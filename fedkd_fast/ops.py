@@ -41,7 +41,11 @@ _load()
 
 
 def truncated_svd(
-    matrix: Tensor, *, energy: float | None = None, rank: int | None = None
+    matrix: Tensor,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+    basis: Tensor | None = None,
 ) -> TruncatedSVD:
     r"""Factorise each matrix and keep the leading part that holds the wanted energy.
 
@@ -53,6 +57,11 @@ def truncated_svd(
         matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides; on the CPU.
         energy: wanted share of the squared singular values, in (0, 1].
         rank: wanted rank instead, >= 0. Exactly one of `energy` and `rank` is given.
+        basis: (..., L, min(P, Q)) float32, a warm start: the short-side vectors of an earlier,
+            similar matrix, `Vh` where P >= Q, else the transpose of `U`; rows of zeros pad. Wanted
+            by energy, a float32 matrix whose rank is well below min(P, Q) then costs a subspace
+            iteration. The energy is met all the same; the rank may exceed the smallest by
+            max(1, 5 %). A basis that does not serve is ignored.
 
     Returns:
         `TruncatedSVD`, in float64 for float64 input and in float32 otherwise. Signs are fixed: the
@@ -60,7 +69,7 @@ def truncated_svd(
 
     Raises:
         ValueError: both or none of `energy` and `rank`, one out of range, fewer than 2 dimensions,
-            or a matrix on another device: this op has a CPU kernel only.
+            a basis of another shape, or a matrix on another device: this op has a CPU kernel only.
         RuntimeError: another dtype, or NaN or Inf in a matrix.
 
     Deterministic for one machine and thread count. Energies are computed in float64. Not
@@ -81,8 +90,15 @@ def truncated_svd(
         source = source.float()
     lead, (rows, cols) = source.shape[:-2], source.shape[-2:]
     batch = source.reshape(lead.numel(), rows, cols)
+    side = min(rows, cols)
+    if basis is not None:
+        if basis.dim() != matrix.dim() or (*basis.shape[:-2], basis.shape[-1]) != (*lead, side):
+            raise ValueError(
+                f"basis must have shape (*{tuple(lead)}, L, {side}), got {tuple(basis.shape)}"
+            )
+        basis = basis.detach().float().reshape(lead.numel(), basis.shape[-2], side)
     left, sigma, right, ranks, energies = torch.ops.fedkd_fast.truncated_svd(
-        batch, 1.0 if energy is None else energy, -1 if rank is None else rank
+        batch, 1.0 if energy is None else energy, -1 if rank is None else rank, basis
     )
     kept = int(ranks.max()) if ranks.numel() else 0
     share = torch.where(energies[:, 1] > 0, energies[:, 0] / energies[:, 1], 1.0)
@@ -97,7 +113,7 @@ def truncated_svd(
 
 @torch.library.register_fake("fedkd_fast::truncated_svd")
 def _truncated_svd_fake(
-    matrix: Tensor, energy: float, rank: int
+    matrix: Tensor, energy: float, rank: int, basis: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, rows, cols = matrix.shape
     width = min(rows, cols) if rank < 0 else min(rank, rows, cols)

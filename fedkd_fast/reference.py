@@ -45,9 +45,17 @@ def select_rank(singular: Tensor, energy: float) -> int:
 
 
 def truncated_svd(
-    matrix: Tensor, *, energy: float | None = None, rank: int | None = None
+    matrix: Tensor,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+    basis: Tensor | None = None,
 ) -> TruncatedSVD:
-    """Specify `ops.truncated_svd`: ``torch.linalg.svd``, cut by energy or rank, signs fixed."""
+    """Specify `ops.truncated_svd`: ``torch.linalg.svd``, cut by energy or rank, signs fixed.
+
+    A warm `basis` makes the op faster, never better: it is not looked at.
+    """
+    del basis
     lead, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
     work = matrix.detach().reshape(lead.numel(), rows, cols).double()
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32

@@ -10,45 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from updates import model, powerlaw, relative_error
 
 import fedkd_fast
-from fedkd_fast import Compressor, WireError, decompress, inspect
+from fedkd_fast import Compressor, SubspaceCache, WireError, decompress, inspect
 from fedkd_fast.codec import DTYPES, VECTOR_SHARE
 from fedkd_fast.compress import CODECS
-from fedkd_fast.tensors import digest_of
 from fedkd_fast.wire import Mode
 
 LOSSY = ("wf0", "factors-fp32")
-
-
-def powerlaw(rows: int, cols: int, power: float = 0.8, seed: int = 0) -> torch.Tensor:
-    """A float32 matrix with σ_k ~ k^-power: what updates of trained layers look like."""
-    generator = torch.Generator().manual_seed(seed)
-    width = min(rows, cols)
-    left = torch.linalg.qr(torch.randn(rows, width, generator=generator))[0]
-    right = torch.linalg.qr(torch.randn(cols, width, generator=generator))[0]
-    return (left * torch.arange(1, width + 1).float() ** -power) @ right.T
-
-
-def relative_error(exact: torch.Tensor, decoded: torch.Tensor) -> float:
-    total = float(exact.double().square().sum())
-    return float((exact.double() - decoded.double()).square().sum()) / total
-
-
-def model() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return {
-        "encoder.0.query.weight": powerlaw(96, 96),
-        "encoder.0.ffn.weight": powerlaw(192, 96, 1.0, seed=1),
-        "encoder.0.ffn.bias": torch.randn(192, generator=generator),
-        "conv.weight": torch.randn(16, 3, 5, 5, generator=generator),
-        "head.weight": torch.randn(3, 96, generator=generator),
-        "scalar": torch.tensor(3.25),
-        "counter": torch.tensor([5, 7]),
-        "flags": torch.tensor([True, False, True]),
-        "frozen": torch.zeros(50, 50),
-        "empty": torch.empty(0, 4),
-    }
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.95, 0.98, 0.999])
@@ -207,168 +177,6 @@ def test_same_input_same_bytes_and_backends_agree() -> None:
     assert relative_error(update["w"], decompress(reference)["w"]) <= 0.05
 
 
-# ---- base and schema -----------------------------------------------------------------------------
-
-
-def test_difference_to_a_base() -> None:
-    base = model()
-    update = {
-        name: value + 0.01 * powerlaw(*value.shape)
-        if name.endswith("query.weight")
-        else value.clone()
-        for name, value in base.items()
-    }
-    update["counter"] = torch.tensor([8, 8])
-    frame = Compressor(0.95).compress(update, base)
-    decoded = decompress(frame, base=base)
-    assert torch.equal(decoded["counter"], update["counter"])
-    for name in ("head.weight", "frozen", "flags"):
-        assert torch.equal(decoded[name], update[name])
-    name = "encoder.0.query.weight"
-    assert relative_error(update[name] - base[name], decoded[name] - base[name]) <= 0.0501
-    with pytest.raises(ValueError, match="frame is a difference to base .*: pass base="):
-        decompress(frame)
-    other = {name: value.clone() for name, value in base.items()}
-    other["head.weight"][0, 0] += 1
-    with pytest.raises(ValueError, match="base does not match: the frame was made against"):
-        decompress(frame, base=other)
-    with pytest.raises(ValueError, match="not a difference"):
-        decompress(Compressor().compress(update), base=base)
-
-
-def test_tied_update_of_an_untied_base_is_not_tied() -> None:
-    weight = powerlaw(20, 20)
-    base = {"a": torch.zeros(20, 20), "b": torch.ones(20, 20)}
-    decoded = decompress(Compressor(1.0).compress({"a": weight, "b": weight}, base), base=base)
-    assert torch.equal(decoded["a"], weight)
-    # weight - 1 + 1 is rounded twice.
-    assert float((decoded["b"] - weight).abs().max()) <= torch.finfo(torch.float32).eps
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("scalar"), "missing"),
-        (lambda t: t.update(more=torch.zeros(1)), "unexpected"),
-        (lambda t: t.update(scalar=torch.zeros(2)), r"'scalar' is .* has \(2,\) float32"),
-        (lambda t: t.update(scalar=torch.tensor(1.0).double()), r"has \(\) float64"),
-    ],
-)
-def test_base_and_schema_must_match(change, message: str) -> None:  # type: ignore[no-untyped-def]
-    update = model()
-    other = dict(update)
-    change(other)
-    with pytest.raises(ValueError, match=message):
-        Compressor().compress(update, base=other)
-    with pytest.raises(ValueError, match=message):
-        decompress(Compressor().compress(update), schema=other)
-    assert decompress(Compressor().compress(update), schema=update)
-
-
-def test_ties_of_differences_follow_the_base() -> None:
-    difference = torch.full((4,), 0.5)
-    base = {"a": torch.zeros(4), "b": torch.full((4,), 100.0)}
-    frame = Compressor(codec="raw").compress(
-        {"a": difference, "b": difference}, base_digest=digest_of(base)
-    )
-    decoded = decompress(frame, base=base)
-    assert decoded["a"].tolist() == [0.5] * 4 and decoded["b"].tolist() == [100.5] * 4
-
-
-def test_base_plus_difference_may_not_overflow() -> None:
-    base = {"w": torch.full((2, 300), 65000.0).half()}
-    frame = Compressor(codec="raw").compress(
-        {"w": torch.full((2, 300), 1000.0).half()}, base_digest=digest_of(base)
-    )
-    with pytest.raises(ValueError, match="base\\['w'\\] \\+ difference overflows float16"):
-        decompress(frame, base=base)
-    with pytest.raises(ValueError, match="overflows float16"):
-        Compressor().compress(base, {"w": -base["w"]})
-
-
-def test_schema_is_checked_before_anything_is_decoded() -> None:
-    # 2^31 zeros in 80 bytes: decoding them would take 8 GiB.
-    entry = fedkd_fast.wire.Entry("w", "float32", (2**15, 2**15), Mode.ZERO)
-    frame = fedkd_fast.wire.encode([entry])
-    with pytest.raises(ValueError, match="schema does not match"):
-        decompress(frame, schema={"w": torch.zeros(2)})
-    with pytest.raises(ValueError, match="base does not match"):
-        decompress(frame, base={"w": torch.zeros(2)})
-
-
-# ---- error feedback ------------------------------------------------------------------------------
-
-
-def test_feedback_residual_is_exactly_what_was_left_out() -> None:
-    compressor = Compressor(0.8, feedback=True)
-    residual = {name: torch.zeros_like(value) for name, value in model().items()}
-    for seed in range(3):
-        update = {"w": powerlaw(40, 30, seed=seed), "b": powerlaw(30, 1, seed=seed)[:, 0]}
-        decoded = decompress(compressor.compress(update))
-        for name, value in update.items():
-            sent = value + residual.get(name, torch.zeros_like(value))
-            residual[name] = sent - decoded[name]
-            assert torch.equal(compressor.state_dict()[f"feedback.{name}"], residual[name])
-
-
-def test_feedback_recovers_a_constant_update() -> None:
-    update = {"w": powerlaw(40, 30, 0.3)}
-    plain, fed = Compressor(0.5), Compressor(0.5, feedback=True)
-    rounds = 12
-    sums = [
-        sum(decompress(compressor.compress(update))["w"] for _ in range(rounds)) / rounds
-        for compressor in (plain, fed)
-    ]
-    assert relative_error(update["w"], sums[1]) < relative_error(update["w"], sums[0]) / 4
-
-
-def test_state_dict_round_trip() -> None:
-    first, second = Compressor(0.7, feedback=True), Compressor(0.7, feedback=True)
-    first.compress({"w": powerlaw(30, 20)})
-    second.load_state_dict(first.state_dict())
-    update = {"w": powerlaw(30, 20, seed=5)}
-    assert first.compress(update) == second.compress(update)
-    with pytest.raises(ValueError, match="feedback=False"):
-        Compressor().load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match=r"only feedback\.\* tensors"):
-        second.load_state_dict({"w": torch.zeros(1)})
-    with pytest.raises(TypeError, match="must be a floating tensor"):
-        second.load_state_dict({"feedback.w": torch.zeros(1, dtype=torch.int64)})
-    with pytest.raises(ValueError, match="use a fresh Compressor"):
-        second.compress({"w": powerlaw(20, 20)})
-
-
-def test_a_refused_update_leaves_the_state_alone() -> None:
-    compressor = Compressor(0.7, feedback=True)
-    compressor.compress({"a": powerlaw(30, 20), "b": powerlaw(30, 20)})
-    before = compressor.state_dict()
-    with pytest.raises(ValueError, match=r"update\['b'\] holds NaN"):
-        compressor.compress({"a": powerlaw(30, 20), "b": torch.full((30, 20), torch.nan)})
-    after = compressor.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_feedback_never_sends_what_cannot_be_decoded() -> None:
-    compressor = Compressor(0.5, feedback=True)
-    state = {"feedback.w": torch.full((300,), 3e38)}
-    compressor.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"update\['w'\].*overflows float32"):
-        compressor.compress({"w": torch.full((300,), 2e38)})
-    assert torch.equal(compressor.state_dict()["feedback.w"], state["feedback.w"])
-    with pytest.raises(ValueError, match="residual 'w' holds NaN or Inf"):
-        compressor.load_state_dict({"feedback.w": torch.tensor([torch.nan])})
-
-
-def test_a_tensor_with_a_residual_is_not_tied() -> None:
-    compressor = Compressor(0.5, feedback=True)
-    compressor.compress({"a": powerlaw(20, 30), "b": powerlaw(20, 30, seed=1)})
-    residual = compressor.state_dict()["feedback.b"]
-    both = powerlaw(20, 30, seed=2)
-    decoded = decompress(compressor.compress({"a": both, "b": both}))
-    kept = compressor.state_dict()["feedback.b"]
-    assert torch.equal(kept, both + residual - decoded["b"])
-
-
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -405,6 +213,8 @@ def test_bad_arguments() -> None:
         Compressor(backend="numpy")
     with pytest.raises(ValueError, match="stateless=True excludes feedback=True"):
         Compressor(feedback=True, stateless=True)
+    with pytest.raises(ValueError, match="stateless=True excludes cache"):
+        Compressor(cache=SubspaceCache(), stateless=True)
     with pytest.raises(TypeError, match="update must be a mapping"):
         Compressor().compress([torch.ones(2)])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="non-empty str names"):

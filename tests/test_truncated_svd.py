@@ -177,6 +177,48 @@ def test_same_bits_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def short_side_vectors(svd: reference.TruncatedSVD) -> torch.Tensor:
+    return svd.U.mT if svd.U.shape[-2] < svd.Vh.shape[-1] else svd.Vh
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (160, 64), (64, 160)])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_warm_start(shape: tuple[int, int], energy: float, scale: float) -> None:
+    earlier = spectrum(*shape, power=0.9)
+    matrix = ((earlier + 0.2 * spectrum(*shape, power=0.9, seed=1)) * scale).float()
+    basis = short_side_vectors(ops.truncated_svd(earlier.float(), energy=energy))
+    warm = ops.truncated_svd(matrix, energy=energy, basis=basis)
+    best = int(reference.truncated_svd(matrix, energy=energy).rank)
+    assert best <= int(warm.rank) <= best + max(1, 0.05 * best)
+    assert float(warm.energy) > energy
+    check_factors(matrix / scale, warm._replace(S=warm.S / scale))
+
+
+def test_warm_start_of_a_batch_and_of_what_has_no_basis() -> None:
+    batch = torch.stack([spectrum(80, 60, power).float() for power in (0.8, 1.5)])
+    batch = torch.cat([batch, batch[:1], torch.zeros(1, 80, 60)])
+    cold = ops.truncated_svd(batch, energy=0.9)
+    basis = short_side_vectors(cold).clone()
+    basis[2] = 0  # starts cold
+    warm = ops.truncated_svd(batch, energy=0.9, basis=basis)
+    assert warm.rank.tolist() == cold.rank.tolist()
+    assert torch.equal(warm.S[2, : cold.S.shape[1]], cold.S[2])
+    for index in range(4):
+        part = reference.TruncatedSVD(*(value[index] for value in warm))
+        check_factors(batch[index], part)
+
+
+@pytest.mark.parametrize(
+    "basis", [torch.full((3, 20), torch.nan), torch.ones(3, 20), -torch.eye(20)]
+)
+def test_a_useless_basis_is_ignored(basis: torch.Tensor) -> None:
+    matrix = spectrum(40, 20, 0.3).float()
+    warm = ops.truncated_svd(matrix, energy=0.95, basis=basis)
+    cold = ops.truncated_svd(matrix, energy=0.95)
+    assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 0.999), st.integers(0, 2**31))
 def test_any_shape(rows: int, cols: int, energy: float, seed: int) -> None:
@@ -207,6 +249,11 @@ def test_bad_arguments() -> None:
         ops.truncated_svd(matrix, rank=-1)
     with pytest.raises(ValueError, match="2 or more dimensions"):
         ops.truncated_svd(torch.randn(4), rank=1)
+    for basis in (torch.ones(2, 3), torch.ones(4), torch.ones(1, 2, 4)):
+        with pytest.raises(ValueError, match="basis must have shape"):
+            ops.truncated_svd(matrix, energy=0.9, basis=basis)
+    with pytest.raises(RuntimeError, match=r"basis must have shape \(B, L, min"):
+        torch.ops.fedkd_fast.truncated_svd(matrix[None], 0.9, -1, torch.ones(2, 2, 4))
     with pytest.raises(RuntimeError, match="float32 or float64"):
         ops.truncated_svd(torch.ones(4, 4, dtype=torch.int64), rank=1)
 
@@ -215,3 +262,4 @@ def test_opcheck() -> None:
     batch = spectrum(12, 8, 0.5).float()[None]
     torch.library.opcheck(torch.ops.fedkd_fast.truncated_svd, (batch, 0.9, -1))
     torch.library.opcheck(torch.ops.fedkd_fast.truncated_svd, (batch, 0.9, 3))
+    torch.library.opcheck(torch.ops.fedkd_fast.truncated_svd, (batch, 0.9, -1, torch.eye(8)[None]))

@@ -3,6 +3,9 @@
 //
 //   X = A or Aᵀ, tall, scaled by a power of two, in fp64     G = XᵀX = V Λ Vᵀ     U Σ = X V
 //
+// and, from the short-side vectors B of an earlier matrix, by subspace iteration (Halko,
+// Martinsson, Tropp 2011): B ← orth(XᵀX·B) twice, then (XB)ᵀ(XB) takes the place of G.
+//
 // With fp32 input the products in G are exact to fp64, so energies are true to about 1e-14 and the
 // rank is the optimum of eq (8). Both passes over A cost 8 bytes an element; G costs M·N² and eigh
 // about 9·N³ operations, which dominate.
@@ -14,10 +17,8 @@
 
 namespace fedkd_fast {
 
-int64_t select_rank(const double* energies, int64_t count, double energy) {
+int64_t select_rank(const double* energies, int64_t count, double total, double energy) {
   if (energy >= 1.0) return count;
-  double total = 0.0;
-  for (int64_t k = 0; k < count; ++k) total += energies[k];
   if (total == 0.0) return 0;
   const double wanted = energy * total;
   double captured = 0.0;
@@ -25,7 +26,7 @@ int64_t select_rank(const double* energies, int64_t count, double energy) {
     captured += energies[k];
     if (captured > wanted) return k + 1;
   }
-  return count;
+  return -1;
 }
 
 namespace cpu {
@@ -62,6 +63,37 @@ void orient_matrix(const MatrixView& matrix, int exponent, double* out) {
     for (int64_t j = 0; j < short_side; ++j)
       out[i * short_side + j] =
           static_cast<double>(data[i * long_stride + j * short_stride]) * first * second;
+}
+
+double squared_norm(const double* values, int64_t count) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < count; ++i) squares += values[i] * values[i];
+  return squares;
+}
+
+int64_t basis_width(const float* basis, int64_t rows, int64_t length) {
+  for (int64_t k = 0; k < rows; ++k) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < length; ++i) {
+      const auto value = static_cast<double>(basis[k * length + i]);
+      squares += value * value;
+    }
+    if (!(squares > 0.0 && std::isfinite(squares))) return k;
+  }
+  return rows;
+}
+
+void extend_basis(const float* basis, int64_t known, int64_t wanted, int64_t length, double* out) {
+  for (int64_t i = 0; i < known * length; ++i) out[i] = static_cast<double>(basis[i]);
+  // splitmix64 (Steele, Lea, Flood 2014) of the position: directions that no spectrum is aligned
+  // to.
+  for (int64_t i = known * length; i < wanted * length; ++i) {
+    uint64_t bits = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
+    bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+    bits ^= bits >> 31;
+    out[i] = static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63;
+  }
 }
 
 template <typename Scalar>

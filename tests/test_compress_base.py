@@ -1,0 +1,98 @@
+"""Differences to a base, and schemas: what must match, and when it is checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from updates import model, powerlaw, relative_error
+
+import fedkd_fast
+from fedkd_fast import Compressor, decompress
+from fedkd_fast.tensors import digest_of
+from fedkd_fast.wire import Mode
+
+
+def test_difference_to_a_base() -> None:
+    base = model()
+    update = {
+        name: value + 0.01 * powerlaw(*value.shape)
+        if name.endswith("query.weight")
+        else value.clone()
+        for name, value in base.items()
+    }
+    update["counter"] = torch.tensor([8, 8])
+    frame = Compressor(0.95).compress(update, base)
+    decoded = decompress(frame, base=base)
+    assert torch.equal(decoded["counter"], update["counter"])
+    for name in ("head.weight", "frozen", "flags"):
+        assert torch.equal(decoded[name], update[name])
+    name = "encoder.0.query.weight"
+    assert relative_error(update[name] - base[name], decoded[name] - base[name]) <= 0.0501
+    with pytest.raises(ValueError, match="frame is a difference to base .*: pass base="):
+        decompress(frame)
+    other = {name: value.clone() for name, value in base.items()}
+    other["head.weight"][0, 0] += 1
+    with pytest.raises(ValueError, match="base does not match: the frame was made against"):
+        decompress(frame, base=other)
+    with pytest.raises(ValueError, match="not a difference"):
+        decompress(Compressor().compress(update), base=base)
+
+
+def test_tied_update_of_an_untied_base_is_not_tied() -> None:
+    weight = powerlaw(20, 20)
+    base = {"a": torch.zeros(20, 20), "b": torch.ones(20, 20)}
+    decoded = decompress(Compressor(1.0).compress({"a": weight, "b": weight}, base), base=base)
+    assert torch.equal(decoded["a"], weight)
+    # weight - 1 + 1 is rounded twice.
+    assert float((decoded["b"] - weight).abs().max()) <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("scalar"), "missing"),
+        (lambda t: t.update(more=torch.zeros(1)), "unexpected"),
+        (lambda t: t.update(scalar=torch.zeros(2)), r"'scalar' is .* has \(2,\) float32"),
+        (lambda t: t.update(scalar=torch.tensor(1.0).double()), r"has \(\) float64"),
+    ],
+)
+def test_base_and_schema_must_match(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    update = model()
+    other = dict(update)
+    change(other)
+    with pytest.raises(ValueError, match=message):
+        Compressor().compress(update, base=other)
+    with pytest.raises(ValueError, match=message):
+        decompress(Compressor().compress(update), schema=other)
+    assert decompress(Compressor().compress(update), schema=update)
+
+
+def test_ties_of_differences_follow_the_base() -> None:
+    difference = torch.full((4,), 0.5)
+    base = {"a": torch.zeros(4), "b": torch.full((4,), 100.0)}
+    frame = Compressor(codec="raw").compress(
+        {"a": difference, "b": difference}, base_digest=digest_of(base)
+    )
+    decoded = decompress(frame, base=base)
+    assert decoded["a"].tolist() == [0.5] * 4 and decoded["b"].tolist() == [100.5] * 4
+
+
+def test_base_plus_difference_may_not_overflow() -> None:
+    base = {"w": torch.full((2, 300), 65000.0).half()}
+    frame = Compressor(codec="raw").compress(
+        {"w": torch.full((2, 300), 1000.0).half()}, base_digest=digest_of(base)
+    )
+    with pytest.raises(ValueError, match="base\\['w'\\] \\+ difference overflows float16"):
+        decompress(frame, base=base)
+    with pytest.raises(ValueError, match="overflows float16"):
+        Compressor().compress(base, {"w": -base["w"]})
+
+
+def test_schema_is_checked_before_anything_is_decoded() -> None:
+    # 2^31 zeros in 80 bytes: decoding them would take 8 GiB.
+    entry = fedkd_fast.wire.Entry("w", "float32", (2**15, 2**15), Mode.ZERO)
+    frame = fedkd_fast.wire.encode([entry])
+    with pytest.raises(ValueError, match="schema does not match"):
+        decompress(frame, schema={"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="base does not match"):
+        decompress(frame, base={"w": torch.zeros(2)})

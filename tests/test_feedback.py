@@ -1,0 +1,177 @@
+"""State between rounds: error-feedback residuals and warm subspaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from updates import model, powerlaw, relative_error
+
+from fedkd_fast import Compressor, SubspaceCache, decompress, inspect, ops
+
+
+def test_feedback_residual_is_exactly_what_was_left_out() -> None:
+    compressor = Compressor(0.8, feedback=True)
+    residual = {name: torch.zeros_like(value) for name, value in model().items()}
+    for seed in range(3):
+        update = {"w": powerlaw(40, 30, seed=seed), "b": powerlaw(30, 1, seed=seed)[:, 0]}
+        decoded = decompress(compressor.compress(update))
+        for name, value in update.items():
+            sent = value + residual.get(name, torch.zeros_like(value))
+            residual[name] = sent - decoded[name]
+            assert torch.equal(compressor.state_dict()[f"feedback.{name}"], residual[name])
+
+
+def test_feedback_recovers_a_constant_update() -> None:
+    update = {"w": powerlaw(40, 30, 0.3)}
+    plain, fed = Compressor(0.5), Compressor(0.5, feedback=True)
+    rounds = 12
+    sums = [
+        sum(decompress(compressor.compress(update))["w"] for _ in range(rounds)) / rounds
+        for compressor in (plain, fed)
+    ]
+    assert relative_error(update["w"], sums[1]) < relative_error(update["w"], sums[0]) / 4
+
+
+def test_state_dict_round_trip() -> None:
+    first, second = Compressor(0.7, feedback=True), Compressor(0.7, feedback=True)
+    first.compress({"w": powerlaw(30, 20)})
+    second.load_state_dict(first.state_dict())
+    update = {"w": powerlaw(30, 20, seed=5)}
+    assert first.compress(update) == second.compress(update)
+    with pytest.raises(ValueError, match=r"state holds feedback\.\* tensors"):
+        Compressor().load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"state must hold only feedback\., cache\. tensors"):
+        second.load_state_dict({"w": torch.zeros(1)})
+    with pytest.raises(TypeError, match="must be a floating tensor"):
+        second.load_state_dict({"feedback.w": torch.zeros(1, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="use a fresh Compressor"):
+        second.compress({"w": powerlaw(20, 20)})
+
+
+def test_a_refused_update_leaves_the_state_alone() -> None:
+    compressor = Compressor(0.7, feedback=True)
+    compressor.compress({"a": powerlaw(30, 20), "b": powerlaw(30, 20)})
+    before = compressor.state_dict()
+    with pytest.raises(ValueError, match=r"update\['b'\] holds NaN"):
+        compressor.compress({"a": powerlaw(30, 20), "b": torch.full((30, 20), torch.nan)})
+    after = compressor.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_feedback_never_sends_what_cannot_be_decoded() -> None:
+    compressor = Compressor(0.5, feedback=True)
+    state = {"feedback.w": torch.full((300,), 3e38)}
+    compressor.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"update\['w'\].*overflows float32"):
+        compressor.compress({"w": torch.full((300,), 2e38)})
+    assert torch.equal(compressor.state_dict()["feedback.w"], state["feedback.w"])
+    with pytest.raises(ValueError, match="residual 'w' holds NaN or Inf"):
+        compressor.load_state_dict({"feedback.w": torch.tensor([torch.nan])})
+
+
+def test_a_tensor_with_a_residual_is_not_tied() -> None:
+    compressor = Compressor(0.5, feedback=True)
+    compressor.compress({"a": powerlaw(20, 30), "b": powerlaw(20, 30, seed=1)})
+    residual = compressor.state_dict()["feedback.b"]
+    both = powerlaw(20, 30, seed=2)
+    decoded = decompress(compressor.compress({"a": both, "b": both}))
+    kept = compressor.state_dict()["feedback.b"]
+    assert torch.equal(kept, both + residual - decoded["b"])
+
+
+# ---- warm subspaces ------------------------------------------------------------------------------
+
+
+def drifting(steps: int, rows: int = 96, cols: int = 64) -> list[torch.Tensor]:
+    """Updates of one layer in consecutive rounds: each a fifth new."""
+    updates = [powerlaw(rows, cols, 0.9)]
+    for step in range(1, steps):
+        updates.append(updates[-1] + 0.2 * powerlaw(rows, cols, 0.9, seed=step))
+    return updates
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_warm_rounds_keep_energy_and_nearly_the_smallest_rank(shape: tuple[int, int]) -> None:
+    cold = Compressor(0.9, "factors-fp32")
+    warm = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
+    for update in drifting(5, *shape):
+        frames = [compressor.compress({"w": update}) for compressor in (cold, warm)]
+        best, found = (inspect(frame)[0].rank for frame in frames)
+        assert best <= found <= best + max(1, 0.05 * best)
+        # Strictly more than the energy: the paper's rule.
+        assert relative_error(update, decompress(frames[1])["w"]) < 0.1
+    assert torch.equal(warm.state_dict()["cache.w"], cache_of(warm).basis(["w"], 64)[0])  # type: ignore[index]
+
+
+def cache_of(compressor: Compressor) -> SubspaceCache:
+    cache = SubspaceCache()
+    cache.load_state_dict(
+        {name.removeprefix("cache."): v for name, v in compressor.state_dict().items()}
+    )
+    return cache
+
+
+def test_warm_state_survives_a_file(tmp_path: Path) -> None:
+    updates = drifting(3)
+    first = Compressor(0.9, "factors-fp32", cache=SubspaceCache(), feedback=True)
+    for update in updates[:2]:
+        first.compress({"w": update})
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    second = Compressor(0.9, "factors-fp32", cache=SubspaceCache(), feedback=True)
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert first.compress({"w": updates[2]}) == second.compress({"w": updates[2]})
+    with pytest.raises(ValueError, match=r"state holds cache\.\* tensors"):
+        Compressor(feedback=True).load_state_dict(first.state_dict())
+
+
+def test_shapes_may_change_and_rounds_be_skipped() -> None:
+    compressor = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
+    compressor.compress({"w": powerlaw(60, 40), "v": powerlaw(60, 40)})
+    for update in ({"v": powerlaw(40, 60)}, {"w": powerlaw(30, 50)}, {"w": powerlaw(50, 30)}):
+        ((name, exact),) = update.items()
+        assert relative_error(exact, decompress(compressor.compress(update))[name]) < 0.1
+
+
+def test_a_misleading_cache_costs_nothing_but_time() -> None:
+    warm = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
+    warm.compress({"w": powerlaw(96, 64, 1.2)})
+    other = {"w": powerlaw(96, 64, 0.3, seed=9)}
+    assert warm.compress(other) == Compressor(0.9, "factors-fp32").compress(other)
+
+
+def test_cache_is_bounded_and_forgets_the_oldest() -> None:
+    svd = ops.truncated_svd(powerlaw(30, 20), rank=4)
+    one = 4 * 20 * 4
+    cache = SubspaceCache(max_bytes=2 * one)
+    for name in ("a", "b", "a", "c"):
+        cache.keep(name, svd)
+        assert cache.nbytes <= 2 * one
+    assert list(cache.state_dict()) == ["a", "c"]
+    cache.keep("a", ops.truncated_svd(powerlaw(30, 20), rank=20))  # too many to be useful
+    assert list(cache.state_dict()) == ["c"]
+    with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
+        SubspaceCache(-1)
+
+
+def test_bad_cache_states() -> None:
+    cache = SubspaceCache(max_bytes=1000)
+    with pytest.raises(TypeError, match="subspace 'w' must be a float32 tensor"):
+        cache.load_state_dict({"w": torch.zeros(2, 2).double()})
+    for bad in (torch.zeros(3), torch.full((2, 2), torch.nan)):
+        with pytest.raises(ValueError, match="subspace 'w' must be a finite matrix"):
+            cache.load_state_dict({"w": bad})
+    with pytest.raises(ValueError, match="subspaces must be at most 1000 bytes, got 4000"):
+        cache.load_state_dict({"w": torch.zeros(10, 100)})
+    assert cache.nbytes == 0
+
+
+def test_a_refused_update_leaves_the_cache_alone() -> None:
+    compressor = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
+    compressor.compress({"a": powerlaw(30, 20)})
+    before = compressor.state_dict()["cache.a"].clone()
+    with pytest.raises(ValueError, match="holds NaN"):
+        compressor.compress({"a": powerlaw(30, 20, seed=1), "b": torch.tensor([torch.nan])})
+    assert torch.equal(compressor.state_dict()["cache.a"], before)
