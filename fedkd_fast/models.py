@@ -88,10 +88,12 @@ def build_vit(
     classes: int,
     initializer_range: float,
     seed: int,
+    keep: int | None = None,
 ) -> nn.Module:
-    """Build a vision transformer for one-channel images with random weights.
+    """Build a vision transformer for one-channel images, or its first layers, with random weights.
 
-    Equal arguments give equal weights. There is no dropout.
+    Equal arguments give equal weights; what `keep` leaves has the weights of the whole model. There
+    is no dropout.
 
     Args:
         image_size: height and width in pixels.
@@ -103,6 +105,7 @@ def build_vit(
         classes: number of classes.
         initializer_range: standard deviation of the initial weights.
         seed: seed of the initial weights.
+        keep: keep this many layers from the bottom; None keeps all.
 
     Raises:
         ImportError: transformers is not installed.
@@ -127,7 +130,13 @@ def build_vit(
         attn_implementation="eager",
     )
     with seeded(seed):
-        return cast(nn.Module, ViTForImageClassification(config))
+        model = ViTForImageClassification(config)
+        if keep is not None:
+            config.num_hidden_layers = keep
+            weights = model.state_dict()
+            model = ViTForImageClassification(config)
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return cast(nn.Module, model)
 
 
 def build_text_classifier(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -18,13 +19,19 @@ LEAST_SAVING = 0.95
 LEAST_CENTRAL = 0.95
 
 
-def summary(method: str) -> dict[str, Any]:
-    return dict(train("digits", method, seed=0).summary)
+SEEDS = (0, 1, 2)
+
+
+def mean(method: str, figure: str, runs: dict[str, list[dict[str, Any]]]) -> float:
+    return statistics.fmean(summary[figure] for summary in runs[method])
 
 
 def test_digits_with_the_default_recipe() -> None:
-    local, fedkd, central = (summary(method) for method in ("local", "fedkd", "central"))
+    runs = {
+        method: [dict(train("digits", method, seed=seed).summary) for seed in SEEDS]
+        for method in ("local", "fedkd", "central")
+    }
     for role in ("score_mentor", "score_mentee"):
-        assert fedkd[role] >= local["score_mentor"] + LEAST_GAIN, role
-    assert fedkd["saving"] >= LEAST_SAVING
-    assert central["score_mentor"] >= LEAST_CENTRAL
+        assert mean("fedkd", role, runs) >= mean("local", "score_mentor", runs) + LEAST_GAIN, role
+    assert mean("fedkd", "saving", runs) >= LEAST_SAVING
+    assert mean("central", "score_mentor", runs) >= LEAST_CENTRAL

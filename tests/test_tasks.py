@@ -138,6 +138,9 @@ def test_digits_models(digits: DigitsTask) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(mentor.parameters(), twin.parameters(), strict=True)
     )
+    # The mentee begins as the first layers of the mentor, head included.
+    weights = mentor.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in mentee.state_dict().items())
     images = next(iter(digits.batches(digits.shards(4, 0)[0], 0))).inputs
     outputs = run_model(mentee, images, layers=True)
     assert outputs.logits.shape[1] == CLASSES
