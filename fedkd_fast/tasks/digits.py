@@ -71,7 +71,7 @@ class DigitsTask:
         "threads": 1,
     }
     MENTOR_LAYERS = 3
-    WIDTH = 48
+    WIDTH = 64
 
     def __init__(self, options: TaskOptions | None = None, *, concentration: float = 3.0) -> None:
         options = options or TaskOptions()
@@ -118,7 +118,7 @@ class DigitsTask:
         )
 
     def build_mentor(self) -> nn.Module:
-        """Make a vision transformer of three layers, 48 wide."""
+        """Make a vision transformer of three layers, 64 wide."""
         return self._build(None)
 
     def build_mentee(self) -> nn.Module:
