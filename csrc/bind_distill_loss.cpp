@@ -84,12 +84,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Te
   args.grad_mentor = grad_mentor.mutable_data_ptr();
   args.grad_mentee = grad_mentee.mutable_data_ptr();
 #ifdef FEDKD_FAST_HAS_CUDA
-  if (!mentor_logits.is_cpu()) {
+  if (on_gpu(mentor_logits)) {
     // A bad label makes its row NaN: to raise for it would stall the stream.
-    const torch::stable::accelerator::DeviceGuard guard(mentor_logits.get_device_index());
-    check_launch(
-        cuda::distill_loss(args, mentor_loss.mutable_data_ptr(), mentee_loss.mutable_data_ptr(),
-                           pending_scale.mutable_data_ptr(), current_stream(mentor_logits)));
+    const GpuScope gpu(mentor_logits);
+    check_launch(cuda::distill_loss(args, mentor_loss.mutable_data_ptr(),
+                                    mentee_loss.mutable_data_ptr(),
+                                    pending_scale.mutable_data_ptr(), gpu.stream));
     return {mentor_loss, mentee_loss, pending_scale, statistics, grad_mentor, grad_mentee};
   }
 #endif

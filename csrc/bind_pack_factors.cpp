@@ -63,12 +63,11 @@ Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bit
   const uint8_t* widths = layout.bits.const_data_ptr<uint8_t>();
   uint8_t* out = codes.mutable_data_ptr<uint8_t>();
 #ifdef FEDKD_FAST_HAS_CUDA
-  if (!values.is_cpu()) {
-    const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  if (on_gpu(values)) {
+    const GpuScope gpu(values);
     const Tensor offsets = layout.device_offsets(values);
     check_launch(cuda::pack_factors(in, count, rank, count, scales, widths,
-                                    offsets.const_data_ptr<int64_t>(), out,
-                                    current_stream(values)));
+                                    offsets.const_data_ptr<int64_t>(), out, gpu.stream));
     return codes;
   }
 #endif
@@ -93,12 +92,11 @@ Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bi
   const uint8_t* widths = layout.bits.const_data_ptr<uint8_t>();
   float* out = values.mutable_data_ptr<float>();
 #ifdef FEDKD_FAST_HAS_CUDA
-  if (!codes.is_cpu()) {
-    const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+  if (on_gpu(codes)) {
+    const GpuScope gpu(codes);
     const Tensor offsets = layout.device_offsets(codes);
     check_launch(cuda::unpack_factors(in, rank, count, scales, widths,
-                                      offsets.const_data_ptr<int64_t>(), out,
-                                      current_stream(codes)));
+                                      offsets.const_data_ptr<int64_t>(), out, gpu.stream));
     return values;
   }
 #endif
@@ -123,10 +121,9 @@ Tensor reconstruct(const Tensor& left, const Tensor& right) {
   const float* right_data = right_rows.const_data_ptr<float>();
   float* out = product.mutable_data_ptr<float>();
 #ifdef FEDKD_FAST_HAS_CUDA
-  if (!left.is_cpu()) {
-    const torch::stable::accelerator::DeviceGuard guard(left.get_device_index());
-    check_launch(
-        cuda::reconstruct(left_data, right_data, rank, rows, cols, out, current_stream(left)));
+  if (on_gpu(left)) {
+    const GpuScope gpu(left);
+    check_launch(cuda::reconstruct(left_data, right_data, rank, rows, cols, out, gpu.stream));
     return product;
   }
 #endif

@@ -4,7 +4,15 @@
 
 namespace bind = fedkd_fast::bind;
 
-STABLE_TORCH_LIBRARY(fedkd_fast, m) {
+// The build for tests on CPU threads has a namespace of its own.
+#ifndef FEDKD_FAST_OPS
+#define FEDKD_FAST_OPS fedkd_fast
+#endif
+// The name has to be expanded before torch's macros turn it into text.
+#define FEDKD_FAST_DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define FEDKD_FAST_IMPLEMENT(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
+
+FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
   m.def(
       "truncated_svd(Tensor matrix, float energy, int rank, Tensor? basis=None) -> "
       "(Tensor left, Tensor sigma, Tensor right, Tensor rank, Tensor energies)");
@@ -18,7 +26,7 @@ STABLE_TORCH_LIBRARY(fedkd_fast, m) {
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fedkd_fast, CPU, m) {
+FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
@@ -26,8 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(fedkd_fast, CPU, m) {
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
 }
 
-#ifdef FEDKD_FAST_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fedkd_fast, CUDA, m) {
+#if defined(FEDKD_FAST_HAS_CUDA) && !defined(FEDKD_FAST_SIMT)
+FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CUDA, m) {
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));

@@ -26,11 +26,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #ifdef FEDKD_FAST_HAS_CUDA
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+#ifdef FEDKD_FAST_SIMT
+// For tests, kernels run on CPU threads (simt/): every tensor counts as one of a GPU.
+inline bool on_gpu(const Tensor&) { return true; }
+
+struct GpuScope {
+  explicit GpuScope(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+};
+#else
+inline bool on_gpu(const Tensor& tensor) { return !tensor.is_cpu(); }
+
+// Makes the tensor's device the current one, and names torch's current stream there.
+struct GpuScope {
+  explicit GpuScope(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream = nullptr;
+};
+#endif
 
 inline void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));

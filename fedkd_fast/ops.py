@@ -35,6 +35,8 @@ def _load() -> None:
 
 
 _load()
+# Tests put another library of the same ops here.
+_native = torch.ops.fedkd_fast
 
 
 # ---- truncated_svd -------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def truncated_svd(
                 f"basis must have shape (*{tuple(lead)}, L, {side}), got {tuple(basis.shape)}"
             )
         basis = basis.detach().float().reshape(lead.numel(), basis.shape[-2], side)
-    left, sigma, right, ranks, energies = torch.ops.fedkd_fast.truncated_svd(
+    left, sigma, right, ranks, energies = _native.truncated_svd(
         batch, 1.0 if energy is None else energy, -1 if rank is None else rank, basis
     )
     kept = int(ranks.max()) if ranks.numel() else 0
@@ -173,7 +175,7 @@ class _DistillLoss(torch.autograd.Function):
         ctx: Any, mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         mentor_loss, mentee_loss, pending_scale, statistics, grad_mentor, grad_mentee = (
-            torch.ops.fedkd_fast.distill_loss(mentor_logits, mentee_logits, labels, ignore_index)
+            _native.distill_loss(mentor_logits, mentee_logits, labels, ignore_index)
         )
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
@@ -242,7 +244,7 @@ def pack_factors(values: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     Raises:
         RuntimeError: a wrong shape, dtype or device, or a scale or width out of range.
     """
-    codes: Tensor = torch.ops.fedkd_fast.pack_factors(values.detach(), scale, bits)
+    codes: Tensor = _native.pack_factors(values.detach(), scale, bits)
     return codes
 
 
@@ -261,7 +263,7 @@ def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Te
     Raises:
         RuntimeError: a wrong shape, dtype, device or length.
     """
-    values: Tensor = torch.ops.fedkd_fast.unpack_factors(codes, scale, bits, count)
+    values: Tensor = _native.unpack_factors(codes, scale, bits, count)
     return values
 
 
@@ -282,7 +284,7 @@ def reconstruct(left: Tensor, right: Tensor) -> Tensor:
     Raises:
         RuntimeError: a wrong shape, dtype or device.
     """
-    product: Tensor = torch.ops.fedkd_fast.reconstruct(left.detach(), right.detach())
+    product: Tensor = _native.reconstruct(left.detach(), right.detach())
     return product
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_build import simt_ops
+
+from fedkd_fast import ops
 
 # One thread: the suite's matrices are small, and threads that spin against each other are slower.
 torch.set_num_threads(1)
@@ -12,6 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(
     params=[
         "cpu",
+        "simt",
         pytest.param(
             "cuda",
             marks=[
@@ -21,6 +25,17 @@ torch.set_num_threads(1)
         ),
     ]
 )
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device an op test runs on."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device an op test runs on; `simt` runs the CUDA kernels on CPU threads."""
+    if request.param == "simt":
+        if request.node.get_closest_marker("many_blocks"):
+            pytest.skip("thousands of blocks take minutes on CPU threads")
+        monkeypatch.setattr(ops, "_native", simt_ops())
+        return torch.device("cpu")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def runs_cuda_kernels(device: torch.device) -> bool:
+    """Whether `device` stands for the CUDA half of the ops, which reports some errors late."""
+    return device.type == "cuda" or ops._native is not torch.ops.fedkd_fast

@@ -137,6 +137,7 @@ def test_equal_logits_have_no_divergence(device: torch.device, dtype: torch.dtyp
     assert torch.equal(result.mentor_loss, result.mentee_loss)
 
 
+@pytest.mark.many_blocks
 def test_divergence_is_never_negative(device: torch.device) -> None:
     mentor, _, labels = make_inputs(2000, 5, torch.float32, device, LARGE)
     mentee = mentor * (1 + torch.finfo(torch.float32).eps)
@@ -230,6 +231,7 @@ def test_each_loss_reaches_its_own_logits_only(device: torch.device) -> None:
     assert not any(value.requires_grad for value in result[2:])
 
 
+@pytest.mark.many_blocks
 def test_float16_gradients_survive_many_rows(device: torch.device) -> None:
     # 1e-4 / 40000 is below the range of float16; a gradient scaler multiplies before that.
     rows, scaler = 40_000, 2.0**16
@@ -273,10 +275,10 @@ def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("label", [5, -1, 2**40])
-def test_a_label_out_of_range(device: torch.device, label: int) -> None:
+def test_a_label_out_of_range(device: torch.device, runs_cuda_kernels: bool, label: int) -> None:
     mentor, mentee, labels = make_inputs(8, 5, torch.float32, device)
     labels[6] = label
-    if device.type == "cuda":
+    if runs_cuda_kernels:
         result = ops.distill_loss(mentor, mentee, labels)
         assert bool(result.mentor_loss.isnan()) and bool(result.kl_mentor[6].isnan())
         return

@@ -9,7 +9,9 @@
 
 // One function, several instruction sets, chosen when the library is loaded: wheels run on any
 // x86-64 and still use AVX-512 and FMA where they are. Other machines compile the plain function.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+// ThreadSanitizer is not ready yet when the choice is made.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define FEDKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FEDKD_CLONES

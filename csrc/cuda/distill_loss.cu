@@ -159,15 +159,15 @@ cudaError_t run(const DistillLossArgs& args, void* mentor_mean, void* mentee_mea
   using Real = typename Compute<Storage>::type;
   cudaError_t error = cudaSuccess;
   if (args.rows > 0 && args.classes <= kWarpRowClasses)
-    error = launch(distill_loss_kernel<Storage, kWarp>, grid_for(args.rows, kWarps), dim3(kThreads),
-                   0, stream, args);
+    error = launch<distill_loss_kernel<Storage, kWarp>>(grid_for(args.rows, kWarps), dim3(kThreads),
+                                                        0, stream, args);
   else if (args.rows > 0)
-    error = launch(distill_loss_kernel<Storage, kThreads>, grid_for(args.rows, 1), dim3(kThreads),
-                   0, stream, args);
+    error = launch<distill_loss_kernel<Storage, kThreads>>(grid_for(args.rows, 1), dim3(kThreads),
+                                                           0, stream, args);
   if (error != cudaSuccess) return error;
-  return launch(mean_distill_loss_kernel<Real>, dim3(1), dim3(kThreads), 0, stream, args,
-                static_cast<Real*>(mentor_mean), static_cast<Real*>(mentee_mean),
-                static_cast<Real*>(inverse_count));
+  return launch<mean_distill_loss_kernel<Real>>(
+      dim3(1), dim3(kThreads), 0, stream, args, static_cast<Real*>(mentor_mean),
+      static_cast<Real*>(mentee_mean), static_cast<Real*>(inverse_count));
 }
 
 }  // namespace

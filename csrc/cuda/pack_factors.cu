@@ -85,23 +85,25 @@ cudaError_t pack_factors(const float* values, int64_t row_stride, int64_t rank, 
                          const float* scale, const uint8_t* bits, const int64_t* offsets,
                          uint8_t* codes, cudaStream_t stream) {
   if (rank == 0 || count == 0) return cudaSuccess;
-  return launch(pack_factors_kernel, grid_over((count + kGroup - 1) / kGroup, rank), dim3(kThreads),
-                0, stream, values, row_stride, rank, count, scale, bits, offsets, codes);
+  return launch<pack_factors_kernel>(grid_over((count + kGroup - 1) / kGroup, rank), dim3(kThreads),
+                                     0, stream, values, row_stride, rank, count, scale, bits,
+                                     offsets, codes);
 }
 
 cudaError_t unpack_factors(const uint8_t* codes, int64_t rank, int64_t count, const float* scale,
                            const uint8_t* bits, const int64_t* offsets, float* values,
                            cudaStream_t stream) {
   if (rank == 0 || count == 0) return cudaSuccess;
-  return launch(unpack_factors_kernel, grid_over((count + kGroup - 1) / kGroup, rank),
-                dim3(kThreads), 0, stream, codes, rank, count, scale, bits, offsets, values);
+  return launch<unpack_factors_kernel>(grid_over((count + kGroup - 1) / kGroup, rank),
+                                       dim3(kThreads), 0, stream, codes, rank, count, scale, bits,
+                                       offsets, values);
 }
 
 cudaError_t reconstruct(const float* left, const float* right, int64_t rank, int64_t rows,
                         int64_t cols, float* out, cudaStream_t stream) {
   if (rows == 0 || cols == 0) return cudaSuccess;
-  return launch(reconstruct_kernel, grid_over(cols, rows), dim3(kThreads), 0, stream, left, right,
-                rank, rows, cols, out);
+  return launch<reconstruct_kernel>(grid_over(cols, rows), dim3(kThreads), 0, stream, left, right,
+                                    rank, rows, cols, out);
 }
 
 }  // namespace fedkd_fast::cuda

@@ -1,3 +1,4 @@
+// clang-format off: the tables keep their columns
 // The frame: how a set of named tensors, dense or compressed, travels as bytes. Version 1.0.
 //
 //   frame = header (64 bytes) | directory | payload          all integers little-endian
@@ -12,9 +13,10 @@
 //       16     4  entry_count, at most 65536
 //       20     4  directory_bytes
 //       24     8  payload_bytes
-//       32    16  base digest: names the parameters that an update was formed against; zeros if
-//       none 48     8  reserved, zeros 56     4  crc32c of directory and payload 60     4  crc32c
-//       of header[0:60]
+//       32    16  base digest: names the parameters of the base; zeros if there is none
+//       48     8  reserved, zeros
+//       56     4  crc32c of directory and payload
+//       60     4  crc32c of header[0:60]
 //
 // Directory: one record an entry, without gaps. "varint" is an unsigned LEB128 number below 2^64 in
 // its shortest form; a longer form of the same number is refused.
@@ -37,15 +39,13 @@
 // to payload_bytes. With numel the product of the shape, P = shape[0] and Q = numel / P:
 //   mode  name            rank K                      payload
 //      0  ZERO            0                           nothing; the tensor is all zero
-//      1  RAW             0                           numel * itemsize bytes in C order; bool 0 or
-//      1 2  ALIAS           index of an earlier entry   nothing; the tensor equals that entry,
-//      which
-//                                                     has the same shape and dtype and is no ALIAS
+//      1  RAW             0                           numel * itemsize bytes in C order; bool 0, 1
+//      2  ALIAS           index of an earlier entry   nothing; the tensor equals that entry, which
+//                                                     has its shape and dtype and is no ALIAS
 //      3  FACTORS         1 .. min(P, Q)              sigma K f32 | left K*P f32 | right K*Q f32,
 //                                                     all finite
-//      4  PACKED_FACTORS  1 .. min(P, Q)              scale K f32 | bits_left K u8 | bits_right K
-//      u8
-//                                                     | codes_left | codes_right
+//      4  PACKED_FACTORS  1 .. min(P, Q)              scale K f32 | bits_left K u8 |
+//                                                     bits_right K u8 | codes_left | codes_right
 //      5  PACKED_DENSE    rows, divides numel > 0     scale K f32 | bits K u8 | codes
 // Modes 3 to 5 need a floating dtype, 3 and 4 two dimensions or more. Component k of codes_left
 // takes ceil(P * bits_left[k] / 8) bytes, of codes_right ceil(Q * bits_right[k] / 8), row k of
@@ -60,6 +60,7 @@
 // used, what is allocated is bounded by 65536 entries of at most 1024 bytes of name, and no tensor
 // is allocated here at all. `max_bytes` bounds what a caller would allocate for the tensors: a ZERO
 // entry of a few bytes may claim any shape. The checksums find damage, not forgery.
+// clang-format on
 #pragma once
 
 #include <array>

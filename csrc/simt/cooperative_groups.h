@@ -1,0 +1,2 @@
+#pragma once
+#include "simt/cuda_runtime.h"  // stands in for CUDA's header of this name

@@ -1,0 +1,161 @@
+// Every CUDA kernel on the simt engine against its CPU kernel, for sanitizer builds: sizes with
+// ragged edges, one block and several. Prints one line a case; exits with 1 where results differ.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/half.h"
+#include "common/quantise.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace fedkd_fast;
+
+int failures = 0;
+
+void report(const std::string& name, bool right) {
+  std::printf("%s %s\n", right ? "ok  " : "FAIL", name.c_str());
+  std::fflush(stdout);
+  failures += right ? 0 : 1;
+}
+
+std::string text(std::initializer_list<int64_t> sizes) {
+  std::string joined;
+  for (const int64_t size : sizes) joined += (joined.empty() ? "" : "x") + std::to_string(size);
+  return joined;
+}
+
+std::vector<float> normal(int64_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = distribution(generator);
+  return values;
+}
+
+// Rows of all widths, so that every shift of the bit stream occurs.
+void pack_and_unpack(int64_t rank, int64_t count) {
+  const std::vector<float> values = normal(rank * count, 1);
+  std::vector<float> scale;
+  std::vector<uint8_t> bits;
+  std::vector<int64_t> offsets{0};
+  for (int64_t k = 0; k < rank; ++k) {
+    bits.push_back(static_cast<uint8_t>(k % (kMaxCodeBits + 1)));
+    scale.push_back(0.3f / static_cast<float>(1 + k));
+    offsets.push_back(offsets.back() + packed_bytes(count, bits.back()));
+  }
+  const auto bytes = static_cast<size_t>(offsets.back());
+  std::vector<uint8_t> here(bytes, 0xee), there(bytes, 0x11);
+  cpu::pack_factors(values.data(), count, count, scale.data(), bits.data(), offsets.data(),
+                    here.data(), 0, rank);
+  const cudaError_t packed = cuda::pack_factors(values.data(), count, rank, count, scale.data(),
+                                                bits.data(), offsets.data(), there.data(), nullptr);
+  report("pack_factors " + text({rank, count}), packed == cudaSuccess && here == there);
+  std::vector<float> back(values.size(), 1.0f), other(values.size(), 2.0f);
+  cpu::unpack_factors(here.data(), count, scale.data(), bits.data(), offsets.data(), back.data(), 0,
+                      rank);
+  const cudaError_t unpacked = cuda::unpack_factors(
+      here.data(), rank, count, scale.data(), bits.data(), offsets.data(), other.data(), nullptr);
+  report("unpack_factors " + text({rank, count}), unpacked == cudaSuccess && back == other);
+}
+
+void reconstruct(int64_t rank, int64_t rows, int64_t cols) {
+  const std::vector<float> left = normal(rank * rows, 2), right = normal(rank * cols, 3);
+  std::vector<float> here(static_cast<size_t>(rows * cols)), there(here.size(), 7.0f);
+  cpu::reconstruct(left.data(), right.data(), rank, rows, cols, here.data(), 0, rows);
+  const cudaError_t error =
+      cuda::reconstruct(left.data(), right.data(), rank, rows, cols, there.data(), nullptr);
+  report("reconstruct " + text({rank, rows, cols}), error == cudaSuccess && here == there);
+}
+
+template <typename Storage>
+void distill_loss(LogitType type, int64_t rows, int64_t classes) {
+  using Real = typename Compute<Storage>::type;
+  const auto logits = [&](unsigned seed) {
+    std::vector<Storage> stored;
+    for (const float value : normal(rows * classes, seed)) {
+      stored.emplace_back();
+      store_value(&stored.back(), static_cast<Real>(value));
+    }
+    return stored;
+  };
+  const std::vector<Storage> mentor = logits(4), mentee = logits(5);
+  std::vector<int64_t> labels;
+  for (int64_t row = 0; row < rows; ++row)
+    labels.push_back(row % 5 == 3 ? -100 : row * 7 % classes);
+  const auto cells = static_cast<size_t>(rows * classes);
+  struct Result {
+    std::vector<Real> statistics, means;
+    std::vector<Storage> grad_mentor, grad_mentee;
+  };
+  const auto empty = [&] {
+    return Result{std::vector<Real>(static_cast<size_t>(5 * rows)), std::vector<Real>(3),
+                  std::vector<Storage>(cells), std::vector<Storage>(cells)};
+  };
+  Result here = empty(), there = empty();
+  DistillLossArgs args{};
+  args.type = type;
+  args.mentor_logits = mentor.data();
+  args.mentee_logits = mentee.data();
+  args.labels = labels.data();
+  args.rows = rows;
+  args.classes = args.mentor_stride = args.mentee_stride = classes;
+  args.label_stride = 1;
+  args.ignore_index = -100;
+  args.gradient_scale = 1.0;
+  const auto point_at = [&args](Result& result) {
+    args.statistics = result.statistics.data();
+    args.grad_mentor = result.grad_mentor.data();
+    args.grad_mentee = result.grad_mentee.data();
+  };
+  point_at(here);
+  cpu::distill_loss(args, 0, rows);
+  double means[3];
+  cpu::mean_distill_loss(args, means);
+  for (size_t i = 0; i < 3; ++i) here.means[i] = static_cast<Real>(means[i]);
+  point_at(there);
+  const cudaError_t error =
+      cuda::distill_loss(args, &there.means[0], &there.means[1], &there.means[2], nullptr);
+  // The order of a row's sum differs; one step of the storage type for what is stored in 16 bits.
+  const double step = sizeof(Storage) == 2 ? 1.0 / 128 : sizeof(Real) == 4 ? 1e-5 : 1e-13;
+  bool near = error == cudaSuccess;
+  const auto compare = [&](const auto& a, const auto& b) {
+    for (size_t i = 0; i < a.size(); ++i) {
+      const auto x = static_cast<double>(load_value(a[i]));
+      near &= std::abs(x - static_cast<double>(load_value(b[i]))) <= step * (1e-2 + std::abs(x));
+    }
+  };
+  compare(here.statistics, there.statistics);
+  compare(here.means, there.means);
+  compare(here.grad_mentor, there.grad_mentor);
+  compare(here.grad_mentee, there.grad_mentee);
+  report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage))}), near);
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t count : {1, 7, 8, 1023, 1025}) pack_and_unpack(18, count);
+  reconstruct(3, 5, 7);
+  reconstruct(4, 2, 130);
+  reconstruct(0, 3, 3);
+  // A warp owns a row up to 1024 classes, a block beyond.
+  for (const int64_t rows : {1, 9}) {
+    distill_loss<float>(LogitType::kFloat32, rows, 33);
+    distill_loss<double>(LogitType::kFloat64, rows, 2);
+    distill_loss<BFloat16>(LogitType::kBFloat16, rows, 31);
+    distill_loss<Float16>(LogitType::kFloat16, rows, 1);
+  }
+  for (const int64_t rows : {1, 3}) {
+    distill_loss<float>(LogitType::kFloat32, rows, 1031);
+    distill_loss<double>(LogitType::kFloat64, rows, 1025);
+  }
+  distill_loss<float>(LogitType::kFloat32, 260, 1);
+  std::printf("%d failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}
