@@ -26,6 +26,8 @@ slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
+	@command -v git >/dev/null || { echo "git is missing: apt install git"; exit 1; }
+	@git rev-parse --git-dir >/dev/null || { echo "make lint needs a git checkout: git clone …"; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 # Microbenchmarks; every result is checked before it is timed.
@@ -39,6 +41,8 @@ bench: $(VENV)/.dev
 # torch first, by itself: pip takes it from whatever index is configured. On Linux the plain one has
 # the CUDA build of several GB; PIP_INDEX_URL or PIP_FIND_LINKS can point to a CPU build.
 $(VENV)/.torch: constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is missing: apt install python3 python3-venv python3-dev"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -47,7 +51,7 @@ $(VENV)/.torch: constraints.txt
 	  { echo "the Python headers are missing: apt install python3-dev"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
 	  { echo "a C++ compiler is missing: apt install g++"; exit 1; }
-	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing torch and the build tools into $(VENV)"
 	@$(PIP) install torch -c constraints.txt
 	@$(PIP) install setuptools pybind11 cmake ninja -c constraints.txt

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 import fedkd_fast._C as _C
 
@@ -19,17 +19,13 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # every single time: megabytes that nobody reads
     # These say more of a host than a result should.
     del output_json["machine_info"], output_json["commit_info"]
     output_json["fedkd_fast"] = {
         "version": _C.version,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "compiler": _C.compiler,
         "cuda_archs": _C.cuda_archs if _C.has_cuda else None,
         "torch": torch.__version__,

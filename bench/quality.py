@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 import fedkd_fast
 
@@ -52,9 +53,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="passed to fedkd-fast train, after --")
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for method in arguments.methods:
@@ -66,7 +64,7 @@ def main() -> None:
     result = {
         "command": f"python bench/quality.py --seeds {' '.join(map(str, arguments.seeds))} "
         f"--methods {' '.join(arguments.methods)} -- {' '.join(arguments.options)}",
-        "commit": commit or "unknown",
+        "commit": commit(),
         "version": fedkd_fast.__version__,
         "torch": torch.__version__,
         "methods": {method: spread(summaries) for method, summaries in runs.items()},

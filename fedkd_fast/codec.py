@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,9 @@ def factors_entry(name: str, dtype: str, shape: tuple[int, ...], svd: TruncatedS
     return Entry(name, dtype, shape, Mode.FACTORS, rank, b"".join(to_bytes(p) for p in parts))
 
 
-def _quantise(rows: Tensor, bits: np.ndarray, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise(
+    rows: Tensor, bits: np.ndarray[Any, Any], backend: ModuleType
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise rows at their best Gaussian step; return scales, widths and codes."""
     widths = torch.from_numpy(bits)
     rms = rows.double().square().mean(1).sqrt()
