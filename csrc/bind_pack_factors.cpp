@@ -9,33 +9,30 @@
 namespace fedkd_fast::bind {
 namespace {
 
-// Where each row's codes start, on the host, and on the device of the data.
+// What the kernels need to know of each row, on the host.
 struct CodeLayout {
-  std::vector<int64_t> offsets;  // K+1
-  Tensor scale, bits;            // contiguous, on the device of the data
-#ifdef FEDKD_FAST_HAS_CUDA
-  Tensor device_offsets(const Tensor& like) const {
-    Tensor host = torch::stable::empty({static_cast<int64_t>(offsets.size())}, ScalarType::Long);
-    std::copy(offsets.begin(), offsets.end(), host.mutable_data_ptr<int64_t>());
-    return torch::stable::to(host, like.device());
-  }
-#endif
+  Tensor scale, bits;            // (K,) contiguous
+  std::vector<int64_t> offsets;  // K+1, where each row's codes start
 };
+
+// Rows' scales and widths may lie on the host while the data are on a GPU: nothing waits then.
+void check_place(const Tensor& data, const Tensor& control, const char* name) {
+  if (!control.is_cpu()) check_same_device(data, "the data", control, name);
+}
 
 CodeLayout lay_out_codes(const Tensor& data, const Tensor& scale, const Tensor& bits, int64_t count,
                          float smallest) {
   check_tensor(scale, "scale", 1, ScalarType::Float);
   check_tensor(bits, "bits", 1, ScalarType::Byte);
-  check_same_device(data, "the data", scale, "scale");
-  check_same_device(data, "the data", bits, "bits");
+  check_place(data, scale, "scale");
+  check_place(data, bits, "bits");
   const int64_t rank = bits.size(0);
   STD_TORCH_CHECK(scale.size(0) == rank, "scale must have one entry per row: ", rank, " rows, got ",
                   scale.size(0));
-  const Tensor host_scale = on_host(scale), host_bits = on_host(bits);
-  const float* scales = host_scale.const_data_ptr<float>();
-  const uint8_t* widths = host_bits.const_data_ptr<uint8_t>();
-  CodeLayout layout{std::vector<int64_t>(static_cast<size_t>(rank) + 1, 0),
-                    torch::stable::contiguous(scale), torch::stable::contiguous(bits)};
+  CodeLayout layout{on_host(scale), on_host(bits),
+                    std::vector<int64_t>(static_cast<size_t>(rank) + 1, 0)};
+  const float* scales = layout.scale.const_data_ptr<float>();
+  const uint8_t* widths = layout.bits.const_data_ptr<uint8_t>();
   for (int64_t k = 0; k < rank; ++k) {
     STD_TORCH_CHECK(widths[k] <= kMaxCodeBits, "bits must lie in 0..16, got ", int{widths[k]},
                     " in row ", k);
@@ -65,9 +62,8 @@ Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bit
 #ifdef FEDKD_FAST_HAS_CUDA
   if (on_gpu(values)) {
     const GpuScope gpu(values);
-    const Tensor offsets = layout.device_offsets(values);
-    check_launch(cuda::pack_factors(in, count, rank, count, scales, widths,
-                                    offsets.const_data_ptr<int64_t>(), out, gpu.stream));
+    check_launch(cuda::pack_factors(in, count, rank, count, scales, widths, layout.offsets.data(),
+                                    out, gpu.stream));
     return codes;
   }
 #endif
@@ -94,9 +90,8 @@ Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bi
 #ifdef FEDKD_FAST_HAS_CUDA
   if (on_gpu(codes)) {
     const GpuScope gpu(codes);
-    const Tensor offsets = layout.device_offsets(codes);
-    check_launch(cuda::unpack_factors(in, rank, count, scales, widths,
-                                      offsets.const_data_ptr<int64_t>(), out, gpu.stream));
+    check_launch(cuda::unpack_factors(in, rank, count, scales, widths, layout.offsets.data(), out,
+                                      gpu.stream));
     return values;
   }
 #endif

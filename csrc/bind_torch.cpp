@@ -36,6 +36,7 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
 
 #if defined(FEDKD_FAST_HAS_CUDA) && !defined(FEDKD_FAST_SIMT)
 FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CUDA, m) {
+  m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));

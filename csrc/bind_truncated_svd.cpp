@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bind_torch.h"
+#include "common/truncated_svd.h"
 
 namespace fedkd_fast::bind {
 namespace {
@@ -41,10 +42,6 @@ Tensor orthonormal(const Tensor& matrix) {
 
 Tensor mT(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// U = X V / sigma loses orthogonality like eps64 · (sigma_1 / sigma_K)². Below this share of the
-// first eigenvalue (sigma_K < 1e-4 sigma_1) that would show in fp32, and a full SVD takes over.
-constexpr double kGramFloor = 1e-8;
-
 // A warm start looks for this many directions more than the basis has, and for these more besides:
 // the rank grows from round to round, and the last of the directions converge slowly.
 constexpr double kOversampling = 1.12;
@@ -71,7 +68,9 @@ struct Job {
   int64_t choose(const std::vector<double>& found, double total) const {
     const auto count = static_cast<int64_t>(found.size());
     const int64_t chosen =
-        rank >= 0 ? std::min(rank, count) : select_rank(found.data(), count, total, energy);
+        rank >= 0 ? std::min(rank, count)
+                  : select_rank([&](int64_t k) { return found[static_cast<size_t>(k)]; }, count,
+                                total, energy);
     *kept = std::max<int64_t>(chosen, 0);
     energies[0] = std::accumulate(found.begin(), found.begin() + *kept, 0.0);
     energies[1] = total;
@@ -200,6 +199,131 @@ void factorise_batch(const Tensor& matrix, double energy, int64_t rank, const Te
   });
 }
 
+#ifdef FEDKD_FAST_HAS_CUDA
+// Component k of matrix b, counted from the last of `components`: ascending order, turned round.
+cuda::ComponentsView turned(const Tensor& tensor, int64_t components, int64_t entries) {
+  const int64_t last = tensor.size(components) - 1, stride = tensor.stride(components);
+  return {tensor.const_data_ptr<double>() + last * stride, tensor.size(entries), tensor.stride(0),
+          -stride, tensor.stride(entries)};
+}
+
+cuda::ComponentsView straight(const Tensor& tensor, int64_t components, int64_t entries) {
+  return {tensor.const_data_ptr<double>(), tensor.size(entries), tensor.stride(0),
+          tensor.stride(components), tensor.stride(entries)};
+}
+
+// A batch on a GPU. Two waits: NaN and Inf have to raise, and a matrix that the Gram matrix does
+// not serve needs a full SVD.
+template <typename Scalar>
+class GpuBatch {
+ public:
+  GpuBatch(const Tensor& matrix, double energy, int64_t rank, Tensor& left, Tensor& sigma,
+           Tensor& right, Tensor& ranks, Tensor& energies)
+      : gpu_(matrix),
+        batch_(matrix.size(0)),
+        rows_(matrix.size(1)),
+        cols_(matrix.size(2)),
+        width_(sigma.size(1)),
+        energy_(energy),
+        rank_(rank),
+        exponents_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
+        states_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
+        unfit_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
+        scaled_(empty_like_device(matrix, {batch_, rows_, cols_}, ScalarType::Double)),
+        left_(left.mutable_data_ptr<Scalar>()),
+        sigma_(sigma.mutable_data_ptr<Scalar>()),
+        right_(right.mutable_data_ptr<Scalar>()),
+        ranks_(ranks.mutable_data_ptr<int64_t>()),
+        energies_(energies.mutable_data_ptr<double>()) {
+    const Tensor whole = torch::stable::contiguous(matrix);
+    const auto* data = whole.const_data_ptr<Scalar>();
+    const int64_t size = rows_ * cols_;
+    check_launch(cuda::scan_matrices(data, batch_, size, exponents_.mutable_data_ptr<int>(),
+                                     states_.mutable_data_ptr<int>(), gpu_.stream));
+    check_launch(cuda::scale_matrices(data, batch_, size, exponents_.const_data_ptr<int>(),
+                                      scaled_.mutable_data_ptr<double>(), gpu_.stream));
+  }
+
+  void factorise() {
+    const Tensor states = on_host(states_);
+    const auto state = [&](int64_t b) {
+      return static_cast<cuda::MatrixState>(states.const_data_ptr<int>()[b]);
+    };
+    for (int64_t b = 0; b < batch_; ++b)
+      STD_TORCH_CHECK(state(b) != cuda::MatrixState::kNotFinite, "matrix ", b,
+                      " of the batch holds NaN or Inf");
+    if constexpr (std::is_same_v<Scalar, float>) {
+      by_gram();
+      const Tensor unfit = on_host(unfit_);
+      for (int64_t b = 0; b < batch_; ++b)
+        if (unfit.const_data_ptr<int>()[b] != 0) by_svd(b);
+    } else {
+      for (int64_t b = 0; b < batch_; ++b)
+        if (state(b) == cuda::MatrixState::kUsable) by_svd(b);
+    }
+  }
+
+ private:
+  void by_gram() {
+    const bool tall = rows_ >= cols_;
+    const Tensor flipped = torch::stable::transpose(scaled_, 1, 2);
+    const auto [values, vectors] = eigh(tall ? torch::stable::matmul(flipped, scaled_)
+                                             : torch::stable::matmul(scaled_, flipped));
+    select(values, 0, batch_);
+    const Tensor long_vectors = torch::stable::matmul(torch::stable::transpose(vectors, 1, 2),
+                                                      tall ? flipped : scaled_);  // (B, N, M)
+    const auto long_view = turned(long_vectors, 1, 2), short_view = turned(vectors, 2, 1);
+    finish(0, batch_, tall ? long_view : short_view, tall ? short_view : long_view, nullptr);
+  }
+
+  void by_svd(int64_t b) {
+    const auto [u, s, vh] = svd(torch::stable::narrow(scaled_, 0, b, 1));
+    const Tensor singular = torch::stable::contiguous(on_host(s));
+    const int64_t count = s.size(1);
+    Tensor ascending = torch::stable::empty({count}, ScalarType::Double);
+    for (int64_t k = 0; k < count; ++k) {
+      const double value = singular.const_data_ptr<double>()[count - 1 - k];
+      ascending.mutable_data_ptr<double>()[k] = value * value;
+    }
+    select(torch::stable::to(ascending, s.device()), b, 1);
+    const Tensor kept = torch::stable::contiguous(s);
+    finish(b, 1, straight(u, 2, 1), straight(vh, 1, 2), kept.const_data_ptr<double>());
+  }
+
+  void select(const Tensor& ascending, int64_t first, int64_t count) {
+    const Tensor whole = torch::stable::contiguous(ascending);
+    check_launch(cuda::select_ranks(whole.const_data_ptr<double>(), count, std::min(rows_, cols_),
+                                    states_.const_data_ptr<int>() + first, energy_, rank_,
+                                    ranks_ + first, energies_ + 2 * first,
+                                    unfit_.mutable_data_ptr<int>() + first, gpu_.stream));
+  }
+
+  void finish(int64_t first, int64_t count, const cuda::ComponentsView& left,
+              const cuda::ComponentsView& right, const double* singular) {
+    const cuda::FinishArgs args{count,
+                                width_,
+                                left,
+                                right,
+                                singular,
+                                rows_ >= cols_,
+                                exponents_.const_data_ptr<int>() + first,
+                                ranks_ + first};
+    check_launch(cuda::finish_factors(args, left_ + first * width_ * rows_, sigma_ + first * width_,
+                                      right_ + first * width_ * cols_, gpu_.stream));
+  }
+
+  GpuScope gpu_;
+  int64_t batch_, rows_, cols_, width_;
+  double energy_;
+  int64_t rank_;
+  Tensor exponents_, states_, unfit_;
+  Tensor scaled_;  // (B, P, Q) fp64
+  Scalar *left_, *sigma_, *right_;
+  int64_t* ranks_;
+  double* energies_;
+};
+#endif
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& matrix,
@@ -231,6 +355,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& m
   Tensor left = zeros({batch, width, rows}, type), sigma = zeros({batch, width}, type);
   Tensor right = zeros({batch, width, cols}, type), ranks = zeros({batch}, ScalarType::Long);
   Tensor energies = zeros({batch, 2}, ScalarType::Double);
+#ifdef FEDKD_FAST_HAS_CUDA
+  // A warm basis is not looked at here: it makes nothing better.
+  if (batch > 0 && full > 0 && on_gpu(matrix)) {
+    if (type == ScalarType::Float)
+      GpuBatch<float>(matrix, energy, rank, left, sigma, right, ranks, energies).factorise();
+    else
+      GpuBatch<double>(matrix, energy, rank, left, sigma, right, ranks, energies).factorise();
+    return {left, sigma, right, ranks, energies};
+  }
+#endif
   if (batch > 0 && full > 0) {
     if (type == ScalarType::Float)
       factorise_batch<float>(matrix, energy, rank, warm ? &start : nullptr, left, sigma, right,

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "common/macros.h"
+
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
 #endif
@@ -37,10 +39,6 @@ struct VectorsView {
   int64_t row_stride, col_stride;
   double at(int64_t i, int64_t k) const { return data[i * row_stride + k * col_stride]; }
 };
-
-// The smallest K with sum_{k<K} energies[k] > energy · total; FedKD eq (8), strict. 0 for total =
-// 0, `count` for energy >= 1, -1 where all `count` do not reach it. energies descend and are >= 0.
-int64_t select_rank(const double* energies, int64_t count, double total, double energy);
 
 namespace cpu {
 
@@ -74,6 +72,59 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
                     Scalar* left, Scalar* sigma, Scalar* right);
 
 }  // namespace cpu
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// Batches of B contiguous matrices; pointers are device pointers; nothing waits for the host.
+
+enum class MatrixState : int { kUsable = 0, kZero = 1, kNotFinite = 2 };
+
+// exponents and states (B,): what cpu::scan_matrix says of each matrix of `size` values.
+template <typename Scalar>
+cudaError_t scan_matrices(const Scalar* matrices, int64_t batch, int64_t size, int* exponents,
+                          int* states, cudaStream_t stream);
+
+// scaled = matrices · 2^-exponent, in fp64; not transposed.
+template <typename Scalar>
+cudaError_t scale_matrices(const Scalar* matrices, int64_t batch, int64_t size,
+                           const int* exponents, double* scaled, cudaStream_t stream);
+
+// Ranks (B,) by energy, or by rank where rank >= 0, from ascending eigenvalues (B, count); 0 for a
+// matrix that is not usable. energies (B, 2): captured, total. unfit (B,): 1 where the last kept
+// eigenvalue is at most kGramFloor of the first, so that a full SVD has to do it.
+cudaError_t select_ranks(const double* ascending, int64_t batch, int64_t count, const int* states,
+                         double energy, int64_t rank, int64_t* ranks, double* energies, int* unfit,
+                         cudaStream_t stream);
+
+// Component k of matrix b; strides may be negative: eigensolvers return ascending order.
+struct ComponentsView {
+  const double* data;
+  int64_t length;
+  int64_t batch_stride, component_stride, entry_stride;
+  FEDKD_HD double at(int64_t b, int64_t k, int64_t i) const {
+    return data[b * batch_stride + k * component_stride + i * entry_stride];
+  }
+};
+
+struct FinishArgs {
+  int64_t batch, width;  // width: components of the outputs, zeros beyond a matrix's rank
+  ComponentsView left, right;
+  // null: one side holds X·V, whose norms are the singular values; else (B, width), both sides
+  // unit.
+  const double* singular;
+  bool left_is_scaled;  // which side, where singular is null
+  const int* exponents;
+  const int64_t* ranks;
+};
+
+// left (B, width, P), sigma (B, width), right (B, width, Q), as cpu::finish_factors makes them.
+template <typename Scalar>
+cudaError_t finish_factors(const FinishArgs& args, Scalar* left, Scalar* sigma, Scalar* right,
+                           cudaStream_t stream);
+
+}  // namespace cuda
+#endif
 
 // ---- distill_loss -------------------------------------------------------------------------------
 //
@@ -158,7 +209,8 @@ void reconstruct(const float* left, const float* right, int64_t rank, int64_t ro
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
-// All pointers are device pointers; contracts as above.
+// Contracts as above. Data are device pointers; scale, bits and offsets are host pointers, read
+// before the call returns.
 cudaError_t pack_factors(const float* values, int64_t row_stride, int64_t rank, int64_t count,
                          const float* scale, const uint8_t* bits, const int64_t* offsets,
                          uint8_t* codes, cudaStream_t stream);

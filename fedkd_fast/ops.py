@@ -56,7 +56,7 @@ def truncated_svd(
     with ``K = min(rank, P, Q)``. ``energy=1`` truncates nothing. A zero matrix has rank 0.
 
     Args:
-        matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides; on the CPU.
+        matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides.
         energy: wanted share of the squared singular values, in (0, 1].
         rank: wanted rank instead, >= 0. Exactly one of `energy` and `rank` is given.
         basis: (..., L, min(P, Q)) float32, a warm start: the short-side vectors of an earlier,
@@ -71,11 +71,12 @@ def truncated_svd(
 
     Raises:
         ValueError: both or none of `energy` and `rank`, one out of range, fewer than 2 dimensions,
-            a basis of another shape, or a matrix on another device: this op has a CPU kernel only.
+            or a basis of another shape.
         RuntimeError: another dtype, or NaN or Inf in a matrix.
 
     Deterministic for one machine and thread count. Energies are computed in float64. Not
-    differentiable. Cost: one Gram matrix and one symmetric eigenproblem of side min(P, Q).
+    differentiable. Cost: one Gram matrix and one symmetric eigenproblem of side min(P, Q). On CUDA
+    the host waits for the scan that finds NaN, and a warm basis is not used.
     """
     if (energy is None) == (rank is None):
         raise ValueError(f"give exactly one of energy and rank, got energy={energy}, rank={rank}")
@@ -85,8 +86,6 @@ def truncated_svd(
         raise ValueError(f"rank must be >= 0, got {rank}")
     if matrix.dim() < 2:
         raise ValueError(f"matrix must have 2 or more dimensions, got shape {tuple(matrix.shape)}")
-    if matrix.device.type not in ("cpu", "meta"):
-        raise ValueError(f"matrix must be on the CPU, got {matrix.device}")
     source = matrix.detach()
     if source.dtype in (torch.bfloat16, torch.float16):
         source = source.float()
@@ -236,7 +235,9 @@ def pack_factors(values: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     Args:
         values: (K, n) float32, finite.
         scale: (K,) float32, half of the row's quantisation step, at least 2^-125 where bits > 0.
-        bits: (K,) uint8 in 0..16; a row of 0 bits takes no bytes and decodes to zeros.
+        bits: (K,) uint8 in 0..16; a row of 0 bits takes no bytes and decodes to zeros. With values
+            on a GPU, scale and bits may stay on the CPU: then nothing waits, and a CUDA graph can
+            hold the call.
 
     Returns:
         Codes, uint8, of ``Σ_k ceil(n · bits[k] / 8)`` bytes; the same bytes on every machine.
@@ -254,7 +255,7 @@ def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Te
     Args:
         codes: uint8 of exactly ``Σ_k ceil(count · bits[k] / 8)`` bytes.
         scale: (K,) float32, half of the row's quantisation step.
-        bits: (K,) uint8 in 0..16.
+        bits: (K,) uint8 in 0..16; scale and bits may stay on the CPU, as in `pack_factors`.
         count: values in a row, n.
 
     Returns:

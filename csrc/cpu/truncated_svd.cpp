@@ -13,21 +13,10 @@
 #include <cmath>
 #include <limits>
 
+#include "common/truncated_svd.h"
 #include "kernels.h"
 
 namespace fedkd_fast {
-
-int64_t select_rank(const double* energies, int64_t count, double total, double energy) {
-  if (energy >= 1.0) return count;
-  if (total == 0.0) return 0;
-  const double wanted = energy * total;
-  double captured = 0.0;
-  for (int64_t k = 0; k < count; ++k) {
-    captured += energies[k];
-    if (captured > wanted) return k + 1;
-  }
-  return -1;
-}
 
 namespace cpu {
 
@@ -56,13 +45,11 @@ void orient_matrix(const MatrixView& matrix, int exponent, double* out) {
   const int64_t short_side = transposed ? matrix.rows : matrix.cols;
   const int64_t long_stride = transposed ? matrix.col_stride : matrix.row_stride;
   const int64_t short_stride = transposed ? matrix.row_stride : matrix.col_stride;
-  // Two factors: 2^-exponent alone can overflow when the input is a subnormal double.
-  const double first = std::ldexp(1.0, -(exponent / 2));
-  const double second = std::ldexp(1.0, -(exponent - exponent / 2));
+  const ScaleDown scaled(exponent);
   for (int64_t i = 0; i < long_side; ++i)
     for (int64_t j = 0; j < short_side; ++j)
       out[i * short_side + j] =
-          static_cast<double>(data[i * long_stride + j * short_stride]) * first * second;
+          scaled(static_cast<double>(data[i * long_stride + j * short_stride]));
 }
 
 double squared_norm(const double* values, int64_t count) {

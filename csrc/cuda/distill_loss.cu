@@ -1,9 +1,9 @@
 // Mutual distillation loss on CUDA: statistics and gradients in one launch, the means in another.
 //
 // A team of threads owns a row: one warp up to 1024 classes, one block beyond. Each thread folds
-// its classes (stride = team size, so loads coalesce) into one online state, the team merges its
-// states in a fixed tree (common/distill_loss.h), and a second sweep, which finds the row in cache,
-// writes the gradients. The mean runs in one block, in fp64, over a fixed partition, so equal
+// its classes, 16 bytes of each model at a time, into one online state, the team merges its states
+// in a fixed tree (common/distill_loss.h), and a second sweep, which finds the row in cache, writes
+// the gradients. The mean runs in one block, in fp64, over a fixed partition, so equal
 // inputs give equal bits. Shared memory: 8 states in a block team, 6 KiB in the mean. No host
 // synchronisation.
 
@@ -13,6 +13,7 @@
 #include "common/distill_loss.h"
 #include "common/half.h"
 #include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
 #include "kernels.h"
 
 namespace fedkd_fast::cuda {
@@ -52,10 +53,24 @@ __device__ PairState<Real> merge_warp(PairState<Real> state) {
           __shfl_sync(kAllLanes, static_cast<int>(state.empty), 0) != 0};
 }
 
+// Both gradients of one class.
+template <typename Storage, typename Real>
+__device__ void store_gradients(const PairState<Real>& state, const GradientFactors<Real>& factors,
+                                Storage mentor, Storage mentee, bool at_label, Storage* grad_mentor,
+                                Storage* grad_mentee) {
+  const Real t = exp_of(static_cast<Real>(load_value(mentor)) - state.mentor.max);
+  const Real s = exp_of(static_cast<Real>(load_value(mentee)) - state.mentee.max);
+  store_value(grad_mentor,
+              at_label ? factors.mentor_label : t * factors.mentor_own - s * factors.mentor_peer);
+  store_value(grad_mentee,
+              at_label ? factors.mentee_label : s * factors.mentee_own - t * factors.mentee_peer);
+}
+
 template <typename Storage, int kTeam>
 __global__ void distill_loss_kernel(DistillLossArgs args) {
   using Real = typename Compute<Storage>::type;
   constexpr int kTeams = kThreads / kTeam;
+  constexpr int64_t kStep = Vector<Storage>::kSize;
   __shared__ PairState<Real> warp_states[kWarps];
   const int member = static_cast<int>(threadIdx.x) % kTeam;
   const int64_t first_row =
@@ -82,8 +97,16 @@ __global__ void distill_loss_kernel(DistillLossArgs args) {
                        RowLoss<Real>{fill, fill, fill, fill, ignored ? Real(1) : fill});
       continue;
     }
+    // Classes come in vectors, dealt to the team in turn, and a rest of less than one vector.
+    const bool whole = is_aligned(mentor) && is_aligned(mentee);
+    const int64_t vectors_end = args.classes / kStep * kStep;
     PairState<Real> state = empty_pair<Real>();
-    for (int64_t j = member; j < args.classes; j += kTeam)
+    for (int64_t j = member * kStep; j < vectors_end; j += kTeam * kStep) {
+      const Vector<Storage> t = load_vector(mentor + j, whole), s = load_vector(mentee + j, whole);
+      for (int i = 0; i < kStep; ++i)
+        state = merge(state, single_class<Real>(load_value(t.at[i]), load_value(s.at[i])));
+    }
+    for (int64_t j = vectors_end + member; j < args.classes; j += kTeam)
       state = merge(state, single_class<Real>(load_value(mentor[j]), load_value(mentee[j])));
     state = merge_warp(state);
     if constexpr (kTeam > kWarp) {
@@ -98,15 +121,19 @@ __global__ void distill_loss_kernel(DistillLossArgs args) {
     const GradientFactors<Real> factors =
         gradient_factors(state, loss, static_cast<Real>(args.gradient_scale));
     if (member == 0) store_row_loss(statistics, args.rows, row, loss);
-    for (int64_t j = member; j < args.classes; j += kTeam) {
-      const Real t = exp_of(static_cast<Real>(load_value(mentor[j])) - state.mentor.max);
-      const Real s = exp_of(static_cast<Real>(load_value(mentee[j])) - state.mentee.max);
-      const bool at_label = j == label;
-      store_value(grad_mentor + j, at_label ? factors.mentor_label
-                                            : t * factors.mentor_own - s * factors.mentor_peer);
-      store_value(grad_mentee + j, at_label ? factors.mentee_label
-                                            : s * factors.mentee_own - t * factors.mentee_peer);
+    const bool whole_gradients = is_aligned(grad_mentor) && is_aligned(grad_mentee);
+    for (int64_t j = member * kStep; j < vectors_end; j += kTeam * kStep) {
+      const Vector<Storage> t = load_vector(mentor + j, whole), s = load_vector(mentee + j, whole);
+      Vector<Storage> out_t, out_s;
+      for (int i = 0; i < kStep; ++i)
+        store_gradients(state, factors, t.at[i], s.at[i], j + i == label, &out_t.at[i],
+                        &out_s.at[i]);
+      store_vector(grad_mentor + j, out_t, whole_gradients);
+      store_vector(grad_mentee + j, out_s, whole_gradients);
     }
+    for (int64_t j = vectors_end + member; j < args.classes; j += kTeam)
+      store_gradients(state, factors, mentor[j], mentee[j], j == label, grad_mentor + j,
+                      grad_mentee + j);
   }
 }
 

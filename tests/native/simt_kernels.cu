@@ -1,15 +1,18 @@
 // Every CUDA kernel on the simt engine against its CPU kernel, for sanitizer builds: sizes with
 // ragged edges, one block and several. Prints one line a case; exits with 1 where results differ.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "common/half.h"
 #include "common/quantise.h"
+#include "common/truncated_svd.h"
 #include "kernels.h"
 
 namespace {
@@ -137,6 +140,118 @@ void distill_loss(LogitType type, int64_t rows, int64_t classes) {
   report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage))}), near);
 }
 
+// Matrices: ordinary, zero, holding NaN, subnormal, huge.
+template <typename Scalar>
+void scan_and_scale(int64_t rows, int64_t cols) {
+  constexpr int64_t kBatch = 5;
+  const int64_t size = rows * cols;
+  std::vector<Scalar> matrices;
+  for (const float value : normal(kBatch * size, 6)) matrices.push_back(static_cast<Scalar>(value));
+  for (int64_t i = 0; i < size; ++i) {
+    const auto at = static_cast<size_t>(i);
+    const auto stride = static_cast<size_t>(size);
+    matrices[stride + at] = 0;
+    matrices[3 * stride + at] *= std::numeric_limits<Scalar>::min() / 64;
+    matrices[4 * stride + at] *= std::numeric_limits<Scalar>::max() / 64;
+  }
+  matrices[static_cast<size_t>(3 * size - 1)] = std::numeric_limits<Scalar>::quiet_NaN();
+  std::vector<int> exponents(kBatch), states(kBatch);
+  std::vector<double> here(static_cast<size_t>(size)), there(static_cast<size_t>(kBatch * size));
+  bool right = cuda::scan_matrices(matrices.data(), kBatch, size, exponents.data(), states.data(),
+                                   nullptr) == cudaSuccess &&
+               cuda::scale_matrices(matrices.data(), kBatch, size, exponents.data(), there.data(),
+                                    nullptr) == cudaSuccess;
+  for (int64_t b = 0; b < kBatch; ++b) {
+    const MatrixView view{matrices.data() + b * size, rows, cols, cols, 1};
+    const MatrixScan scan = cpu::scan_matrix<Scalar>(view);
+    const auto state = static_cast<cuda::MatrixState>(states[static_cast<size_t>(b)]);
+    right &= scan.finite == (state != cuda::MatrixState::kNotFinite) &&
+             scan.zero == (state == cuda::MatrixState::kZero);
+    if (!scan.finite) continue;
+    right &= scan.exponent == exponents[static_cast<size_t>(b)];
+    cpu::orient_matrix<Scalar>(view, scan.exponent, here.data());
+    right &= std::equal(here.begin(), here.end(), there.begin() + b * size);
+  }
+  report("scan_matrices, scale_matrices " + text({rows, cols, sizeof(Scalar)}), right);
+}
+
+void select_ranks(int64_t batch, int64_t count) {
+  std::vector<double> ascending(static_cast<size_t>(batch * count));
+  std::vector<int> states(static_cast<size_t>(batch)), unfit(states.size(), -1);
+  for (int64_t b = 0; b < batch; ++b) {
+    states[static_cast<size_t>(b)] = b % 3 == 2 ? static_cast<int>(cuda::MatrixState::kZero) : 0;
+    for (int64_t k = 0; k < count; ++k)
+      ascending[static_cast<size_t>(b * count + k)] =
+          std::pow(static_cast<double>(count - k), -0.5 - static_cast<double>(b % 7));
+  }
+  std::vector<int64_t> ranks(states.size(), -1);
+  std::vector<double> energies(2 * states.size());
+  bool right = cuda::select_ranks(ascending.data(), batch, count, states.data(), 0.9, -1,
+                                  ranks.data(), energies.data(), unfit.data(), nullptr) == 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto at = [&](int64_t k) {
+      return ascending[static_cast<size_t>(b * count + count - 1 - k)];
+    };
+    double total = 0.0;
+    for (int64_t k = 0; k < count; ++k) total += at(k);
+    const bool zero = states[static_cast<size_t>(b)] != 0;
+    const int64_t expected = zero ? 0 : select_rank(at, count, total, 0.9);
+    right &= ranks[static_cast<size_t>(b)] == expected;
+    right &= unfit[static_cast<size_t>(b)] == 0;
+    right &= energies[static_cast<size_t>(2 * b + 1)] == (zero ? 0.0 : total);
+  }
+  report("select_ranks " + text({batch, count}), right);
+}
+
+template <typename Scalar>
+void finish_factors(int64_t rows, int64_t cols, int64_t width) {
+  const bool tall = rows >= cols;
+  const int64_t long_side = std::max(rows, cols), short_side = std::min(rows, cols);
+  std::vector<double> long_vectors, short_vectors;
+  for (const float value : normal(long_side * width, 7)) long_vectors.push_back(value);
+  for (const float value : normal(short_side * width, 8)) short_vectors.push_back(value);
+  // Two matrices of unlike rank; ascending components, as eigensolvers give them, on the long side.
+  const std::vector<int64_t> ranks{width, width / 2};
+  const std::vector<int> exponents{3, -2};
+  const cuda::ComponentsView long_view{long_vectors.data() + (width - 1) * long_side, long_side, 0,
+                                       -long_side, 1};
+  const cuda::ComponentsView short_view{short_vectors.data(), short_side, 0, 1, width};
+  const cuda::FinishArgs args{2,
+                              width,
+                              tall ? long_view : short_view,
+                              tall ? short_view : long_view,
+                              nullptr,
+                              tall,
+                              exponents.data(),
+                              ranks.data()};
+  const auto sized = [&](int64_t length) {
+    return std::vector<Scalar>(static_cast<size_t>(2 * width * length), Scalar(9));
+  };
+  std::vector<Scalar> left = sized(rows), sigma = sized(1), right = sized(cols);
+  bool good = cuda::finish_factors(args, left.data(), sigma.data(), right.data(), nullptr) == 0;
+  for (int64_t b = 0; b < 2; ++b) {
+    const int64_t rank = ranks[static_cast<size_t>(b)];
+    std::vector<Scalar> here_left(static_cast<size_t>(width * rows)), here_sigma(here_left.size()),
+        here_right(static_cast<size_t>(width * cols));
+    cpu::finish_factors<Scalar>({long_view.data, long_side, 1, -long_side},
+                                {short_view.data, short_side, width, 1}, nullptr, rank,
+                                exponents[static_cast<size_t>(b)], !tall, here_left.data(),
+                                here_sigma.data(), here_right.data());
+    const auto same = [&](const std::vector<Scalar>& a, const std::vector<Scalar>& all,
+                          int64_t length) {
+      for (int64_t i = 0; i < width * length; ++i) {
+        const auto x = static_cast<double>(a[static_cast<size_t>(i)]);
+        const auto y = static_cast<double>(all[static_cast<size_t>(b * width * length + i)]);
+        good &= std::abs(x - y) <= (sizeof(Scalar) == 4 ? 1e-6 : 1e-14) * (1.0 + std::abs(x));
+      }
+    };
+    same(here_left, left, rows);
+    same(here_sigma, sigma, 1);
+    same(here_right, right, cols);
+  }
+  report("finish_factors " + text({rows, cols, width, sizeof(Scalar)}), good);
+}
+
 }  // namespace
 
 int main() {
@@ -156,6 +271,13 @@ int main() {
     distill_loss<double>(LogitType::kFloat64, rows, 1025);
   }
   distill_loss<float>(LogitType::kFloat32, 260, 1);
+  scan_and_scale<float>(7, 3);
+  scan_and_scale<float>(41, 33);
+  scan_and_scale<double>(31, 17);
+  select_ranks(3, 1);
+  select_ranks(259, 20);
+  finish_factors<float>(300, 5, 5);
+  finish_factors<double>(3, 270, 2);
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
 }
