@@ -39,6 +39,13 @@ def simt_ops() -> torch._ops._OpNamespace:
 
 
 def run(name: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run an executable of the build; address randomisation off, which ThreadSanitizer needs."""
-    command = ["setarch", "--addr-no-randomize", str(built() / name), *arguments]
+    """Run an executable of the build."""
+    return run_in(built(), name, *arguments, timeout_s=timeout_s)
+
+
+def run_in(
+    folder: Path, name: str, *arguments: str, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run an executable without address randomisation, which ThreadSanitizer does not bear."""
+    command = ["setarch", "--addr-no-randomize", str(folder / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)

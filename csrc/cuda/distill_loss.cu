@@ -23,7 +23,6 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kWarpRowClasses = 1024;  // longer rows take a whole block
-constexpr int64_t kMaxGrid = 1 << 30;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename Real>
@@ -175,10 +174,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, Real* mentor_mean
   }
 }
 
-dim3 grid_for(int64_t rows, int64_t teams) {
-  const int64_t blocks = (rows + teams - 1) / teams;
-  return dim3(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid));
-}
+dim3 grid_for(int64_t rows, int64_t teams) { return dim3(blocks_of((rows + teams - 1) / teams)); }
 
 template <typename Storage>
 cudaError_t run(const DistillLossArgs& args, void* mentor_mean, void* mentee_mean,

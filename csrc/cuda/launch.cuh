@@ -8,11 +8,15 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 namespace fedkd_fast::cuda {
 
 #ifdef FEDKD_FAST_SIMT
+
+// Along each side of a grid; what is beyond, blocks do in turn. Few here, so that they have to.
+constexpr int64_t kMostBlocks = 2;
 
 template <auto kKernel, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
@@ -26,6 +30,8 @@ T* dynamic_shared() {
 }
 
 #else
+
+constexpr int64_t kMostBlocks = 65535;
 
 template <auto kKernel, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -43,5 +49,9 @@ __device__ T* dynamic_shared() {
 }
 
 #endif
+
+inline unsigned blocks_of(int64_t wanted) {
+  return static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+}
 
 }  // namespace fedkd_fast::cuda

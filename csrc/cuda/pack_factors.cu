@@ -20,7 +20,6 @@ namespace fedkd_fast::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kMaxGridY = 65535;
 constexpr int kGroup = 8;  // values per thread
 
 constexpr int kBatch = 256;  // rows a launch: 3.3 KiB of the 4 KiB that arguments may take
@@ -168,8 +167,7 @@ cudaError_t reconstruct(const float* left, const float* right, int64_t rank, int
                         int64_t cols, float* out, cudaStream_t stream) {
   if (rows == 0 || cols == 0) return cudaSuccess;
   constexpr int64_t kStep = Vector<float>::kSize;
-  const dim3 grid(blocks_for((cols + kStep - 1) / kStep),
-                  static_cast<unsigned>(rows < kMaxGridY ? rows : kMaxGridY));
+  const dim3 grid(blocks_for((cols + kStep - 1) / kStep), blocks_of(rows));
   return launch<reconstruct_kernel>(grid, dim3(kThreads), 0, stream, left, right, rank, rows, cols,
                                     out);
 }

@@ -20,7 +20,6 @@ namespace fedkd_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxGridY = 65535;
 
 template <typename Scalar>
 __global__ void scan_matrices_kernel(const Scalar* matrices, int64_t size, int* exponents,
@@ -167,10 +166,6 @@ __global__ void finish_factors_kernel(FinishArgs args, Scalar* left, Scalar* sig
   }
 }
 
-unsigned grid_y(int64_t batch) {
-  return static_cast<unsigned>(batch < kMaxGridY ? batch : kMaxGridY);
-}
-
 }  // namespace
 
 template <typename Scalar>
@@ -185,7 +180,7 @@ cudaError_t scale_matrices(const Scalar* matrices, int64_t batch, int64_t size,
                            const int* exponents, double* scaled, cudaStream_t stream) {
   constexpr int64_t kBlockValues = kThreads * Vector<Scalar>::kSize;
   const auto blocks = static_cast<unsigned>((size + kBlockValues - 1) / kBlockValues);
-  return launch<scale_matrices_kernel<Scalar>>(dim3(blocks, grid_y(batch)), dim3(kThreads), 0,
+  return launch<scale_matrices_kernel<Scalar>>(dim3(blocks, blocks_of(batch)), dim3(kThreads), 0,
                                                stream, matrices, batch, size, exponents, scaled);
 }
 
@@ -202,8 +197,8 @@ cudaError_t finish_factors(const FinishArgs& args, Scalar* left, Scalar* sigma, 
                            cudaStream_t stream) {
   if (args.width == 0) return cudaSuccess;
   return launch<finish_factors_kernel<Scalar>>(
-      dim3(static_cast<unsigned>(args.width), grid_y(args.batch)), dim3(kThreads), 0, stream, args,
-      left, sigma, right);
+      dim3(static_cast<unsigned>(args.width), blocks_of(args.batch)), dim3(kThreads), 0, stream,
+      args, left, sigma, right);
 }
 
 template cudaError_t scan_matrices<float>(const float*, int64_t, int64_t, int*, int*, cudaStream_t);

@@ -210,9 +210,10 @@ void finish_factors(int64_t rows, int64_t cols, int64_t width) {
   std::vector<double> long_vectors, short_vectors;
   for (const float value : normal(long_side * width, 7)) long_vectors.push_back(value);
   for (const float value : normal(short_side * width, 8)) short_vectors.push_back(value);
-  // Two matrices of unlike rank; ascending components, as eigensolvers give them, on the long side.
-  const std::vector<int64_t> ranks{width, width / 2};
-  const std::vector<int> exponents{3, -2};
+  // Three matrices of unlike rank, the last one done by the block of the first; ascending
+  // components, as eigensolvers give them, on the long side.
+  const std::vector<int64_t> ranks{width, width / 2, width};
+  const std::vector<int> exponents{3, -2, 0};
   const cuda::ComponentsView long_view{long_vectors.data() + (width - 1) * long_side, long_side, 0,
                                        -long_side, 1};
   const cuda::ComponentsView short_view{short_vectors.data(), short_side, 0, 1, width};
@@ -225,11 +226,11 @@ void finish_factors(int64_t rows, int64_t cols, int64_t width) {
                               exponents.data(),
                               ranks.data()};
   const auto sized = [&](int64_t length) {
-    return std::vector<Scalar>(static_cast<size_t>(2 * width * length), Scalar(9));
+    return std::vector<Scalar>(static_cast<size_t>(3 * width * length), Scalar(9));
   };
   std::vector<Scalar> left = sized(rows), sigma = sized(1), right = sized(cols);
   bool good = cuda::finish_factors(args, left.data(), sigma.data(), right.data(), nullptr) == 0;
-  for (int64_t b = 0; b < 2; ++b) {
+  for (int64_t b = 0; b < 3; ++b) {
     const int64_t rank = ranks[static_cast<size_t>(b)];
     std::vector<Scalar> here_left(static_cast<size_t>(width * rows)), here_sigma(here_left.size()),
         here_right(static_cast<size_t>(width * cols));
