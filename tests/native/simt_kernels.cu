@@ -217,7 +217,7 @@ void finish_factors(int64_t rows, int64_t cols, int64_t width) {
   const cuda::ComponentsView long_view{long_vectors.data() + (width - 1) * long_side, long_side, 0,
                                        -long_side, 1};
   const cuda::ComponentsView short_view{short_vectors.data(), short_side, 0, 1, width};
-  const cuda::FinishArgs args{2,
+  const cuda::FinishArgs args{3,
                               width,
                               tall ? long_view : short_view,
                               tall ? short_view : long_view,
