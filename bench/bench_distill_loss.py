@@ -7,51 +7,22 @@ to: both logits in, both gradients out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from measure import record_rate
+from peers import (
+    check_gradient,
+    eager_losses,
+    native_distill_loss,
+    our_losses,
+    train_step,
+    true_gradients,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import DISTILL
 from torch import Tensor
-from torch.nn import functional
-
-from fedkd_fast import ops, reference
-from fedkd_fast.reference import DENOMINATOR_FLOOR
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A gradient is at most about 2, times 1 / R; torch's own kernels round bfloat16 several times.
-GRADIENT_ROUNDINGS = 16
-
-Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def eager(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the loss the way one does in torch, with each log-softmax computed once."""
-    log_t, log_s = mentor.log_softmax(1), mentee.log_softmax(1)
-    ce_t = functional.nll_loss(log_t, labels, reduction="none")
-    ce_s = functional.nll_loss(log_s, labels, reduction="none")
-    kl_t = functional.kl_div(log_t, log_s.detach(), reduction="none", log_target=True).sum(1)
-    kl_s = functional.kl_div(log_s, log_t.detach(), reduction="none", log_target=True).sum(1)
-    weight = 1 / (ce_t + ce_s).detach().clamp(min=DENOMINATOR_FLOOR)
-    return (ce_t + kl_t * weight).mean(), (ce_s + kl_s * weight).mean()
-
-
-def ours(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.distill_loss(mentor, mentee, labels)[:2]
-
-
-def train_step(losses: Losses, mentor: Tensor, mentee: Tensor, labels: Tensor) -> None:
-    mentor.grad = mentee.grad = None
-    mentor_loss, mentee_loss = losses(mentor, mentee, labels)
-    (mentor_loss + mentee_loss).backward()
-
-
-def check(gradient: Tensor | None, truth: Tensor | None) -> None:
-    assert gradient is not None and truth is not None
-    error = float((gradient.double() - truth).abs().max()) * len(gradient)
-    assert error <= GRADIENT_ROUNDINGS * torch.finfo(gradient.dtype).eps, error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,20 +46,17 @@ def test_distill_loss(
         benchmark(lambda: target.copy_(source))
     elif impl == "ours-op":
         with torch.no_grad():
-            *_, grad_mentor, grad_mentee = native(mentor, mentee, labels)
+            *_, grad_mentor, grad_mentee = native_distill_loss(mentor, mentee, labels)
             check_against_truth(mentor, mentee, labels, grad_mentor, grad_mentee)
-            benchmark(lambda: native(mentor, mentee, labels))
+            benchmark(lambda: native_distill_loss(mentor, mentee, labels))
     else:
-        losses = {"ours": ours, "eager": eager}.get(impl) or torch.compile(eager, dynamic=False)
+        losses = {"ours": our_losses, "eager": eager_losses}.get(impl) or torch.compile(
+            eager_losses, dynamic=False
+        )
         train_step(losses, mentor, mentee, labels)
         check_against_truth(mentor, mentee, labels, mentor.grad, mentee.grad)
         benchmark(lambda: train_step(losses, mentor, mentee, labels))
     record_rate(benchmark, "GBps", 2 * gradient_bytes / 1e9)
-
-
-def native(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, -100)
-    return result
 
 
 def check_against_truth(
@@ -98,8 +66,6 @@ def check_against_truth(
     grad_mentor: Tensor | None,
     grad_mentee: Tensor | None,
 ) -> None:
-    with torch.enable_grad():
-        wide = [logits.detach().double().requires_grad_() for logits in (mentor, mentee)]
-        train_step(lambda *inputs: reference.distill_loss(*inputs)[:2], wide[0], wide[1], labels)
-    check(grad_mentor, wide[0].grad)
-    check(grad_mentee, wide[1].grad)
+    truth = true_gradients(mentor, mentee, labels)
+    check_gradient(grad_mentor, truth[0])
+    check_gradient(grad_mentee, truth[1])

@@ -1,0 +1,304 @@
+"""The table of GPU benches: for every op its shapes, its rivals, and the check before the clock.
+
+A job is one implementation on one case. `ours…` are ways to call the op: `ours` as a caller does,
+`ours-op` without autograd, `ours-warm` from an earlier basis. `copy` moves as many bytes as the op
+has to. Every builder takes the device, so that the tests can run it without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import peers, shapes
+from fedkd_fast import ops, reference
+
+COMPILED = "compile"
+# Specifications that run on the CPU term by term are given a part of the result.
+CHECKED_VALUES = 2**18
+# A sum of K products in float32 is off by at most about K roundings of the sum of magnitudes.
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACK_BITS = (4, 8)
+
+
+class Job(NamedTuple):
+    """One implementation on one case."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    impl: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its inputs on the device."""
+
+    calls: dict[str, Callable[[], Any]]
+    # (impl, its result) -> the error against the specification in float64; AssertionError if wrong.
+    check: Callable[[str, Any], float]
+    moved_bytes: int  # inputs read once, results written once
+    flops: int | None = None
+
+
+def jobs(op: str) -> list[Job]:
+    """Everything to measure of one op; what has to be compiled comes last, as it may be slow."""
+    table = TABLE[op]
+    cases = [(shape, dtype) for shape in table.shapes for dtype in table.dtypes]
+    quick = [impl for impl in table.impls if impl != COMPILED]
+    found = [Job(op, shape, dtype, impl) for shape, dtype in cases for impl in quick]
+    if COMPILED in table.impls:
+        found += [Job(op, shape, dtype, COMPILED) for shape, dtype in cases]
+    return found
+
+
+def prepare(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    """Make the inputs of a case and its calls."""
+    # Compiled code of other shapes counts against a limit, after which torch silently runs eager.
+    torch.compiler.reset()
+    return TABLE[op].build(shape, dtype, device)
+
+
+def noise(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def copying(moved_bytes: int, device: torch.device) -> Callable[[], Tensor]:
+    source = torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def spread(rows: int, row_values: int) -> Tensor:
+    """Choose rows, first and last among them, that hold about CHECKED_VALUES together."""
+    wanted = min(rows, max(2, CHECKED_VALUES // max(1, row_values)))
+    return torch.linspace(0, rows - 1, wanted).round().long().unique()
+
+
+# ---- distill_loss --------------------------------------------------------------------------------
+
+
+def distill_loss(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    mentor, mentee = (
+        noise(device, *shape, seed=seed).to(DTYPES[dtype]).requires_grad_() for seed in (0, 1)
+    )
+    generator = torch.Generator(device).manual_seed(2)
+    labels = torch.randint(0, shape[1], shape[:1], generator=generator, device=device)
+    truth: list[Tensor] = []
+
+    def step(losses: peers.Losses) -> Callable[[], tuple[Tensor | None, ...]]:
+        def run() -> tuple[Tensor | None, ...]:
+            peers.train_step(losses, mentor, mentee, labels)
+            return mentor.grad, mentee.grad
+
+        return run
+
+    def alone() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return peers.native_distill_loss(mentor, mentee, labels)[-2:]
+
+    def check(impl: str, gradients: tuple[Tensor | None, ...]) -> float:
+        if not truth:
+            truth.extend(peers.true_gradients(mentor, mentee, labels))
+        pairs = zip(gradients, truth, strict=True)
+        return max(peers.check_gradient(found, wanted) for found, wanted in pairs)
+
+    moved_bytes = 4 * mentor.numel() * mentor.element_size()
+    calls = {
+        "ours": step(peers.our_losses),
+        "ours-op": alone,
+        "eager": step(peers.eager_losses),
+        "copy": copying(moved_bytes, device),
+        COMPILED: step(torch.compile(peers.eager_losses, dynamic=False)),
+    }
+    return Prepared(calls, check, moved_bytes)
+
+
+# ---- pack_factors, unpack_factors ----------------------------------------------------------------
+
+
+class Packing(NamedTuple):
+    """Rows of one width, with what both directions need."""
+
+    values: Tensor  # (K, n)
+    scale: Tensor  # (K,), on the CPU, where no call has to wait for it
+    bits: Tensor  # (K,), likewise
+    codes: Tensor  # as the op packs them
+    width: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: str, device: torch.device) -> Packing:
+        """Make rows of noise and pack them."""
+        width = int(dtype.removesuffix(" bits"))
+        values = noise(device, *shape)
+        # Four standard deviations on either side: some values clamp, as in a real update.
+        scale = torch.full(shape[:1], 4.0 / 2**width)
+        bits = torch.full(shape[:1], width, dtype=torch.uint8)
+        return cls(values, scale, bits, ops.pack_factors(values, scale, bits), width)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the values and of their codes."""
+        return 4 * self.values.numel() + self.codes.numel()
+
+    def some_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some rows on the CPU: which, their codes, their scales and widths."""
+        picked = spread(*self.values.shape)
+        codes = self.codes.reshape(len(self.values), -1)[picked].flatten().cpu()
+        return picked, codes, self.scale[picked], self.bits[picked]
+
+
+def eager_pack(values: Tensor, inverse: Tensor, width: int) -> Tensor:
+    half = 2 ** (width - 1)
+    codes = (torch.floor(values * inverse).clamp(-half, half - 1) + half).to(torch.uint8)
+    return (codes if width == 8 else codes[:, ::2] | codes[:, 1::2] << 4).flatten()
+
+
+def eager_unpack(codes: Tensor, scale: Tensor, width: int) -> Tensor:
+    table = codes.reshape(len(scale), -1)
+    if width == 4:
+        table = torch.stack([table & 15, table >> 4], 2).flatten(1)
+    return scale[:, None] * (2 * table.float() - (2**width - 1))
+
+
+def pack_factors(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    case = Packing.of(shape, dtype, device)
+    inverse = (0.5 / case.scale)[:, None].to(device)
+    picked, codes, scale, bits = case.some_rows()
+    compiled = torch.compile(eager_pack, dynamic=False)
+
+    def check(impl: str, found: Tensor) -> float:
+        wanted = reference.pack_factors(case.values[picked].cpu(), scale, bits)
+        assert torch.equal(codes, wanted), "codes differ from the specification"
+        assert torch.equal(found, case.codes), "codes differ from those of the first call"
+        back = ops.unpack_factors(case.codes, case.scale, case.bits, shape[1])
+        again = ops.pack_factors(back, case.scale, case.bits)
+        assert torch.equal(again, case.codes), "values on the grid are not fixed points"
+        return 0.0
+
+    calls = {
+        "ours": lambda: ops.pack_factors(case.values, case.scale, case.bits),
+        "eager": lambda: eager_pack(case.values, inverse, case.width),
+        "copy": copying(case.moved_bytes, device),
+        COMPILED: lambda: compiled(case.values, inverse, case.width),
+    }
+    return Prepared(calls, check, case.moved_bytes)
+
+
+def unpack_factors(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    case = Packing.of(shape, dtype, device)
+    picked, codes, scale, bits = case.some_rows()
+    steps = case.scale.to(device)
+    compiled = torch.compile(eager_unpack, dynamic=False)
+
+    def check(impl: str, found: Tensor) -> float:
+        wanted = reference.unpack_factors(codes, scale, bits, shape[1])
+        assert torch.equal(found[picked].cpu(), wanted), "values differ from the specification"
+        again = ops.pack_factors(found, case.scale, case.bits)
+        assert torch.equal(again, case.codes), "the values do not pack to the codes they came from"
+        return 0.0
+
+    calls = {
+        "ours": lambda: ops.unpack_factors(case.codes, case.scale, case.bits, shape[1]),
+        "eager": lambda: eager_unpack(case.codes, steps, case.width),
+        "copy": copying(case.moved_bytes, device),
+        COMPILED: lambda: compiled(case.codes, steps, case.width),
+    }
+    return Prepared(calls, check, case.moved_bytes)
+
+
+# ---- reconstruct ---------------------------------------------------------------------------------
+
+
+def reconstruct(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    rank, height, width = shape
+    left, right = noise(device, rank, height), noise(device, rank, width, seed=1)
+    picked = spread(height, width)
+    columns = left.cpu()[:, picked]
+    truth = left.double().T @ right.double()
+    allowed = rank * FLOAT32_EPS * float((left.abs().T @ right.abs()).max())
+
+    def check(impl: str, found: Tensor) -> float:
+        if impl == "ours":
+            wanted = reference.reconstruct(columns, right.cpu())
+            assert torch.equal(found[picked].cpu(), wanted), "bits differ from the specification"
+        error = float((found.double() - truth).abs().max())
+        assert error <= allowed, f"off by {error:.3g}, allowed are {allowed:.3g}"
+        return error
+
+    moved_bytes = 4 * (left.numel() + right.numel() + height * width)
+    calls = {
+        "ours": lambda: ops.reconstruct(left, right),
+        "torch.matmul": lambda: left.T @ right,
+        "copy": copying(moved_bytes, device),
+    }
+    return Prepared(calls, check, moved_bytes, 2 * rank * height * width)
+
+
+# ---- truncated_svd -------------------------------------------------------------------------------
+
+
+def truncated_svd(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    batch, rows, cols = shape
+    earlier = peers.updates(batch, rows, cols, seed=0)
+    matrix = (earlier + peers.DRIFT * peers.updates(batch, rows, cols, seed=1)).to(device)
+    before = ops.truncated_svd(earlier.to(device), energy=peers.ENERGY)
+    basis = before.U.mT if rows < cols else before.Vh
+    rank = int(ops.truncated_svd(matrix, energy=peers.ENERGY).rank.max())
+
+    def call(impl: str) -> Callable[[], peers.Factors]:
+        return lambda: peers.SVDS[impl](matrix, basis, rank)
+
+    def check(impl: str, factors: peers.Factors) -> float:
+        return peers.check_energy(matrix, factors)
+
+    factor_values = batch * rank * (rows + cols + 1)
+    calls = {impl: call(impl) for impl in peers.SVDS}
+    return Prepared(calls, check, 4 * (matrix.numel() + factor_values))
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What is measured of one op."""
+
+    stem: str  # of the op's files: tests/test_<stem>.py
+    build: Callable[[tuple[int, ...], str, torch.device], Prepared]
+    shapes: list[Any]
+    dtypes: tuple[str, ...]
+    impls: tuple[str, ...]
+
+
+_WIDTHS = tuple(f"{bits} bits" for bits in PACK_BITS)
+_PACK_IMPLS = ("ours", "eager", "copy", COMPILED)
+TABLE: dict[str, Row] = {
+    "pack_factors": Row(
+        "pack_factors", pack_factors, shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS
+    ),
+    "unpack_factors": Row(
+        "pack_factors", unpack_factors, shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS
+    ),
+    "reconstruct": Row(
+        "pack_factors",
+        reconstruct,
+        shapes.PRODUCT + shapes.PRODUCT_LARGE,
+        ("float32",),
+        ("ours", "torch.matmul", "copy"),
+    ),
+    "truncated_svd": Row(
+        "truncated_svd", truncated_svd, shapes.SVD, ("float32",), tuple(peers.SVDS)
+    ),
+    "distill_loss": Row(
+        "distill_loss",
+        distill_loss,
+        shapes.DISTILL + shapes.DISTILL_LARGE,
+        tuple(DTYPES),
+        ("ours", "ours-op", "eager", "copy", COMPILED),
+    ),
+}

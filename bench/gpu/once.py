@@ -1,0 +1,95 @@
+"""Call every CUDA kernel once, on small inputs: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python -m bench.gpu.once
+
+The sizes reach what kernels treat apart: a row for a warp and one for a block, rows that vector
+loads can take and rows that they cannot, every storage type, widths on and off byte borders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench.gpu import cases
+from fedkd_fast import ops
+
+LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CLASSES = (7, 64, 1500, 2047)
+COUNTS = (21, 1024)
+BITS = (0, 1, 4, 7, 8, 16)
+PRODUCTS = ((5, 33, 47), (8, 64, 128))
+MATRICES = ((2, 24, 40), (1, 64, 32))
+
+
+def distill_loss(device: torch.device) -> None:
+    for dtype in LOGITS:
+        for classes in CLASSES:
+            mentor, mentee = (
+                cases.noise(device, 9, classes, seed=seed).to(dtype).requires_grad_()
+                for seed in (0, 1)
+            )
+            labels = torch.arange(9, device=device) % classes
+            labels[3] = -100
+            loss = ops.distill_loss(mentor, mentee, labels)
+            (loss.mentor_loss + loss.mentee_loss).backward()
+
+
+def rows(count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    bits = torch.tensor(BITS, dtype=torch.uint8, device=device)
+    return cases.noise(device, len(BITS), count), torch.full_like(bits, 1).float() / 16, bits
+
+
+def pack_factors(device: torch.device) -> None:
+    for count in COUNTS:
+        ops.pack_factors(*rows(count, device))
+
+
+def unpack_factors(device: torch.device) -> None:
+    for count in COUNTS:
+        _, scale, bits = rows(count, device)
+        length = sum(-(-count * width // 8) for width in BITS)
+        codes = torch.arange(length, device=device).to(torch.uint8)
+        ops.unpack_factors(codes, scale, bits, count)
+
+
+def reconstruct(device: torch.device) -> None:
+    for rank, height, width in PRODUCTS:
+        ops.reconstruct(cases.noise(device, rank, height), cases.noise(device, rank, width))
+
+
+def truncated_svd(device: torch.device) -> None:
+    for shape in MATRICES:
+        matrix = cases.noise(device, *shape)
+        for dtype in (torch.float32, torch.float64):
+            ops.truncated_svd(matrix.to(dtype), energy=0.9)
+
+
+RUNS: dict[str, Callable[[torch.device], None]] = {
+    "pack_factors": pack_factors,
+    "unpack_factors": unpack_factors,
+    "reconstruct": reconstruct,
+    "truncated_svd": truncated_svd,
+    "distill_loss": distill_loss,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.once")
+    parser.add_argument("--only", choices=tuple(RUNS))
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    for op in [arguments.only] if arguments.only else RUNS:
+        RUNS[op](device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{op}: ran")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

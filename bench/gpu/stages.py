@@ -1,0 +1,216 @@
+"""The stages of a GPU run, each in processes of its own and with a time of its own.
+
+A stage returns what it found as part of the result. It does not raise for what it ran, so that no
+failure hides the stages behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.gpu import cases
+from bench.gpu.process import Finished, Place
+
+CHECKOUT = Path(__file__).parents[2]
+LIBRARY = Path("fedkd_fast") / "libfedkd_fast_ops.so"
+RULES = "tests/test_cuda_rules.py"
+SANITIZERS = ("memcheck", "racecheck")
+
+BUILD_S, FACTS_S, TESTS_S, SANITIZER_S, BENCH_S = 200.0, 60.0, 150.0, 80.0, 120.0
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+_SANITIZER_STATUS = 99
+_MOST_FAILURES = 40
+
+Result = dict[str, Any]
+
+
+def failed(error: str, **more: Any) -> Result:
+    return {"outcome": FAILED, "error": error, **more}
+
+
+def skipped(error: str) -> Result:
+    return {"outcome": SKIPPED, "error": error}
+
+
+# ---- the library ---------------------------------------------------------------------------------
+
+
+def copy_with_library(library: Path, folder: Path) -> None:
+    """Copy what the stages run into `folder`, with a library that was built elsewhere.
+
+    The package takes its library from its own folder and nowhere else, so it gets a folder with
+    that one in it; the checkout stays as it is.
+    """
+    native = shutil.ignore_patterns("*.so", "__pycache__", "out")
+    for part in ("fedkd_fast", "bench", "tests"):
+        shutil.copytree(CHECKOUT / part, folder / part, ignore=native)
+    shutil.copy(CHECKOUT / "pyproject.toml", folder)
+    shutil.copy(library, folder / LIBRARY)
+
+
+def build(place: Place) -> Result:
+    """Build the library in the checkout, with the torch at hand."""
+    needed = ("setuptools", "pybind11", "cmake", "ninja")
+    missing = [
+        tool for tool in needed if not (importlib.util.find_spec(tool) or shutil.which(tool))
+    ]
+    if missing:
+        return failed(f"not installed: {', '.join(missing)}; or give a built one with --library")
+    done = place.python("setup.py", "--quiet", "build_ext", "--inplace", limit_s=BUILD_S)
+    return {"outcome": FAILED, "error": done.problem} if done.problem else describe(place)
+
+
+def describe(place: Place) -> Result:
+    """Say which library the stages load."""
+    digest = hashlib.sha256((place.root / LIBRARY).read_bytes()).hexdigest()
+    return {"outcome": PASSED, "sha256": digest}
+
+
+# ---- results of a worker -------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[Result]:
+    """Read lines of JSON; a process that was ended may leave half of one."""
+    found: list[Result] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def facts(place: Place) -> tuple[Result, Result]:
+    """Load the library and measure the card; returns the outcome, and card and software by name."""
+    path = place.out / "facts.jsonl"
+    path.unlink(missing_ok=True)
+    done = place.python("-m", "bench.gpu.worker", "facts", "--out", str(path), limit_s=FACTS_S)
+    lines = read_lines(path)
+    path.unlink(missing_ok=True)
+    if done.problem or not lines:
+        return failed(done.problem or "no answer"), {}
+    return {"outcome": PASSED}, lines[0]
+
+
+def bench(place: Place, op: str) -> list[Result]:
+    """Measure every case of an op; returns one record for each job, whatever happened to it."""
+    jobs = cases.jobs(op)
+    path = place.out / f"{op}.jsonl"
+    ends_with = place.left_s() - BENCH_S
+    records: list[Result] = []
+    while len(records) < len(jobs):
+        path.unlink(missing_ok=True)
+        arguments = ("--op", op, "--first", str(len(records)), "--out", str(path))
+        done = place.python(
+            *("-m", "bench.gpu.worker", "measure", *arguments),
+            limit_s=max(0.0, place.left_s() - ends_with),
+            # Helper processes of torch.compile would outlive the group that is ended in time.
+            TORCHINDUCTOR_COMPILE_THREADS="1",
+        )
+        lines = read_lines(path)
+        records += [line for line in lines if line["outcome"] != "started"]
+        if lines and lines[-1]["outcome"] == "started":
+            records.append(dict(lines[-1], outcome=FAILED, error=done.problem))
+        elif not lines or done.status == 0:
+            break
+        if done.status is None:
+            break
+    path.unlink(missing_ok=True)
+    why = done.problem or "not measured"
+    for job in jobs[len(records) :]:
+        records.append(dict(job._asdict(), shape=list(job.shape), outcome=FAILED, error=why))
+    return records
+
+
+# ---- pytest and compute-sanitizer ----------------------------------------------------------------
+
+
+def tests(place: Place, only: str | None) -> Result:
+    """Run the tests marked `cuda` of every op, or of one."""
+    if importlib.util.find_spec("pytest") is None:
+        return failed("pytest is not installed")
+    stems = sorted({row.stem for op, row in cases.TABLE.items() if only in (None, op)})
+    chosen = [*(f"tests/test_{stem}.py" for stem in stems), RULES]
+    if only:
+        # All of the stem's own file, and what the rules say of this op.
+        chosen += ["-k", f"test_{cases.TABLE[only].stem} or {only}"]
+    report = place.out / "junit.xml"
+    report.unlink(missing_ok=True)
+    done = place.python(
+        *("-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
+        *chosen,
+        limit_s=TESTS_S,
+    )
+    if not report.exists():
+        return failed(done.problem or "no report")
+    found = read_junit(report)
+    report.unlink()
+    if found["outcome"] == PASSED and done.problem:
+        return {**found, **failed(done.problem)}
+    return found
+
+
+def read_junit(report: Path) -> Result:
+    """Count what pytest reports, and name what failed."""
+    tests = list(ElementTree.parse(report).iter("testcase"))
+    bad = [(test, child) for test in tests for child in test if child.tag in ("failure", "error")]
+    idle = sum(1 for test in tests if test.find("skipped") is not None)
+    broken = len({id(test) for test, _ in bad})
+    names = [
+        f"{test.get('classname')}::{test.get('name')}: {(child.get('message') or '').strip()[:200]}"
+        for test, child in bad[:_MOST_FAILURES]
+    ]
+    counts = {"passed": len(tests) - broken - idle, "failed": broken, "skipped": idle}
+    if broken:
+        return failed(f"{broken} tests failed", **counts, failures=names)
+    if not counts["passed"]:
+        return failed("no test ran", **counts)
+    return {"outcome": PASSED, **counts}
+
+
+def find_sanitizer() -> str | None:
+    """Look for compute-sanitizer on the path and beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parent if nvcc else None
+    return shutil.which("compute-sanitizer") or (
+        shutil.which("compute-sanitizer", path=str(beside)) if beside else None
+    )
+
+
+def sanitize(place: Place, tool: str, only: str | None) -> Result:
+    """Run every kernel once under a tool of compute-sanitizer."""
+    program = find_sanitizer()
+    if program is None:
+        return skipped("compute-sanitizer was not found on the path, nor beside nvcc")
+    # torch asks CUDA for things that may fail, and looks at the answer; our launches are checked.
+    options = ("--report-api-errors", "no", "--error-exitcode", str(_SANITIZER_STATUS))
+    done = place.python(
+        *("-m", "bench.gpu.once", *(("--only", only) if only else ())),
+        limit_s=SANITIZER_S,
+        prefix=(program, "--tool", tool, *options),
+        # One allocation for each tensor: in torch's large blocks a write past an end hits a
+        # neighbour, which is no error to memcheck.
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
+    return read_sanitizer(done)
+
+
+def read_sanitizer(done: Finished) -> Result:
+    """Judge by the exit status and by the summary line, which has to be there."""
+    summary = [line for line in done.output.splitlines() if " SUMMARY: " in line]
+    words = summary[-1].split("SUMMARY: ")[1].strip() if summary else None
+    if words is not None and not words.startswith("0 "):
+        return failed(words)
+    # The tool's own lines begin with "="; the last of the others says what the program died of.
+    program = "\n".join(line for line in done.output.splitlines() if not line.startswith("="))
+    if problem := Finished(done.status, program).problem:
+        return failed(problem)
+    if words is None:
+        return failed("compute-sanitizer gave no summary")
+    return {"outcome": PASSED, "summary": words}

@@ -1,0 +1,128 @@
+"""The calls that the benches compare with, and the inputs on which they meet; for any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedkd_fast import ops, reference
+from fedkd_fast.reference import DENOMINATOR_FLOOR
+
+# ---- distill_loss --------------------------------------------------------------------------------
+
+# A gradient is at most about 2, times 1 / R; torch's own kernels round bfloat16 several times.
+GRADIENT_ROUNDINGS = 16
+
+Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def eager_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the loss the way one does in torch, with each log-softmax computed once."""
+    log_t, log_s = mentor.log_softmax(1), mentee.log_softmax(1)
+    ce_t = functional.nll_loss(log_t, labels, reduction="none")
+    ce_s = functional.nll_loss(log_s, labels, reduction="none")
+    kl_t = functional.kl_div(log_t, log_s.detach(), reduction="none", log_target=True).sum(1)
+    kl_s = functional.kl_div(log_s, log_t.detach(), reduction="none", log_target=True).sum(1)
+    weight = 1 / (ce_t + ce_s).detach().clamp(min=DENOMINATOR_FLOOR)
+    return (ce_t + kl_t * weight).mean(), (ce_s + kl_s * weight).mean()
+
+
+def our_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.distill_loss(mentor, mentee, labels)[:2]
+
+
+def native_distill_loss(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Call the kernel alone, which computes values and gradients without autograd."""
+    result: tuple[Tensor, ...] = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, -100)
+    return result
+
+
+def train_step(losses: Losses, mentor: Tensor, mentee: Tensor, labels: Tensor) -> None:
+    mentor.grad = mentee.grad = None
+    mentor_loss, mentee_loss = losses(mentor, mentee, labels)
+    (mentor_loss + mentee_loss).backward()
+
+
+def true_gradients(mentor: Tensor, mentee: Tensor, labels: Tensor) -> list[Tensor]:
+    """Both gradients of the specification, in float64."""
+    with torch.enable_grad():
+        wide = [logits.detach().double().requires_grad_() for logits in (mentor, mentee)]
+        train_step(lambda *inputs: reference.distill_loss(*inputs)[:2], wide[0], wide[1], labels)
+    return [logits.grad for logits in wide if logits.grad is not None]
+
+
+def check_gradient(gradient: Tensor | None, truth: Tensor) -> float:
+    """Return the largest error of a gradient, times R; fail where it is too large."""
+    assert gradient is not None, "there is no gradient"
+    error = float((gradient.double() - truth).abs().max()) * len(gradient)
+    allowed = GRADIENT_ROUNDINGS * torch.finfo(gradient.dtype).eps
+    assert error <= allowed, f"a gradient is off by {error:.3g}, allowed are {allowed:.3g}"
+    return error
+
+
+# ---- truncated_svd -------------------------------------------------------------------------------
+
+ENERGY = 0.95
+POWER = 0.75  # σ_k ~ k^-0.75: between single gradients and deltas of many Adam steps
+DRIFT = 0.2  # the part of an update that is new
+
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def updates(batch: int, rows: int, cols: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    width = min(rows, cols)
+    left = torch.linalg.qr(torch.randn(batch, rows, width, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(batch, cols, width, generator=generator))[0]
+    return (left * torch.arange(1, width + 1).float() ** -POWER) @ right.mT
+
+
+def our_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+    svd = ops.truncated_svd(matrix, energy=ENERGY)
+    return svd.U, svd.S, svd.Vh
+
+
+def our_warm_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+    svd = ops.truncated_svd(matrix, energy=ENERGY, basis=basis)
+    return svd.U, svd.S, svd.Vh
+
+
+def torch_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = max(reference.select_rank(one, ENERGY) for one in s)
+    return u[..., :kept], s[..., :kept], vh[..., :kept, :]
+
+
+def gram_eigh(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    s = values.clamp(min=0).sqrt().flip(-1)
+    kept = max(reference.select_rank(one, ENERGY) for one in s)
+    v = vectors.flip(-1)[..., :kept]
+    return matrix @ v / s[..., None, :kept], s[..., :kept], v.mT
+
+
+def svd_lowrank_oracle(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+    """Told the true rank, which a real caller does not know."""
+    u, s, v = torch.svd_lowrank(matrix, q=int(1.25 * rank) + 8, niter=2)
+    return u, s, v.mT
+
+
+SVDS: dict[str, Callable[[Tensor, Tensor, int], Factors]] = {
+    "ours": our_svd,
+    "ours-warm": our_warm_svd,
+    "torch.linalg.svd": torch_svd,
+    "gram+eigh": gram_eigh,
+    "svd_lowrank-oracle": svd_lowrank_oracle,
+}
+
+
+def check_energy(matrix: Tensor, factors: Factors) -> float:
+    """Return the largest lost share of a matrix's energy; fail where it exceeds 1 - ENERGY."""
+    u, s, vh = factors
+    lost = (matrix - (u * s[..., None, :]) @ vh).double().square().sum((1, 2))
+    share = float((lost / matrix.double().square().sum((1, 2))).max())
+    assert share <= 1 - ENERGY, f"{share:.4f} of the energy is lost, allowed are {1 - ENERGY:.4f}"
+    return share
