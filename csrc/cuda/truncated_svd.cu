@@ -124,11 +124,15 @@ __global__ void finish_factors_kernel(FinishArgs args, Scalar* left, Scalar* sig
       if (thread == 0) sigma[b * args.width + k] = Scalar(0);
       continue;
     }
-    const ComponentsView& scaled = args.left_is_scaled ? args.left : args.right;
     double sum = 0.0, peak = 0.0;
     int64_t place = args.left.length;
-    for (int64_t i = thread; i < scaled.length && args.singular == nullptr; i += kThreads)
-      sum += scaled.at(b, k, i) * scaled.at(b, k, i);
+    const auto add_square = [&](double value) { sum += value * value; };
+    if (args.singular == nullptr && args.left_is_scaled)
+      for (int64_t i = thread; i < args.left.length; i += kThreads)
+        add_square(args.left.at(b, k, i));
+    else if (args.singular == nullptr)
+      for (int64_t i = thread; i < args.right.length; i += kThreads)
+        add_square(args.right.at(b, k, i));
     for (int64_t i = thread; i < args.left.length; i += kThreads) {
       const double value = args.left.at(b, k, i);
       if (is_better(fabs(value), i, fabs(peak), place)) {
