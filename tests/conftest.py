@@ -39,3 +39,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def runs_cuda_kernels(device: torch.device) -> bool:
     """Whether `device` stands for the CUDA half of the ops, which reports some errors late."""
     return device.type == "cuda" or ops._native is not torch.ops.fedkd_fast
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests ran CUDA kernels without a GPU: the closing line does not."""
+    passed = [r for r in terminalreporter.stats.get("passed", []) if "simt" in r.nodeid]
+    if passed:
+        seconds = sum(report.duration for report in passed)
+        terminalreporter.write_line(
+            f"{len(passed)} tests ran CUDA kernels on CPU threads, in {seconds:.0f} s"
+        )

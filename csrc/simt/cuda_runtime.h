@@ -1,5 +1,5 @@
 // Stands in for CUDA's header of this name where kernels are compiled as C++ (engine.h): the words
-// that our kernels use. Another word is a compile error, to be added here with a test.
+// that our kernels use. Another word is a compile error, to be added here.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 // Blocks run one after another, so one copy serves them all; kernels that are launched
 // cooperatively take dynamic shared memory instead.
 #define __shared__ static
@@ -24,28 +22,16 @@ using dim3 = simt::Extent;
 #define blockDim (simt::self->block_size)
 #define gridDim (simt::self->grid_size)
 
-enum cudaError_t {
-  cudaSuccess,
-  cudaErrorInvalidValue,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719
-};
+// clang-format off
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9,
+                   cudaErrorLaunchFailure = 719 };
+// clang-format on
 using cudaStream_t = struct CUstream_st*;
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return simt::last_report.c_str();
   return error == cudaSuccess ? "no error" : "invalid argument or launch configuration";
 }
-
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
 
 using simt_place = std::source_location;
 
@@ -57,9 +43,9 @@ constexpr unsigned kSimtAllLanes = 0xffffffffu;
 
 inline void __syncwarp(unsigned mask = kSimtAllLanes, simt_place where = simt_place::current()) {
   simt::Context& me = *simt::self;
-  if (mask != kSimtAllLanes || me.warp_team->size != simt::kWarp)
-    me.launch->refuse("uses a warp operation without all 32 lanes", where);
-  me.launch->arrive(*me.warp_team, where);
+  const bool all = mask == kSimtAllLanes && me.warp_team->size == simt::kWarp;
+  me.launch->arrive(*me.warp_team, where,
+                    all ? nullptr : "uses a warp operation without all 32 lanes");
 }
 
 // Hands this lane's value to the warp and returns that of lane `source`.

@@ -76,7 +76,7 @@ struct Stopped {};
 // Threads that meet at a barrier.
 struct Team {
   unsigned size = 0, arrived = 0, gone = 0;
-  std::uint64_t generation = 0;
+  std::atomic<std::uint64_t> generation = 0;
   std::source_location place;    // of the barrier that the first arrival waits at
   std::string first, last_gone;  // threads, for reports
   std::condition_variable passed;
@@ -141,12 +141,13 @@ class Launch {
     return !failed_;
   }
 
-  void arrive(Team& team, const std::source_location& where) {
+  // `refusal`, where there is one, is what the thread does wrong by coming here.
+  void arrive(Team& team, const std::source_location& where, const char* refusal = nullptr) {
     // What comes before the barrier on any thread happens before what comes after it on any other.
     // Two places, in turn: a fast thread comes to the next barrier before a slow one has left this.
-    char* const place = team.order + generation_of(team) % 2;
+    char* const place = team.order + team.generation.load(std::memory_order_relaxed) % 2;
     __tsan_release(place);
-    meet(team, where);
+    meet(team, where, refusal);
     __tsan_acquire(place);
   }
 
@@ -155,25 +156,12 @@ class Launch {
     return "simt: " + kernel_ + ", block " + self->block.text() + ", thread " + self->thread.text();
   }
 
-  [[noreturn]] void refuse(const char* what, const std::source_location& where) {
-    const Unseen unseen;
-    const std::lock_guard lock(mutex_);
-    if (failed_) throw Stopped{};
-    stop(what + std::string(", ") + at(where));
-  }
-
  private:
-  // The one that this thread will help to end: it cannot end without this thread.
-  std::uint64_t generation_of(const Team& team) {
-    const Unseen unseen;
-    const std::lock_guard lock(mutex_);
-    return team.generation;
-  }
-
-  void meet(Team& team, const std::source_location& where) {
+  void meet(Team& team, const std::source_location& where, const char* refusal) {
     const Unseen unseen;
     std::unique_lock lock(mutex_);
     if (failed_) throw Stopped{};
+    if (refusal) stop(refusal + std::string(", ") + at(where));
     if (team.gone) stop(at(where) + ", but thread " + team.last_gone + " has returned");
     if (team.arrived++ == 0) {
       team.place = where;
@@ -190,9 +178,9 @@ class Launch {
       return;
     }
     if (++waiting_ == living_) stop("deadlock: " + at(where) + ", and no thread is left to come");
-    const std::uint64_t generation = team.generation;
-    team.passed.wait(lock, [&] { return failed_ || team.generation != generation; });
-    if (team.generation == generation) throw Stopped{};
+    const std::uint64_t now = team.generation;
+    team.passed.wait(lock, [&] { return failed_ || team.generation != now; });
+    if (team.generation == now) throw Stopped{};
   }
 
   [[noreturn]] void stop(const std::string& what) {
