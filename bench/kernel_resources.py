@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a multiprocessor, as ptxas says: registers, shared memory, spills.
+"""What every CUDA kernel takes of a multiprocessor, as ptxas says: registers, shared bytes, spills.
 
     python bench/kernel_resources.py
 
