@@ -224,5 +224,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("version") = FEDKD_FAST_VERSION;
   module.attr("has_cuda") = py::bool_(FEDKD_FAST_HAS_CUDA != 0);
   module.attr("cuda_archs") = FEDKD_FAST_CUDA_ARCHS;
+  module.attr("cuda_version") = FEDKD_FAST_CUDA_VERSION;
   module.attr("compiler") = FEDKD_FAST_COMPILER;
 }

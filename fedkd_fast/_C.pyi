@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 version: str
 has_cuda: bool
 cuda_archs: str
+cuda_version: str
 compiler: str
 dtypes: tuple[str, ...]
 

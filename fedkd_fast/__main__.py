@@ -105,15 +105,17 @@ def _info(args: argparse.Namespace) -> int:
     import torch
 
     import fedkd_fast._C as build
+    from fedkd_fast._driver import describe_driver, driver_version
 
-    compiled = f"with CUDA ({build.cuda_archs})" if build.has_cuda else "CPU only"
+    cuda = f"with CUDA {build.cuda_version} ({build.cuda_archs})"
     facts = {
         "fedkd_fast": __version__,
-        "compiled": compiled,
+        "compiled": cuda if build.has_cuda else "CPU only",
         "compiler": build.compiler,
         "native ops": _native_ops(),
         "torch": torch.__version__,
         "device": _device(),
+        "driver": describe_driver(driver_version(), build.cuda_version),
         "threads": str(torch.get_num_threads()),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "Python": sys.version.split()[0],

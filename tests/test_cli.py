@@ -15,6 +15,7 @@ from cli_support import Refusal, refused
 from fake_runs import make_run
 
 from fedkd_fast.__main__ import build_parser, main
+from fedkd_fast._driver import describe_driver
 from fedkd_fast.compress import CODECS, Compressor
 
 __all__ = ["refused"]
@@ -150,11 +151,25 @@ def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     lines = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
-    assert lines["compiled"] == "CPU only" or lines["compiled"].startswith("with CUDA (")
+    assert lines["compiled"] == "CPU only" or lines["compiled"].startswith("with CUDA 1")
     assert lines["torch"] == torch.__version__
     assert lines["threads"] == str(torch.get_num_threads())
     assert lines["native ops"] == "loaded"
-    assert {"fedkd_fast", "compiler", "device", "CPU capability"} <= set(lines)
+    assert {"fedkd_fast", "compiler", "device", "driver", "CPU capability"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "words"),
+    [
+        (None, "13.0.48", "none found"),
+        ("580.65.06", "13.0.48", "580.65.06"),
+        ("570.12", "13.0.48", "570.12, too old: .* CUDA 13.0.48, for 580 or newer"),
+        ("570.12", "12.8.61", "570.12"),
+        ("570.12", "", "570.12"),
+    ],
+)
+def test_info_says_when_the_driver_is_too_old(driver: str | None, cuda: str, words: str) -> None:
+    assert re.fullmatch(words, describe_driver(driver, cuda))
 
 
 # ---- report --------------------------------------------------------------------------------------

@@ -91,6 +91,12 @@ def test_wire_codec_survives_mutations_under_sanitizers() -> None:
     assert re.match(r"300000 mutations, \d{4,} accepted", done.stdout)
 
 
+def test_simt_builds_every_kernel_file() -> None:
+    listed = (ROOT / "tests/native/CMakeLists.txt").read_text()
+    sources = [path.name for path in (ROOT / "csrc/cuda").glob("*.cu")]
+    assert sources and [name for name in sources if f"cuda/{name}" not in listed] == []
+
+
 def test_simt_stays_small() -> None:
     lines = [line.strip() for path in (ROOT / "csrc/simt").iterdir() for line in path.open()]
     assert len([line for line in lines if line and not line.startswith("//")]) < MOST_ENGINE_LINES

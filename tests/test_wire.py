@@ -323,7 +323,7 @@ def test_wire_error_is_a_value_error_that_pickles() -> None:
 def test_build_facts() -> None:
     assert isinstance(_C.version, str) and _C.version[0].isdigit()
     assert isinstance(_C.has_cuda, bool) and isinstance(_C.cuda_archs, str)
-    assert _C.has_cuda or not _C.cuda_archs
+    assert bool(_C.cuda_archs) == bool(_C.cuda_version) == _C.has_cuda
     assert any(character.isdigit() for character in _C.compiler)
 
 

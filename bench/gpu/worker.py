@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 from bench.gpu import cases, timing
 from bench.gpu.cases import Job, Prepared
+from fedkd_fast._driver import driver_version
 
 LOST_CONTEXT = 3
 _MOST_LETTERS = 200  # of an error; torch can be wordy
@@ -51,22 +51,13 @@ def facts() -> Record:
         "multiprocessors": card.multi_processor_count,
         "l2_bytes": card.L2_cache_size,
         "memory_bytes": card.total_memory,
-        "driver": _driver(),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "copy_gb_per_s": timing.copy_gb_per_s(),
         "bf16_tflop_per_s": timing.bf16_tflop_per_s(),
     }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
 
 
 def measure_jobs(
