@@ -266,6 +266,17 @@ def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_torch_compile_keeps_it_in_one_graph() -> None:
+    mentor, mentee, labels = make_inputs(6, 5, torch.float32, torch.device("cpu"))
+    mentor.requires_grad_()
+    compiled = torch.compile(
+        lambda *inputs: ops.distill_loss(*inputs).mentor_loss, fullgraph=True, backend="aot_eager"
+    )
+    (gradient,) = torch.autograd.grad(compiled(mentor, mentee, labels), mentor)
+    (expected,) = torch.autograd.grad(ops.distill_loss(mentor, mentee, labels).mentor_loss, mentor)
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     mentor, mentee, labels = make_inputs(6, 5, dtype, device)

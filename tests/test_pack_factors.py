@@ -163,6 +163,19 @@ def test_bad_arguments() -> None:
         ops.reconstruct(torch.ones(2, 3), torch.ones(3, 3))
 
 
+def test_torch_compile_keeps_them_in_one_graph() -> None:
+    left, right = torch.randn(3, 5), torch.randn(3, 7)
+    scale, widths = torch.full((2,), 0.1), torch.tensor([4, 3], dtype=torch.uint8)
+    codes = torch.arange(6, dtype=torch.uint8)
+
+    def decode(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.unpack_factors(codes, scale, widths, 6), ops.reconstruct(left, right) + 1
+
+    compiled = torch.compile(decode, fullgraph=True, backend="eager")
+    expected = decode(codes)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(codes), expected, strict=True))
+
+
 def test_opcheck(device: torch.device) -> None:
     values, scale, widths = (part.to(device) for part in sample(4, 20, [3]))
     codes = ops.pack_factors(values, scale, widths)
