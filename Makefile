@@ -41,6 +41,8 @@ bench: $(VENV)/.dev
 # Takes $(PYTHON) with the torch, pytest and rich it has, not .venv, whose torch may know no CUDA.
 # make gpu GPU_OPTIONS="--library libfedkd_fast_ops.so --only distill_loss"
 gpu:
+	@$(PYTHON) -c 'import numpy, rich, safetensors, torch' || \
+	  { echo "$(PYTHON) lacks what stands above: make gpu PYTHON=… with a torch for CUDA"; exit 2; }
 	$(PYTHON) -m bench.gpu --out bench/out $(GPU_OPTIONS)
 
 # A wheel and an sdist for this Python, in dist/ once each has worked in an environment without the
