@@ -47,6 +47,7 @@ Tensor mT(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1);
 constexpr double kOversampling = 1.12;
 constexpr int64_t kExtraDirections = 8;
 constexpr int kPowerPasses = 2;
+constexpr double kMostDirections = 0.45;  // of a square matrix's side
 
 template <typename Scalar>
 struct Job {
@@ -113,9 +114,11 @@ bool from_basis(const Tensor& tall, const Job<Scalar>& job) {
   const int64_t known = job.basis ? cpu::basis_width(job.basis, job.basis_rows, side) : 0;
   const auto wanted =
       static_cast<int64_t>(kOversampling * static_cast<double>(known)) + kExtraDirections;
-  // Beyond this share of the spectrum all of it costs less.
-  const double most = job.long_side() >= 2 * side ? 0.75 : 0.55;
-  if (known == 0 || static_cast<double>(wanted) >= most * static_cast<double>(side)) return false;
+  // The passes cost M·N·L each, the whole spectrum about N³: with more directions, or a taller
+  // matrix, a cold start is the faster one.
+  if (known == 0 || static_cast<double>(wanted * job.long_side()) >=
+                        kMostDirections * static_cast<double>(side * side))
+    return false;
   Tensor start = empty_like_device(tall, {wanted, side}, ScalarType::Double);
   cpu::extend_basis(job.basis, known, wanted, side, start.mutable_data_ptr<double>());
   Tensor basis = mT(start);
@@ -212,8 +215,9 @@ cuda::ComponentsView straight(const Tensor& tensor, int64_t components, int64_t 
           tensor.stride(components), tensor.stride(entries)};
 }
 
-// A batch on a GPU. Two waits: NaN and Inf have to raise, and a matrix that the Gram matrix does
-// not serve needs a full SVD.
+// A batch on a GPU. The host waits for the scan, because NaN and Inf have to raise, and to learn
+// which matrices the Gram matrix does not serve; for each of these, and for each float64 matrix, it
+// waits once more, for a full SVD. torch's solvers look at their own status as well.
 template <typename Scalar>
 class GpuBatch {
  public:
@@ -341,6 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& m
   const bool warm = basis.has_value() && rank < 0 && energy < 1.0;
   if (basis) {
     check_tensor(*basis, "basis", 3, ScalarType::Float);
+    check_same_device(matrix, "matrix", *basis, "basis");
     STD_TORCH_CHECK(basis->size(0) == batch && basis->size(2) == full,
                     "basis must have shape (B, L, min(P, Q)), got ", shape_text(*basis),
                     " for matrix ", shape_text(matrix));

@@ -62,7 +62,7 @@ class Compressor:
         codec: "wf0", "factors-fp32" or "raw".
         feedback: add to each update what the messages before left out (`ErrorFeedback`).
         cache: start the factorisations where the last ones ended (`SubspaceCache`): faster for
-            ``factors-fp32`` and for low energies, bytes that may differ a little.
+            nearly square matrices of small rank, in bytes that may be a few more.
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
         backend: "native", or "reference" where the ops library is not built: the same promise, and
             decoding to the same bits, slowly.
@@ -234,7 +234,6 @@ class Compressor:
 
         Raises:
             ValueError: state of a kind that this Compressor does not keep, or unknown keys.
-            TypeError: a value that is no tensor of the right dtype.
         """
         parts: dict[str, dict[str, Tensor]] = {_FEEDBACK_PREFIX: {}, _CACHE_PREFIX: {}}
         for name, value in state.items():
@@ -246,8 +245,14 @@ class Compressor:
         for prefix, part in parts.items():
             if part and prefix not in own:
                 raise ValueError(f"state holds {prefix}* tensors, which this Compressor lacks")
-        for prefix, keeper in own.items():
-            keeper.load_state_dict(parts[prefix])
+        before = {prefix: keeper.state_dict() for prefix, keeper in own.items()}
+        try:
+            for prefix, keeper in own.items():
+                keeper.load_state_dict(parts[prefix])
+        except (TypeError, ValueError):
+            for prefix, keeper in own.items():
+                keeper.load_state_dict(before[prefix])
+            raise
 
     def _state(self) -> dict[str, ErrorFeedback | SubspaceCache]:
         kept = {_FEEDBACK_PREFIX: self._feedback, _CACHE_PREFIX: self._cache}

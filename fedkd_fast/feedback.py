@@ -67,19 +67,21 @@ class ErrorFeedback:
         self._residuals = {name: residual.detach().clone() for name, residual in state.items()}
 
 
-# Of the shorter side: with more vectors than this a cold start is the faster one.
-MOST_USEFUL_RANK = 0.75
+# Of the shorter side: with more vectors than this a cold start is always the faster one.
+MOST_USEFUL_RANK = 0.45
 
 
 class SubspaceCache:
     """Short-side singular vectors by tensor name, float32: warm starts for `ops.truncated_svd`.
 
-    A `Compressor` that holds one finds factors faster where ranks are small, at the promised energy
-    and at most max(1, 5 %) above the smallest rank. Tensors that change their shape start cold
-    again. Not for two Compressors at once.
+    A `Compressor` that holds one finds factors faster where matrices are nearly square and ranks
+    small, at the promised energy. The rank may lie above the smallest: a little where updates drift
+    from round to round, more where an update has nothing to do with the one before. Tensors that
+    change their shape start cold again. Not for two Compressors at once.
 
     Args:
-        max_bytes: bound on what is kept; the tensors that were factorised longest ago go first.
+        max_bytes: bound on what is kept; the tensors that were factorised longest ago go first,
+            after `load_state_dict` in the order of the state.
     """
 
     def __init__(self, max_bytes: int = 1 << 28) -> None:

@@ -61,9 +61,10 @@ def truncated_svd(
         rank: wanted rank instead, >= 0. Exactly one of `energy` and `rank` is given.
         basis: (..., L, min(P, Q)) float32, a warm start: the short-side vectors of an earlier,
             similar matrix, `Vh` where P >= Q, else the transpose of `U`; rows of zeros pad. Wanted
-            by energy, a float32 matrix whose rank is well below min(P, Q) then costs a subspace
-            iteration. The energy is met all the same; the rank may exceed the smallest by
-            max(1, 5 %). A basis that does not serve is ignored.
+            by energy, a float32 matrix that is nearly square, of a rank well below min(P, Q), then
+            costs a subspace iteration. The energy is met all the same; the rank may exceed the
+            smallest, the more the less alike the matrices are. A basis that does not serve is
+            ignored.
 
     Returns:
         `TruncatedSVD`, in float64 for float64 input and in float32 otherwise. Signs are fixed: the
@@ -76,7 +77,7 @@ def truncated_svd(
 
     Deterministic for one machine and thread count. Energies are computed in float64. Not
     differentiable. Cost: one Gram matrix and one symmetric eigenproblem of side min(P, Q). On CUDA
-    the host waits for the scan that finds NaN, and a warm basis is not used.
+    the host waits for the scan that finds NaN and for the solvers, and a warm basis is not used.
     """
     if (energy is None) == (rank is None):
         raise ValueError(f"give exactly one of energy and rank, got energy={energy}, rank={rank}")
@@ -296,7 +297,7 @@ def _pack_factors_fake(values: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
 
 @torch.library.register_fake("fedkd_fast::unpack_factors")
 def _unpack_factors_fake(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Tensor:
-    return scale.new_empty(bits.shape[0], count)
+    return codes.new_empty(bits.shape[0], count, dtype=torch.float32)
 
 
 @torch.library.register_fake("fedkd_fast::reconstruct")

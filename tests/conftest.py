@@ -36,14 +36,20 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture
-def runs_cuda_kernels(device: torch.device) -> bool:
+def runs_on_threads(device: torch.device) -> bool:
+    """Whether `device` is `simt`."""
+    return ops._native is not torch.ops.fedkd_fast
+
+
+@pytest.fixture
+def runs_cuda_kernels(device: torch.device, runs_on_threads: bool) -> bool:
     """Whether `device` stands for the CUDA half of the ops, which reports some errors late."""
-    return device.type == "cuda" or ops._native is not torch.ops.fedkd_fast
+    return device.type == "cuda" or runs_on_threads
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many tests ran CUDA kernels without a GPU: the closing line does not."""
-    passed = [r for r in terminalreporter.stats.get("passed", []) if "simt" in r.nodeid]
+    passed = [r for r in terminalreporter.stats.get("passed", []) if "[simt" in r.nodeid]
     if passed:
         seconds = sum(report.duration for report in passed)
         terminalreporter.write_line(

@@ -39,6 +39,7 @@ class Op(NamedTuple):
     sample: Callable[[int], list[Tensor]]  # data by seed, on the CPU
     run: Callable[..., list[Tensor]]
     truth: Callable[..., list[Tensor]]  # on the CPU
+    eps: float = EPS  # of the arithmetic that float64 results come from
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -82,22 +83,28 @@ OPS = {
         lambda left, right: [reference.reconstruct(left, right)],
     ),
     "truncated_svd": Op(
+        lambda seed: [noise(seed, 3, 40, 24)],
+        lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S.double()],
+        lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S.double()],
+        torch.finfo(torch.float32).eps,
+    ),
+    "truncated_svd in float64": Op(
         lambda seed: [noise(seed, 3, 40, 24).double()],
         lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S],
         lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S],
     ),
 }
 # truncated_svd waits for the scan that finds NaN.
-ASYNCHRONOUS = [name for name in OPS if name != "truncated_svd"]
+ASYNCHRONOUS = [name for name in OPS if not name.startswith("truncated_svd")]
 
 
-def check(found: list[Tensor], truth: list[Tensor]) -> None:
+def check(found: list[Tensor], truth: list[Tensor], eps: float = EPS) -> None:
     for ours, wanted in zip(found, truth, strict=True):
         ours = ours.cpu()
         if wanted.dtype != torch.float64:  # bytes and codes' values are the same everywhere
             assert torch.equal(ours, wanted)
             continue
-        allowed = ROUNDINGS * EPS * max(1.0, float(wanted.abs().max()))
+        allowed = ROUNDINGS * eps * max(1.0, float(wanted.abs().max()))
         assert float((ours - wanted).abs().max()) <= allowed
 
 
@@ -125,7 +132,7 @@ def test_runs_on_the_current_stream(name: str) -> None:
         found = [part.cpu() for part in op.run(*data)]
         inconclusive = default_is_idle.query()
     torch.cuda.synchronize()
-    check(found, op.truth(*op.sample(1)))
+    check(found, op.truth(*op.sample(1)), op.eps)
     if inconclusive:
         pytest.skip("the default stream became idle too early to tell the streams apart")
 
@@ -158,7 +165,7 @@ def test_returns_while_the_device_is_busy(name: str) -> None:
     device_is_idle.record()
     found = op.run(*data)
     waited = device_is_idle.query()
-    check(found, op.truth(*op.sample(0)))
+    check(found, op.truth(*op.sample(0)), op.eps)
     assert not waited, "the call came back only when the device was idle"
 
 
@@ -175,7 +182,7 @@ def test_a_graph_replays_it_on_new_data(name: str) -> None:
         found = op.run(*data)
     overwrite(data, late)
     graph.replay()
-    check(found, op.truth(*op.sample(1)))
+    check(found, op.truth(*op.sample(1)), op.eps)
 
 
 # Tensors of each call; all but one of them on one device.
@@ -207,6 +214,11 @@ def test_one_argument_on_the_cpu_is_refused(name: str, odd: int) -> None:
         call(name, ["cpu" if index == odd else "cuda" for index in range(3)])
 
 
+def test_a_basis_on_the_cpu_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="must be on one device"):
+        ops.truncated_svd(noise(0, 20, 20).cuda(), energy=0.9, basis=torch.ones(2, 20))
+
+
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
@@ -225,4 +237,4 @@ def test_runs_on_the_device_of_its_data(name: str) -> None:
     found = op.run(*(part.to("cuda:1") for part in op.sample(0)))
     assert {part.device for part in found} == {torch.device("cuda:1")}
     assert torch.cuda.current_device() == 0
-    check(found, op.truth(*op.sample(0)))
+    check(found, op.truth(*op.sample(0)), op.eps)

@@ -85,7 +85,7 @@ def test_a_tensor_with_a_residual_is_not_tied() -> None:
 # ---- warm subspaces ------------------------------------------------------------------------------
 
 
-def drifting(steps: int, rows: int = 96, cols: int = 64) -> list[torch.Tensor]:
+def drifting(steps: int, rows: int = 96, cols: int = 80) -> list[torch.Tensor]:
     """Updates of one layer in consecutive rounds: each a fifth new."""
     updates = [powerlaw(rows, cols, 0.9)]
     for step in range(1, steps):
@@ -93,17 +93,22 @@ def drifting(steps: int, rows: int = 96, cols: int = 64) -> list[torch.Tensor]:
     return updates
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+@pytest.mark.parametrize("shape", [(96, 80), (80, 96)])
 def test_warm_rounds_keep_energy_and_nearly_the_smallest_rank(shape: tuple[int, int]) -> None:
     cold = Compressor(0.9, "factors-fp32")
     warm = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
+    unlike = 0
     for update in drifting(5, *shape):
         frames = [compressor.compress({"w": update}) for compressor in (cold, warm)]
+        unlike += frames[0] != frames[1]
         best, found = (inspect(frame)[0].rank for frame in frames)
         assert best <= found <= best + max(1, 0.05 * best)
         # Strictly more than the energy: the paper's rule.
         assert relative_error(update, decompress(frames[1])["w"]) < 0.1
-    assert torch.equal(warm.state_dict()["cache.w"], cache_of(warm).basis(["w"], 64)[0])  # type: ignore[index]
+    # Another algorithm leaves other last bits: all rounds but the first were warm.
+    assert unlike == 4
+    basis = cache_of(warm).basis(["w"], min(shape))
+    assert basis is not None and torch.equal(warm.state_dict()["cache.w"], basis[0])
 
 
 def cache_of(compressor: Compressor) -> SubspaceCache:
@@ -135,11 +140,12 @@ def test_shapes_may_change_and_rounds_be_skipped() -> None:
         assert relative_error(exact, decompress(compressor.compress(update))[name]) < 0.1
 
 
-def test_a_misleading_cache_costs_nothing_but_time() -> None:
-    warm = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
-    warm.compress({"w": powerlaw(96, 64, 1.2)})
-    other = {"w": powerlaw(96, 64, 0.3, seed=9)}
-    assert warm.compress(other) == Compressor(0.9, "factors-fp32").compress(other)
+@pytest.mark.parametrize("energy", [0.3, 0.9])
+def test_a_misleading_cache_costs_no_accuracy(energy: float) -> None:
+    warm = Compressor(energy, "factors-fp32", cache=SubspaceCache())
+    warm.compress({"w": powerlaw(96, 90, 0.4)})
+    other = powerlaw(96, 90, 0.2, seed=9)
+    assert relative_error(other, decompress(warm.compress({"w": other}))["w"]) < 1 - energy
 
 
 def test_cache_is_bounded_and_forgets_the_oldest() -> None:
@@ -166,6 +172,17 @@ def test_bad_cache_states() -> None:
     with pytest.raises(ValueError, match="subspaces must be at most 1000 bytes, got 4000"):
         cache.load_state_dict({"w": torch.zeros(10, 100)})
     assert cache.nbytes == 0
+
+
+def test_a_refused_state_leaves_the_state_alone() -> None:
+    compressor = Compressor(0.9, feedback=True, cache=SubspaceCache())
+    compressor.compress({"w": powerlaw(60, 60, 1.5)})
+    before = compressor.state_dict()
+    assert set(before) == {"feedback.w", "cache.w"}
+    with pytest.raises(ValueError, match="subspace 'w' must be a finite matrix"):
+        compressor.load_state_dict({"feedback.w": torch.ones(3, 3), "cache.w": torch.ones(3)})
+    after = compressor.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_refused_update_leaves_the_cache_alone() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkd_fast import ops, reference
 
-SHAPES = [(1, 1), (3, 7), (5, 8), (4, 513), (2, 1024), (17, 31), (0, 5), (3, 0)]
+SHAPES = [(1, 1), (3, 7), (5, 8), (4, 513), (2, 1024), (17, 31), (600, 9), (0, 5), (3, 0)]
 
 
 def sample(rows: int, count: int, bits: list[int], seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -176,7 +177,17 @@ def test_torch_compile_keeps_them_in_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled(codes), expected, strict=True))
 
 
-def test_opcheck(device: torch.device) -> None:
+def test_fake_kernels_know_the_device_of_the_data() -> None:
+    with FakeTensorMode():
+        codes = torch.empty(6, dtype=torch.uint8, device="cuda")
+        widths = torch.tensor([4, 4], dtype=torch.uint8)
+        values = ops.unpack_factors(codes, torch.ones(2), widths, 6)
+        assert values.device.type == "cuda" and values.dtype == torch.float32
+
+
+def test_opcheck(device: torch.device, runs_on_threads: bool) -> None:
+    if runs_on_threads:
+        pytest.skip("its library has no fake kernels")
     values, scale, widths = (part.to(device) for part in sample(4, 20, [3]))
     codes = ops.pack_factors(values, scale, widths)
     torch.library.opcheck(torch.ops.fedkd_fast.pack_factors, (values, scale, widths))

@@ -46,6 +46,7 @@ def test_simt_runs_sound_kernels(name: str, total: int, total_sum: int, build: s
         ("divergent", 0, r"divergent barrier: waits at .*:\d+, but thread .* waits at .*:\d+"),
         ("early_return", 1, r"(returned, but thread .* waits at|but thread \(5, 0, 0\) has ret)"),
         ("deadlock", r"\d", "deadlock: waits at .*, and no thread is left to come"),
+        ("parted_block", r"\d", "(no thread is left to come|all that are left wait)"),
         ("partial_warp", 0, "uses a warp operation without all 32 lanes"),
     ],
 )

@@ -191,8 +191,8 @@ def short_side_vectors(svd: reference.TruncatedSVD) -> torch.Tensor:
     return svd.U.mT if svd.U.shape[-2] < svd.Vh.shape[-1] else svd.Vh
 
 
-@pytest.mark.parametrize("shape", [(96, 96), (160, 64), (64, 160)])
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("shape", [(96, 96), (120, 96), (96, 120)])
+@pytest.mark.parametrize("energy", [0.8, 0.9, 0.93])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_warm_start(shape: tuple[int, int], energy: float, scale: float) -> None:
     earlier = spectrum(*shape, power=0.9)
@@ -200,14 +200,17 @@ def test_warm_start(shape: tuple[int, int], energy: float, scale: float) -> None
     basis = short_side_vectors(ops.truncated_svd(earlier.float(), energy=energy))
     warm = ops.truncated_svd(matrix, energy=energy, basis=basis)
     best = int(reference.truncated_svd(matrix, energy=energy).rank)
+    # Measured for a drift of a fifth; there is no bound for unlike matrices.
     assert best <= int(warm.rank) <= best + max(1, 0.05 * best)
+    # Another algorithm leaves other last bits: the basis was used.
+    assert not torch.equal(warm.S, ops.truncated_svd(matrix, energy=energy).S[: int(warm.rank)])
     assert float(warm.energy) > energy
     check_factors(matrix / scale, warm._replace(S=warm.S / scale))
 
 
 def test_warm_start_of_a_batch_and_of_what_has_no_basis() -> None:
-    batch = torch.stack([spectrum(80, 60, power).float() for power in (0.8, 1.5)])
-    batch = torch.cat([batch, batch[:1], torch.zeros(1, 80, 60)])
+    batch = torch.stack([spectrum(80, 72, power).float() for power in (0.8, 1.5)])
+    batch = torch.cat([batch, batch[:1], torch.zeros(1, 80, 72)])
     cold = ops.truncated_svd(batch, energy=0.9)
     basis = short_side_vectors(cold).clone()
     basis[2] = 0  # starts cold
@@ -227,6 +230,16 @@ def test_a_useless_basis_is_ignored(basis: torch.Tensor) -> None:
     warm = ops.truncated_svd(matrix, energy=0.95, basis=basis)
     cold = ops.truncated_svd(matrix, energy=0.95)
     assert all(torch.equal(a, b) for a, b in zip(warm, cold, strict=True))
+
+
+def test_an_unlike_basis_keeps_the_energy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 40, generator=generator))[0].T
+    matrix = spectrum(200, 220, 0.125).float()
+    warm = ops.truncated_svd(matrix, energy=0.1, basis=basis)
+    best = int(reference.truncated_svd(matrix, energy=0.1).rank)
+    assert float(warm.energy) > 0.1 and int(warm.rank) >= best
+    check_factors(matrix, warm)
 
 
 @settings(max_examples=30, deadline=None)

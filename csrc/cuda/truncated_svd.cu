@@ -5,7 +5,7 @@
 // for 16 bytes of input, blocks over the batch. select: one thread a matrix, its energies added in
 // the order that the CPU adds them, so that equal energies give equal ranks. finish: one block for
 // one component of one matrix: norm and peak in one tree over the block, then both vectors are
-// written. Shared memory: 2 KiB in scan, 6 KiB in finish. fp64 throughout; reductions have a fixed
+// written. Shared memory: 3 KiB in scan, 6 KiB in finish. fp64 throughout; reductions have a fixed
 // order, so equal inputs give equal bits. Nothing waits for the host.
 
 #include <cfloat>

@@ -5,7 +5,9 @@
 // with kernel, block and thread, and ends the launch: a barrier or shuffle that part of a team does
 // not reach, two barriers that parts of a team wait at, threads that wait for each other for ever.
 // ThreadSanitizer sees a missing barrier as a data race, AddressSanitizer an access out of range,
-// and both name the line. One launch at a time.
+// and both name the line. Not seen: races between blocks, which are never alive together unless the
+// launch is cooperative, and static shared memory that is read before it is written, because it
+// keeps what the block before has left there. One launch at a time.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +22,7 @@
 #include <mutex>
 #include <source_location>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -124,19 +127,26 @@ class Launch {
     };
     std::barrier rendezvous(static_cast<std::ptrdiff_t>(total), next);
     std::vector<std::jthread> pool;
-    for (unsigned index = 0; index < total; ++index)
-      pool.emplace_back([&, index] {
-        do {
-          Context context = place(index);
-          self = &context;
-          try {
-            body();
-            leave();
-          } catch (const Stopped&) {
-          }
-          rendezvous.arrive_and_wait();  // all threads have ended these blocks
-        } while (!ended_);
-      });
+    const auto live = [&](unsigned index) {
+      do {
+        Context context = place(index);
+        self = &context;
+        try {
+          body();
+          leave();
+        } catch (const Stopped&) {
+        }
+        rendezvous.arrive_and_wait();  // all threads have ended these blocks
+      } while (!ended_);
+    };
+    try {
+      for (unsigned index = 0; index < total; ++index) pool.emplace_back(live, index);
+    } catch (const std::system_error& error) {  // too many threads for this machine
+      const std::lock_guard lock(mutex_);
+      fail("simt: " + kernel_ + ": " + error.what());
+      for (std::size_t missing = pool.size(); missing < total; ++missing)
+        rendezvous.arrive_and_drop();
+    }
     pool.clear();
     return !failed_;
   }
@@ -184,13 +194,18 @@ class Launch {
   }
 
   [[noreturn]] void stop(const std::string& what) {
-    last_report = here() + " " + what;
+    fail(here() + " " + what);
+    throw Stopped{};
+  }
+
+  // Under the mutex, or where no thread can be inside.
+  void fail(std::string report) {
+    last_report = std::move(report);
     std::fprintf(stderr, "%s\n", last_report.c_str());
     failed_ = true;
     for (auto* teams : {&warp_teams_, &block_teams_})
       for (Team& team : *teams) team.passed.notify_all();
     grid_team_.passed.notify_all();
-    throw Stopped{};
   }
 
   static std::string at(const std::source_location& where) {
@@ -207,6 +222,7 @@ class Launch {
       team->last_gone = self->thread.text();
       if (team->arrived) stop("returned, but thread " + team->first + " " + at(team->place));
     }
+    if (living_ && waiting_ == living_) stop("returned, and all that are left wait");
   }
 
   static Extent at_index(std::uint64_t index, const Extent& extent) {
@@ -229,7 +245,7 @@ class Launch {
             .launch = this};
   }
 
-  // Fresh teams and poisoned shared memory for the next blocks; no thread is inside one.
+  // Fresh teams and poisoned dynamic shared memory for the next blocks; no thread is inside one.
   void prepare() {
     waiting_ = 0;
     living_ = alive_ * threads_;

@@ -64,6 +64,15 @@ __global__ void deadlock_kernel() {
     cooperative_groups::this_grid().sync();
 }
 
+// One block parts in two that wait for each other; the other block returns, perhaps later.
+__global__ void parted_block_kernel() {
+  if (blockIdx.x == 0) return;
+  if (threadIdx.x % 32 < 16)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
 __global__ void partial_warp_kernel(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 0);
 }
@@ -128,6 +137,7 @@ int main(int argc, char** argv) {
     if (is("divergent")) return launch<divergent_kernel>(two, block, 0, nullptr);
     if (is("early-return")) return launch<early_return_kernel>(two, block, 0, nullptr);
     if (is("deadlock")) return simt::launch<deadlock_kernel>(true, two, block, 0);
+    if (is("parted-block")) return simt::launch<parted_block_kernel>(true, two, block, 0);
     if (is("partial-warp")) return launch<partial_warp_kernel>(one, block, 0, nullptr, out.data());
     if (is("overrun-static"))
       return launch<overrun_static_kernel>(one, block, 0, nullptr, out.data(), 1u);
