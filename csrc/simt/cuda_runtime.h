@@ -3,42 +3,33 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
 #include "simt/engine.h"
 
 #define __global__
 #define __device__
-#define __host__
 // Blocks run one after another, so one copy serves them all; kernels that are launched
 // cooperatively take dynamic shared memory instead.
 #define __shared__ static
-
 using dim3 = simt::Extent;
-
 #define threadIdx (simt::self->thread)
 #define blockIdx (simt::self->block)
 #define blockDim (simt::self->block_size)
 #define gridDim (simt::self->grid_size)
-
 // clang-format off
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9,
                    cudaErrorLaunchFailure = 719 };
 // clang-format on
 using cudaStream_t = struct CUstream_st*;
-
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return simt::last_report.c_str();
   return error == cudaSuccess ? "no error" : "invalid argument or launch configuration";
 }
 
 using simt_place = std::source_location;
-
 inline void __syncthreads(simt_place where = simt_place::current()) {
   simt::self->launch->arrive(*simt::self->block_team, where);
 }
-
 constexpr unsigned kSimtAllLanes = 0xffffffffu;
 
 inline void __syncwarp(unsigned mask = kSimtAllLanes, simt_place where = simt_place::current()) {
@@ -60,7 +51,6 @@ T simt_exchange(unsigned mask, T value, unsigned source, simt_place where) {
   std::memcpy(&value, slots[source], sizeof(T));
   return value;
 }
-
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32,
               simt_place where = simt_place::current()) {
@@ -68,19 +58,16 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
   return simt_exchange(mask, value, lane / span * span + static_cast<unsigned>(source) % span,
                        where);
 }
-
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned offset, int width = 32,
                    simt_place where = simt_place::current()) {
   const unsigned lane = simt::self->lane, span = static_cast<unsigned>(width);
   return simt_exchange(mask, value, lane % span + offset < span ? lane + offset : lane, where);
 }
-
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, simt_place where = simt_place::current()) {
   return simt_exchange(mask, value, simt::self->lane ^ static_cast<unsigned>(lanes), where);
 }
-
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               simt_place where = simt_place::current()) {
   unsigned votes = (predicate != 0 ? 1u : 0u) << simt::self->lane;
@@ -88,15 +75,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate,
     votes |= simt_exchange(mask, votes, simt::self->lane ^ lanes, where);
   return votes;
 }
-
 inline int __any_sync(unsigned mask, int predicate, simt_place where = simt_place::current()) {
   return __ballot_sync(mask, predicate, where) != 0;
 }
-
 inline int __all_sync(unsigned mask, int predicate, simt_place where = simt_place::current()) {
   return __ballot_sync(mask, predicate, where) == kSimtAllLanes;
 }
-
 namespace cooperative_groups {
 struct grid_group {
   void sync(simt_place where = simt_place::current()) const {
@@ -122,7 +106,6 @@ T atomicCAS(T* place, T expected, T value) {
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 
 namespace simt {
-
 template <auto kKernel>
 std::string kernel_name() {
   // "std::string simt::kernel_name() [with auto kKernel = NAME; std::string = ...]"
@@ -130,7 +113,6 @@ std::string kernel_name() {
   const std::size_t first = text.find(key) + key.size();
   return text.substr(first, text.rfind("; std::string") - first);
 }
-
 template <auto kKernel, typename... Args>
 cudaError_t launch(bool cooperative, Extent grid, Extent block, std::size_t shared_bytes,
                    Args&&... args) {
@@ -141,5 +123,4 @@ cudaError_t launch(bool cooperative, Extent grid, Extent block, std::size_t shar
   Launch one(kernel_name<kKernel>(), grid, block, shared_bytes, cooperative);
   return one.run([&] { kKernel(args...); }) ? cudaSuccess : cudaErrorLaunchFailure;
 }
-
 }  // namespace simt

@@ -38,17 +38,13 @@ struct Extent {
   }
 };
 
-constexpr unsigned kWarp = 32;
-constexpr unsigned kMostThreads = 1024;
-constexpr unsigned kMostGridYZ = 65535;
-constexpr unsigned kMostCooperativeBlocks = 4;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostGridYZ = 65535, kMostCooperativeBlocks = 4;
 constexpr std::size_t kMostSharedBytes = 227 * 1024;  // of one block on sm_90
 constexpr unsigned char kPoison = 0xff;               // NaN in every floating format
 constexpr std::size_t kSlotBytes = 16;
 
-// The engine's mutex orders threads that on a GPU nothing would order. ThreadSanitizer must not
-// learn of it while an Unseen lives, only of what a barrier promises: release before, acquire
-// after.
+// The engine's mutex orders threads that on a GPU nothing orders. While an Unseen lives,
+// ThreadSanitizer does not learn of it, only of what a barrier promises: release, then acquire.
 #ifdef __SANITIZE_THREAD__
 extern "C" void AnnotateIgnoreSyncBegin(const char*, int), AnnotateIgnoreSyncEnd(const char*, int),
     AnnotateIgnoreReadsBegin(const char*, int), AnnotateIgnoreReadsEnd(const char*, int),
@@ -73,9 +69,7 @@ inline void __tsan_release(void*) {}
 inline void __tsan_acquire(void*) {}
 #endif
 
-// Thrown to unwind the threads of a launch that has been reported.
-struct Stopped {};
-
+struct Stopped {};  // thrown to unwind the threads of a launch that has been reported
 // Threads that meet at a barrier.
 struct Team {
   unsigned size = 0, arrived = 0, gone = 0;
@@ -84,8 +78,7 @@ struct Team {
   std::string first, last_gone;  // threads, for reports
   std::condition_variable passed;
   char order[2] = {};  // stand for the barrier where ThreadSanitizer is told of it
-  // What lanes hand to each other. Two sides, because a fast lane may write its next value while a
-  // slow one still reads this one.
+  // What lanes hand to each other; two sides, because a fast lane writes while a slow one reads.
   alignas(kSlotBytes) unsigned char slots[2][kWarp][kSlotBytes] = {};
 };
 
@@ -97,7 +90,6 @@ struct Context {
   class Launch* launch;
   unsigned side = 0;  // of the slots
 };
-
 inline thread_local Context* self = nullptr;
 inline std::string last_report;  // of the last launch that failed
 
@@ -153,7 +145,6 @@ class Launch {
 
   // `refusal`, where there is one, is what the thread does wrong by coming here.
   void arrive(Team& team, const std::source_location& where, const char* refusal = nullptr) {
-    // What comes before the barrier on any thread happens before what comes after it on any other.
     // Two places, in turn: a fast thread comes to the next barrier before a slow one has left this.
     char* const place = team.order + team.generation.load(std::memory_order_relaxed) % 2;
     __tsan_release(place);
@@ -161,7 +152,6 @@ class Launch {
     __tsan_acquire(place);
   }
 
-  // Says which thread of which kernel this is; for reports.
   std::string here() const {
     return "simt: " + kernel_ + ", block " + self->block.text() + ", thread " + self->thread.text();
   }
@@ -192,12 +182,10 @@ class Launch {
     team.passed.wait(lock, [&] { return failed_ || team.generation != now; });
     if (team.generation == now) throw Stopped{};
   }
-
   [[noreturn]] void stop(const std::string& what) {
     fail(here() + " " + what);
     throw Stopped{};
   }
-
   // Under the mutex, or where no thread can be inside.
   void fail(std::string report) {
     last_report = std::move(report);
@@ -207,11 +195,9 @@ class Launch {
       for (Team& team : *teams) team.passed.notify_all();
     grid_team_.passed.notify_all();
   }
-
   static std::string at(const std::source_location& where) {
     return "waits at " + std::string(where.file_name()) + ":" + std::to_string(where.line());
   }
-
   void leave() {
     const Unseen unseen;
     const std::lock_guard lock(mutex_);
@@ -224,13 +210,11 @@ class Launch {
     }
     if (living_ && waiting_ == living_) stop("returned, and all that are left wait");
   }
-
   static Extent at_index(std::uint64_t index, const Extent& extent) {
     return {static_cast<unsigned>(index % extent.x),
             static_cast<unsigned>(index / extent.x % extent.y),
             static_cast<unsigned>(index / extent.x / extent.y)};
   }
-
   Context place(unsigned index) {
     const unsigned local = index / threads_, thread = index % threads_;
     return {.thread = at_index(thread, block_),
@@ -244,7 +228,6 @@ class Launch {
             .shared = shared_[local].data(),
             .launch = this};
   }
-
   // Fresh teams and poisoned dynamic shared memory for the next blocks; no thread is inside one.
   void prepare() {
     waiting_ = 0;
@@ -272,15 +255,12 @@ class Launch {
   Team grid_team_;
   std::mutex mutex_;
   std::uint64_t first_block_ = 0;
-  bool ended_ = false;
   unsigned waiting_ = 0, living_ = 0;
-  std::atomic<bool> failed_ = false;
+  std::atomic<bool> failed_ = false, ended_ = false;
 };
 
 }  // namespace simt
-
-#ifdef __SANITIZE_ADDRESS__
-// Called by the sanitizers with a report.
+#ifdef __SANITIZE_ADDRESS__  // called by the sanitizers with a report
 extern "C" __attribute__((weak)) void __asan_on_error() {
   if (simt::self) std::fprintf(stderr, "%s\n", simt::self->launch->here().c_str());
 }
