@@ -1,0 +1,121 @@
+"""Every op with data and its truth, for tests that hold all ops to one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkd_fast import ops, reference
+
+# Logits are float64, so kernel and specification differ by a handful of roundings each.
+ROUNDINGS = 32
+EPS = torch.finfo(torch.float64).eps
+
+BITS = torch.tensor([4, 1, 0, 16, 7, 8], dtype=torch.uint8)
+SCALE = torch.tensor([0.3, 1.0, 1.0, 1e-4, 0.03, 0.02])
+COUNT = 1001
+LOGIT_ROWS = 12  # more than blocks on CPU threads, which need a second for each
+
+
+class Op(NamedTuple):
+    """An op as a function of its data, and its truth.
+
+    Scales and widths are the same for any seed and lie on the CPU, where nothing waits for them.
+    """
+
+    sample: Callable[[int], list[Tensor]]  # data by seed, on the CPU
+    run: Callable[..., Any]
+    truth: Callable[..., list[Tensor]]  # on the CPU
+    eps: float = EPS  # of the arithmetic that float64 results come from
+    finish: Callable[[Any], list[Tensor]] = list  # what torch does with what `run` returns
+
+    def call(self, *data: Tensor) -> list[Tensor]:
+        return self.finish(self.run(*data))
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Losses(NamedTuple):
+    found: reference.DistillLoss
+    logits: list[Tensor]  # mentor's, mentee's
+
+
+def with_graph(
+    loss: Callable[..., reference.DistillLoss], mentor: Tensor, mentee: Tensor, labels: Tensor
+) -> Losses:
+    logits = [mentor.detach().requires_grad_(), mentee.detach().requires_grad_()]
+    return Losses(loss(*logits, labels), logits)
+
+
+def losses_and_gradients(losses: Losses) -> list[Tensor]:
+    both = losses.found.mentor_loss + losses.found.mentee_loss
+    gradients = torch.autograd.grad(both, losses.logits, retain_graph=True)
+    return [*(value.detach() for value in losses.found), *gradients]
+
+
+def distill_loss(classes: int) -> Op:
+    def sample(seed: int) -> list[Tensor]:
+        labels = torch.arange(LOGIT_ROWS) * (seed + 3) % classes
+        labels[5] = -100
+        return [*(noise(s, LOGIT_ROWS, classes).double() for s in (seed, seed + 100)), labels]
+
+    return Op(
+        sample,
+        lambda *data: with_graph(ops.distill_loss, *data),
+        lambda *data: losses_and_gradients(with_graph(reference.distill_loss, *data)),
+        finish=losses_and_gradients,
+    )
+
+
+OPS = {
+    "distill_loss": distill_loss(classes=1500),
+    "distill_loss of few classes": distill_loss(classes=100),
+    "pack_factors": Op(
+        lambda seed: [noise(seed, len(BITS), COUNT)],
+        lambda values: [ops.pack_factors(values, SCALE, BITS)],
+        lambda values: [reference.pack_factors(values, SCALE, BITS)],
+    ),
+    "unpack_factors": Op(
+        lambda seed: [reference.pack_factors(noise(seed, len(BITS), COUNT), SCALE, BITS)],
+        lambda codes: [ops.unpack_factors(codes, SCALE, BITS, COUNT)],
+        lambda codes: [reference.unpack_factors(codes, SCALE, BITS, COUNT)],
+    ),
+    "reconstruct": Op(
+        lambda seed: [noise(seed, 32, 130), noise(seed + 100, 32, 257)],
+        lambda left, right: [ops.reconstruct(left, right)],
+        lambda left, right: [reference.reconstruct(left, right)],
+    ),
+    "truncated_svd": Op(
+        lambda seed: [noise(seed, 3, 40, 24)],
+        lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S.double()],
+        lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S.double()],
+        torch.finfo(torch.float32).eps,
+    ),
+    "truncated_svd in float64": Op(
+        lambda seed: [noise(seed, 3, 40, 24).double()],
+        lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S],
+        lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S],
+    ),
+}
+# truncated_svd waits for the scan that finds NaN.
+ASYNCHRONOUS = [name for name in OPS if not name.startswith("truncated_svd")]
+
+
+def check(found: list[Tensor], truth: list[Tensor], eps: float = EPS) -> None:
+    for ours, wanted in zip(found, truth, strict=True):
+        ours = ours.cpu()
+        if wanted.dtype != torch.float64:  # bytes and codes' values are the same everywhere
+            assert torch.equal(ours, wanted)
+            continue
+        allowed = ROUNDINGS * eps * max(1.0, float(wanted.abs().max()))
+        assert float((ours - wanted).abs().max()) <= allowed
+
+
+def overwrite(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
