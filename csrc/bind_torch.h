@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -27,27 +28,37 @@ using torch::stable::Tensor;
 
 #ifdef FEDKD_FAST_HAS_CUDA
 #ifdef FEDKD_FAST_SIMT
-// For tests, kernels run on CPU threads (simt/): every tensor counts as one of a GPU.
+// For tests, kernels run on CPU threads (simt/): every tensor counts as one of a GPU, and the
+// engine stands in for torch's guard and stream.
 inline bool on_gpu(const Tensor&) { return true; }
 
-struct GpuScope {
-  explicit GpuScope(const Tensor&) {}
-  cudaStream_t stream = nullptr;
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t device) : outer(std::exchange(simt::current_device, device)) {}
+  DeviceGuard(const DeviceGuard&) = delete;
+  ~DeviceGuard() { simt::current_device = outer; }
+  const int outer;
 };
+
+inline cudaStream_t current_stream(int32_t) { return simt::current_stream; }
 #else
+using torch::stable::accelerator::DeviceGuard;
+
 inline bool on_gpu(const Tensor& tensor) { return !tensor.is_cpu(); }
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  return static_cast<cudaStream_t>(current);
+}
+#endif
 
 // Makes the tensor's device the current one, and names torch's current stream there.
 struct GpuScope {
-  explicit GpuScope(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
+  explicit GpuScope(const Tensor& tensor)
+      : guard(tensor.get_device_index()), stream(current_stream(tensor.get_device_index())) {}
+  DeviceGuard guard;
+  cudaStream_t stream;
 };
-#endif
 
 inline void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 # One folder an environment, like that of the package: its cache names the environment's tools.
 BUILD = ROOT / "build" / f"native-{zlib.crc32(sys.prefix.encode()):08x}"
+SIMT_LIBRARY = BUILD / "libfedkd_fast_simt.so"
 
 
 @functools.cache
@@ -34,7 +35,8 @@ def built() -> Path:
 @functools.cache
 def simt_ops() -> torch._ops._OpNamespace:
     """Load the ops that run CUDA kernels on CPU threads."""
-    torch.ops.load_library(str(built() / "libfedkd_fast_simt.so"))  # type: ignore[no-untyped-call]
+    built()
+    torch.ops.load_library(str(SIMT_LIBRARY))  # type: ignore[no-untyped-call]
     return torch.ops.fedkd_fast_simt
 
 

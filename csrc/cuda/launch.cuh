@@ -19,8 +19,10 @@ namespace fedkd_fast::cuda {
 constexpr int64_t kMostBlocks = 2;
 
 template <auto kKernel, typename... Args>
-cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
-  return simt::launch<kKernel>(false, grid, block, shared_bytes, std::forward<Args>(args)...);
+cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Args&&... args) {
+  return simt::launch<kKernel>(false, grid, block, shared_bytes, stream,
+                               std::forward<Args>(args)...);
 }
 
 // Dynamic shared memory of the block, aligned to 16 bytes.

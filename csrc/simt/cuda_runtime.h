@@ -94,18 +94,23 @@ template <typename T>
 T atomicAdd(T* place, T value) {
   return std::atomic_ref<T>(*place).fetch_add(value, std::memory_order_relaxed);
 }
-template <typename T>
-T atomicExch(T* place, T value) {
-  return std::atomic_ref<T>(*place).exchange(value, std::memory_order_relaxed);
-}
-template <typename T>
-T atomicCAS(T* place, T expected, T value) {
-  std::atomic_ref<T>(*place).compare_exchange_strong(expected, value, std::memory_order_relaxed);
-  return expected;
-}
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 
 namespace simt {
+// A test sets these; elsewhere torch knows the stream, and CUDA the device.
+inline cudaStream_t current_stream = nullptr;
+inline int current_device = 0;
+
+// A launch that was accepted. It holds copies of its arguments and nothing that they point to.
+struct Launched {
+  std::string kernel;
+  cudaStream_t stream;
+  int device;
+  std::function<bool()> run;  // false where it was reported
+};
+// Where launches go. A test may put a queue here, to run them later and again, as CUDA may.
+inline bool (*submit)(const Launched&) = [](const Launched& launched) { return launched.run(); };
+
 template <auto kKernel>
 std::string kernel_name() {
   // "std::string simt::kernel_name() [with auto kKernel = NAME; std::string = ...]"
@@ -115,12 +120,16 @@ std::string kernel_name() {
 }
 template <auto kKernel, typename... Args>
 cudaError_t launch(bool cooperative, Extent grid, Extent block, std::size_t shared_bytes,
-                   Args&&... args) {
+                   cudaStream_t stream, Args... args) {
   if (grid.count() == 0 || block.count() == 0 || block.count() > kMostThreads ||
       grid.y > kMostGridYZ || grid.z > kMostGridYZ || shared_bytes > kMostSharedBytes ||
       (cooperative && grid.count() > kMostCooperativeBlocks))
     return cudaErrorInvalidConfiguration;
-  Launch one(kernel_name<kKernel>(), grid, block, shared_bytes, cooperative);
-  return one.run([&] { kKernel(args...); }) ? cudaSuccess : cudaErrorLaunchFailure;
+  const auto run = [=] {
+    Launch one(kernel_name<kKernel>(), grid, block, shared_bytes, cooperative);
+    return one.run([&] { kKernel(args...); });
+  };
+  const bool sound = submit({kernel_name<kKernel>(), stream, current_device, run});
+  return sound ? cudaSuccess : cudaErrorLaunchFailure;
 }
 }  // namespace simt

@@ -62,9 +62,7 @@ struct Unseen {
   }
 };
 #else
-struct Unseen {
-  ~Unseen() {}
-};
+struct [[maybe_unused]] Unseen {};
 inline void __tsan_release(void*) {}
 inline void __tsan_acquire(void*) {}
 #endif
@@ -99,13 +97,8 @@ class Launch {
       : kernel_(std::move(kernel)),
         grid_(grid),
         block_(block),
-        threads_(static_cast<unsigned>(block.count())),
-        alive_(cooperative ? static_cast<unsigned>(grid.count()) : 1),
-        warps_((threads_ + kWarp - 1) / kWarp),
         shared_bytes_(shared_bytes),
-        shared_(alive_),
-        warp_teams_(std::size_t{alive_} * warps_),
-        block_teams_(alive_) {
+        alive_(cooperative ? static_cast<unsigned>(grid.count()) : 1) {
     prepare();
   }
 
@@ -136,8 +129,7 @@ class Launch {
     } catch (const std::system_error& error) {  // too many threads for this machine
       const std::lock_guard lock(mutex_);
       fail("simt: " + kernel_ + ": " + error.what());
-      for (std::size_t missing = pool.size(); missing < total; ++missing)
-        rendezvous.arrive_and_drop();
+      for (auto missing = pool.size(); missing < total; ++missing) rendezvous.arrive_and_drop();
     }
     pool.clear();
     return !failed_;
@@ -236,10 +228,8 @@ class Launch {
       team.size = size;
       team.arrived = team.gone = 0;
     };
-    for (std::size_t warp = 0; warp < warp_teams_.size(); ++warp) {
-      const unsigned first = static_cast<unsigned>(warp % warps_) * kWarp;
-      reset(warp_teams_[warp], std::min(kWarp, threads_ - first));
-    }
+    for (unsigned warp = 0; warp < alive_ * warps_; ++warp)
+      reset(warp_teams_[warp], std::min(kWarp, threads_ - warp % warps_ * kWarp));
     for (Team& team : block_teams_) reset(team, threads_);
     reset(grid_team_, alive_ * threads_);
     // Exactly as long as asked for, so that AddressSanitizer's red zone begins at its end.
@@ -248,10 +238,12 @@ class Launch {
 
   const std::string kernel_;
   const Extent grid_, block_;
-  const unsigned threads_, alive_, warps_;
   const std::size_t shared_bytes_;
-  std::vector<std::vector<unsigned char>> shared_;
-  std::deque<Team> warp_teams_, block_teams_;
+  const unsigned alive_, threads_ = static_cast<unsigned>(block_.count());
+  const unsigned warps_ = (threads_ + kWarp - 1) / kWarp;
+  std::vector<std::vector<unsigned char>> shared_ = decltype(shared_)(alive_);
+  std::deque<Team> warp_teams_ = std::deque<Team>(alive_ * warps_);
+  std::deque<Team> block_teams_ = std::deque<Team>(alive_);
   Team grid_team_;
   std::mutex mutex_;
   std::uint64_t first_block_ = 0;

@@ -136,8 +136,8 @@ int main(int argc, char** argv) {
       return launch<count_kernel<false>>(two, block, 0, nullptr, &total);
     if (is("divergent")) return launch<divergent_kernel>(two, block, 0, nullptr);
     if (is("early-return")) return launch<early_return_kernel>(two, block, 0, nullptr);
-    if (is("deadlock")) return simt::launch<deadlock_kernel>(true, two, block, 0);
-    if (is("parted-block")) return simt::launch<parted_block_kernel>(true, two, block, 0);
+    if (is("deadlock")) return simt::launch<deadlock_kernel>(true, two, block, 0, nullptr);
+    if (is("parted-block")) return simt::launch<parted_block_kernel>(true, two, block, 0, nullptr);
     if (is("partial-warp")) return launch<partial_warp_kernel>(one, block, 0, nullptr, out.data());
     if (is("overrun-static"))
       return launch<overrun_static_kernel>(one, block, 0, nullptr, out.data(), 1u);
@@ -145,9 +145,10 @@ int main(int argc, char** argv) {
       return launch<overrun_dynamic_kernel>(one, block, kBytes, nullptr, out.data(), 1u);
     if (is("warp")) return launch<warp_kernel>(two, dim3(16, 4), 0, nullptr, &total);
     if (is("grid"))
-      return simt::launch<grid_kernel>(true, dim3(4), block, 0, in.data(), out.data());
+      return simt::launch<grid_kernel>(true, dim3(4), block, 0, nullptr, in.data(), out.data());
     if (is("too-many-threads")) return launch<divergent_kernel>(one, dim3(1025), 0, nullptr);
-    if (is("too-many-blocks")) return simt::launch<divergent_kernel>(true, dim3(5), block, 0);
+    if (is("too-many-blocks"))
+      return simt::launch<divergent_kernel>(true, dim3(5), block, 0, nullptr);
     return cudaErrorInvalidValue;
   };
   const cudaError_t error = run(argc == 2 ? argv[1] : "");
