@@ -38,7 +38,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench --benchmark-json=bench/out/latest.json
 
 # On a machine with a GPU: tests, sanitizers and benches of every CUDA kernel, in at most 8 minutes.
-# Takes $(PYTHON) with the torch, pytest, hypothesis and rich it has, not .venv, whose torch may know no CUDA.
+# Takes $(PYTHON) with the torch, pytest and rich it has, not .venv, whose torch may know no CUDA.
 # make gpu GPU_OPTIONS="--library libfedkd_fast_ops.so --only distill_loss"
 gpu:
 	@$(PYTHON) -c 'import numpy, rich, safetensors, torch' || \
