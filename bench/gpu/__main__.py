@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import cases, result, stages
+from bench.gpu import plan, result, stages
 from bench.gpu.process import Place
 from bench.provenance import commit
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("bench/out"), help="folder for gpu.json and gpu.log"
     )
     parser.add_argument("--library", type=Path, help="built ops library to use; nothing is built")
-    parser.add_argument("--only", choices=tuple(cases.TABLE), help="one op")
+    parser.add_argument("--only", choices=tuple(plan.TABLE), help="one op")
     return parser
 
 
@@ -79,7 +79,7 @@ def run_stages(place: Place, only: str | None, library: Path | None) -> dict[str
         for tool in stages.SANITIZERS:
             with stage(tool):
                 found[tool] = stages.sanitize(place, tool, only)
-        for op in [only] if only else cases.TABLE:
+        for op in [only] if only else plan.TABLE:
             with stage(op):
                 measured += stages.bench(place, op)
     return {

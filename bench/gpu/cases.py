@@ -1,8 +1,6 @@
-"""The table of GPU benches: for every op its shapes, its rivals, and the check before the clock.
+"""The cases of the GPU benches: inputs, calls of all implementations, the check before the clock.
 
-A job is one implementation on one case. `ours…` are ways to call the op: `ours` as a caller does,
-`ours-op` without autograd, `ours-warm` from an earlier basis. `copy` moves as many bytes as the op
-has to. Every builder takes the device, so that the tests can run it without a GPU.
+Every builder takes the device, so that the tests can run it without a GPU.
 """
 
 from __future__ import annotations
@@ -14,25 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import peers, shapes
+from bench import peers
+from bench.gpu.plan import COMPILED
 from fedkd_fast import ops, reference
 
-COMPILED = "compile"
 # Specifications that run on the CPU term by term are given a part of the result.
 CHECKED_VALUES = 2**18
 # A sum of K products in float32 is off by at most about K roundings of the sum of magnitudes.
 FLOAT32_EPS = torch.finfo(torch.float32).eps
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PACK_BITS = (4, 8)
-
-
-class Job(NamedTuple):
-    """One implementation on one case."""
-
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    impl: str
 
 
 @dataclass(frozen=True)
@@ -46,22 +33,11 @@ class Prepared:
     flops: int | None = None
 
 
-def jobs(op: str) -> list[Job]:
-    """Everything to measure of one op; what has to be compiled comes last, as it may be slow."""
-    table = TABLE[op]
-    cases = [(shape, dtype) for shape in table.shapes for dtype in table.dtypes]
-    quick = [impl for impl in table.impls if impl != COMPILED]
-    found = [Job(op, shape, dtype, impl) for shape, dtype in cases for impl in quick]
-    if COMPILED in table.impls:
-        found += [Job(op, shape, dtype, COMPILED) for shape, dtype in cases]
-    return found
-
-
 def prepare(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
     """Make the inputs of a case and its calls."""
     # Compiled code of other shapes counts against a limit, after which torch silently runs eager.
     torch.compiler.reset()
-    return TABLE[op].build(shape, dtype, device)
+    return BUILDERS[op](shape, dtype, device)
 
 
 def noise(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
@@ -85,7 +61,8 @@ def spread(rows: int, row_values: int) -> Tensor:
 
 def distill_loss(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
     mentor, mentee = (
-        noise(device, *shape, seed=seed).to(DTYPES[dtype]).requires_grad_() for seed in (0, 1)
+        noise(device, *shape, seed=seed).to(getattr(torch, dtype)).requires_grad_()
+        for seed in (0, 1)
     )
     generator = torch.Generator(device).manual_seed(2)
     labels = torch.randint(0, shape[1], shape[:1], generator=generator, device=device)
@@ -262,43 +239,12 @@ def truncated_svd(shape: tuple[int, ...], dtype: str, device: torch.device) -> P
     return Prepared(calls, check, 4 * (matrix.numel() + factor_values))
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
-
-class Row(NamedTuple):
-    """What is measured of one op."""
-
-    stem: str  # of the op's files: tests/test_<stem>.py
-    build: Callable[[tuple[int, ...], str, torch.device], Prepared]
-    shapes: list[Any]
-    dtypes: tuple[str, ...]
-    impls: tuple[str, ...]
-
-
-_WIDTHS = tuple(f"{bits} bits" for bits in PACK_BITS)
-_PACK_IMPLS = ("ours", "eager", "copy", COMPILED)
-TABLE: dict[str, Row] = {
-    "pack_factors": Row(
-        "pack_factors", pack_factors, shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS
-    ),
-    "unpack_factors": Row(
-        "pack_factors", unpack_factors, shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS
-    ),
-    "reconstruct": Row(
-        "pack_factors",
-        reconstruct,
-        shapes.PRODUCT + shapes.PRODUCT_LARGE,
-        ("float32",),
-        ("ours", "torch.matmul", "copy"),
-    ),
-    "truncated_svd": Row(
-        "truncated_svd", truncated_svd, shapes.SVD, ("float32",), tuple(peers.SVDS)
-    ),
-    "distill_loss": Row(
-        "distill_loss",
-        distill_loss,
-        shapes.DISTILL + shapes.DISTILL_LARGE,
-        tuple(DTYPES),
-        ("ours", "ours-op", "eager", "copy", COMPILED),
-    ),
+BUILDERS: dict[str, Callable[[tuple[int, ...], str, torch.device], Prepared]] = {
+    "pack_factors": pack_factors,
+    "unpack_factors": unpack_factors,
+    "reconstruct": reconstruct,
+    "truncated_svd": truncated_svd,
+    "distill_loss": distill_loss,
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu import cases
+from bench.gpu import plan
 from bench.gpu.process import Finished, Place
 
 CHECKOUT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def facts(place: Place) -> tuple[Result, Result]:
 
 def bench(place: Place, op: str) -> list[Result]:
     """Measure every case of an op; returns one record for each job, whatever happened to it."""
-    jobs = cases.jobs(op)
+    jobs = plan.jobs(op)
     path = place.out / f"{op}.jsonl"
     ends_with = place.left_s() - BENCH_S
     records: list[Result] = []
@@ -135,11 +135,11 @@ def tests(place: Place, only: str | None) -> Result:
     """Run the tests marked `cuda` of every op, or of one."""
     if importlib.util.find_spec("pytest") is None:
         return failed("pytest is not installed")
-    stems = sorted({row.stem for op, row in cases.TABLE.items() if only in (None, op)})
+    stems = sorted({row.stem for op, row in plan.TABLE.items() if only in (None, op)})
     chosen = [*(f"tests/test_{stem}.py" for stem in stems), RULES]
     if only:
         # All of the stem's own file, and what the rules say of this op.
-        chosen += ["-k", f"test_{cases.TABLE[only].stem} or {only}"]
+        chosen += ["-k", f"test_{plan.TABLE[only].stem} or {only}"]
     report = place.out / "junit.xml"
     report.unlink(missing_ok=True)
     done = place.python(

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu import cases, timing
-from bench.gpu.cases import Job, Prepared
+from bench.gpu import cases, plan, timing
+from bench.gpu.cases import Prepared
+from bench.gpu.plan import Job
 from fedkd_fast._driver import driver_version
 
 LOST_CONTEXT = 3
@@ -84,7 +85,7 @@ def measure_jobs(
             record.update(outcome="failed", error=f"wrong result: {error}")
         except Exception as error:
             # A compiler that does not work here says nothing about the op.
-            outcome = "skipped" if job.impl == cases.COMPILED else "failed"
+            outcome = "skipped" if job.impl == plan.COMPILED else "failed"
             record.update(outcome=outcome, error=f"{type(error).__name__}: {_first_line(error)}")
         yield record
 
@@ -111,7 +112,7 @@ def context_is_lost() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.worker")
     parser.add_argument("task", choices=("facts", "measure"))
-    parser.add_argument("--op", choices=tuple(cases.TABLE))
+    parser.add_argument("--op", choices=tuple(plan.TABLE))
     parser.add_argument("--first", type=int, default=0, help="number of the job to begin with")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.task == "facts":
             put(facts())
             return 0
-        jobs = cases.jobs(arguments.op)[arguments.first :]
+        jobs = plan.jobs(arguments.op)[arguments.first :]
         for record in measure_jobs(jobs, torch.device("cuda"), timing.measure):
             put(record)
             if "error" in record and context_is_lost():
