@@ -85,11 +85,6 @@ def our_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
     return svd.U, svd.S, svd.Vh
 
 
-def our_warm_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
-    svd = ops.truncated_svd(matrix, energy=ENERGY, basis=basis)
-    return svd.U, svd.S, svd.Vh
-
-
 def torch_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = max(reference.select_rank(one, ENERGY) for one in s)
@@ -112,7 +107,6 @@ def svd_lowrank_oracle(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
 
 SVDS: dict[str, Callable[[Tensor, Tensor, int], Factors]] = {
     "ours": our_svd,
-    "ours-warm": our_warm_svd,
     "torch.linalg.svd": torch_svd,
     "gram+eigh": gram_eigh,
     "svd_lowrank-oracle": svd_lowrank_oracle,

@@ -14,8 +14,9 @@ namespace bind = fedkd_fast::bind;
 
 FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
   m.def(
-      "truncated_svd(Tensor matrix, float energy, int rank, Tensor? basis=None) -> "
-      "(Tensor left, Tensor sigma, Tensor right, Tensor rank, Tensor energies)");
+      "truncated_svd(Tensor[] matrices, str stop, float[] limits, Tensor[] bases, Tensor[] shares, "
+      "int[] budgets_bytes, int seed) -> (Tensor[] left, Tensor[] sigma, Tensor[] right, "
+      "Tensor[] shares, Tensor ranks, Tensor energies)");
   m.def(
       "distill_loss(Tensor mentor_logits, Tensor mentee_logits, Tensor labels, int ignore_index) "
       "-> "

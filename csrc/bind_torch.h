@@ -102,9 +102,12 @@ inline int64_t row_grain(int64_t count) {
 
 // ---- the ops, each in the file of its name ------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> truncated_svd(const Tensor& matrix,
-                                                                 double energy, int64_t rank,
-                                                                 std::optional<Tensor> basis);
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+           Tensor, Tensor>
+truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
+              const std::vector<double>& limits, const std::vector<Tensor>& bases,
+              const std::vector<Tensor>& shares, const std::vector<int64_t>& budgets_bytes,
+              int64_t seed);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Tensor& mentor_logits,
                                                                         const Tensor& mentee_logits,

@@ -19,16 +19,11 @@ namespace fedkd_fast {
 
 // ---- truncated_svd ------------------------------------------------------------------------------
 
-struct MatrixView {
-  const void* data;
-  int64_t rows, cols;              // P, Q
-  int64_t row_stride, col_stride;  // elements
-};
-
 struct MatrixScan {
-  bool finite;   // no NaN, no Inf
-  int exponent;  // 2^exponent <= max |a| < 2^(exponent+1); 0 for a zero matrix
-  bool zero;     // every element is zero
+  bool finite;     // no NaN, no Inf
+  bool zero;       // every element is zero
+  int exponent;    // 2^exponent <= max |a| < 2^(exponent+1); 0 for a zero matrix
+  double squares;  // sum of a²; of float matrices only
 };
 
 // Vectors of one length; component k of vector entry i is data[i · row_stride + k · col_stride].
@@ -42,27 +37,62 @@ struct VectorsView {
 
 namespace cpu {
 
-// Scalar is float or double.
-template <typename Scalar>
-MatrixScan scan_matrix(const MatrixView& matrix);
+// Matrices are contiguous, row-major. Scalar is float or double.
 
-// out (M×N, row-major) = matrix · 2^-exponent, transposed where P < Q, so that M >= N. Scaling by a
-// power of two is exact and keeps the squares of the Gram matrix inside the range of double.
+// used (rows): 1 for a row that is not all zero.
 template <typename Scalar>
-void orient_matrix(const MatrixView& matrix, int exponent, double* out);
+MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, uint8_t* used);
 
+// out (count×cols): the rows of a matrix that `ids` names (null: the first ones), times
+// 2^-exponent, which is exact.
+void gather_rows(const float* matrix, int64_t cols, const int64_t* ids, int64_t count, int exponent,
+                 float* out);
+
+// out = matrix · 2^-exponent: exact, and its squares stay inside the range of double.
+template <typename Scalar>
+void widen_matrix(const Scalar* matrix, int64_t count, int exponent, double* out);
+
+double squared_norm(const float* values, int64_t count);
 double squared_norm(const double* values, int64_t count);
 
-// Leading rows of a warm basis (rows×length, row-major) that are finite and not all zero.
-int64_t basis_width(const float* basis, int64_t rows, int64_t length);
+// Rows (count×length), entry j of each times factors[j], become levels in -127..127 of a step of
+// their own: row · factors ≈ levels · steps[row]. A row of zeros has step 0.
+void quantise_rows(const float* rows, int64_t count, int64_t length, const float* factors,
+                   int8_t* levels, float* steps);
 
-// out (wanted×length): the first `known` rows of a warm basis, then pseudo-random rows, the same in
-// every call.
-void extend_basis(const float* basis, int64_t known, int64_t wanted, int64_t length, double* out);
+// out[k][j] = sums[k][j] · steps[k] · factors[j] - shift · basis[k][j]; basis may be null.
+void dequantise_rows(const int32_t* sums, int64_t count, int64_t length, const float* steps,
+                     const float* factors, const float* basis, float shift, float* out);
+
+// Pseudo-random signs, the same for the same seed: directions that no spectrum is aligned to.
+void random_signs(uint64_t seed, int64_t count, float* out);
+
+// How many components hold `energy` of the total, judged by the first `known` > 0 energies of a
+// spectrum of `side`: beyond them it goes on from their level like exp(-b·√k), with the b that
+// makes it hold the energy that is left.
+int64_t predict_rank(const double* energies, int64_t known, int64_t side, double total,
+                     double energy);
+
+// rows (count×length) to unit length, norms in fp64; a row of zeros stays as it is.
+void normalise_rows(float* rows, int64_t count, int64_t length, double* norms);
+
+// rows (count×length) in another order: out[k] = rows[order[k]].
+void permute_rows(const float* rows, int64_t length, const int64_t* order, int64_t count,
+                  float* out);
+
+// a -= factor · b.
+void subtract_scaled(float* a, const float* b, float factor, int64_t count);
+
+// Turns component k of both sides round where that of the left has its entry of largest magnitude
+// (the first of equals) below zero.
+void fix_signs(float* left, int64_t left_length, float* right, int64_t right_length, int64_t rank);
+
+// out (count×height), zeros but for out[k][ids[i]] = rows[k][i].
+void scatter_columns(const float* rows, int64_t count, const int64_t* ids, int64_t length,
+                     int64_t height, float* out);
 
 // K vectors on either side become factors: columns of unit length, component-major (left K×P, right
-// K×Q), with signs fixed so that the entry of the left vector with the largest magnitude (the first
-// of equals) is positive. Two kinds of input:
+// K×Q), signs as by fix_signs. Two kinds of input:
 //   singular == nullptr: long_vectors = X·V, whose norms times 2^exponent are the singular values;
 //   singular != nullptr: unit long_vectors, and singular values still to be scaled by 2^exponent.
 // `transposed` says that the matrix was P < Q, that is, that long_vectors belong to the right side.

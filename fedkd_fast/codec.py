@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedkd_fast import wire
 from fedkd_fast.rate import HALF_STEP, Allocation, allocate_bits
-from fedkd_fast.reference import TruncatedSVD
+from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode
 
 # dtypes the wire carries; everything else is an error that names the tensor.
@@ -35,7 +35,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 VECTOR_SHARE = 1 / 16
 # Where wf0 cuts the spectrum before it weighs columns against bits: at this share of the allowed
 # error. Columns below are never worth one bit a side at the prices that meet the target.
-TAIL_SHARE = 0.25
+TAIL_SHARE = 0.35
 # Rows shorter than this share one scale with their neighbours: 5 bytes a row must stay small.
 MIN_ROW = 128
 # Payloads up to this many bytes are not worth the time: their line in the directory weighs as much.
@@ -86,11 +86,11 @@ def raw_entry(name: str, tensor: Tensor) -> Entry:
     )
 
 
-def factors_entry(name: str, dtype: str, shape: tuple[int, ...], svd: TruncatedSVD) -> Entry:
+def factors_entry(name: str, dtype: str, shape: tuple[int, ...], factors: Factors) -> Entry:
     """Encode float32 factors, the paper's payload."""
-    rank = int(svd.rank)
-    parts = (svd.S[:rank], svd.U[:, :rank].mT, svd.Vh[:rank])
-    return Entry(name, dtype, shape, Mode.FACTORS, rank, b"".join(to_bytes(p) for p in parts))
+    parts = (factors.sigma, factors.left, factors.right)
+    payload = b"".join(to_bytes(part) for part in parts)
+    return Entry(name, dtype, shape, Mode.FACTORS, factors.rank, payload)
 
 
 def _quantise(
@@ -116,18 +116,18 @@ def _gain(levels: Tensor, rows: Tensor) -> Tensor:
 
 
 def _packed_factors(
-    template: Entry, svd: TruncatedSVD, allocation: Allocation, backend: ModuleType
+    template: Entry, factors: Factors, allocation: Allocation, backend: ModuleType
 ) -> Entry | None:
     bits_left, bits_right = allocation.bits
     kept = np.flatnonzero(bits_left)
     if not len(kept):
         return None
     index = torch.from_numpy(kept)
-    left, right = svd.U.mT[index].contiguous(), svd.Vh[index].contiguous()
+    left, right = factors.left[index], factors.right[index]
     _, widths_left, codes_left = _quantise(left, bits_left[kept], backend)
     _, widths_right, codes_right = _quantise(right, bits_right[kept], backend)
     # Only the product of the two scales matters: it is refitted to the levels that are sent.
-    scale = svd.S[index].double()
+    scale = factors.sigma[index].double()
     scale *= _gain(_levels(codes_left, widths_left, left.shape[1], backend), left)
     scale *= _gain(_levels(codes_right, widths_right, right.shape[1], backend), right)
     parts = (scale.float(), widths_left, widths_right, codes_left, codes_right)
@@ -243,7 +243,7 @@ def representable(exact: Tensor) -> bool:
 
 
 def encode_lossy(
-    template: Entry, exact: Tensor, energy: float, svd: TruncatedSVD | None, backend: ModuleType
+    template: Entry, exact: Tensor, energy: float, factors: Factors | None, backend: ModuleType
 ) -> Entry:
     """Encode so that the decoded entry keeps the share `energy` of the squared norm.
 
@@ -255,7 +255,7 @@ def encode_lossy(
         template: the raw entry, which also is what is returned when nothing smaller fits.
         exact: the tensor, float32 or float64, not all zero, and `representable`.
         energy: share to keep, in (0, 1).
-        svd: leading factors of the tensor as a matrix, or None for dense modes alone.
+        factors: the leading ones of the tensor as a matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
     if len(template.payload) <= WORTH_BYTES:
@@ -281,9 +281,9 @@ def encode_lossy(
                     *(exact, target, backend),
                 ),
             )
-        if svd is None:
+        if factors is None:
             return
-        energies = svd.S.double().square().numpy()
+        energies = factors.sigma.double().square().numpy()
         tail = max(0.0, total - float(energies.sum()))
 
         def factored(aim: float) -> Allocation | None:
@@ -296,7 +296,7 @@ def encode_lossy(
                 expected.payload_bytes,
                 lambda: _search(
                     factored,
-                    lambda allocation: _packed_factors(template, svd, allocation, backend),
+                    lambda allocation: _packed_factors(template, factors, allocation, backend),
                     *(exact, target, backend),
                 ),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -13,7 +12,7 @@ from fedkd_fast import codec as _codec
 from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
-from fedkd_fast.reference import TruncatedSVD
+from fedkd_fast.reference import Factors
 from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
@@ -61,8 +60,8 @@ class Compressor:
         energy: share of the squared norm to keep, in (0, 1]; larger means more bytes.
         codec: "wf0", "factors-fp32" or "raw".
         feedback: add to each update what the messages before left out (`ErrorFeedback`).
-        cache: start the factorisations where the last ones ended (`SubspaceCache`): faster for
-            nearly square matrices of small rank, in bytes that may be a few more.
+        cache: start the factorisations where the last ones ended (`SubspaceCache`): several times
+            faster.
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
         backend: "native", or "reference" where the ops library is not built: the same promise, and
             decoding to the same bits, slowly.
@@ -149,7 +148,7 @@ class Compressor:
                         f"update[{name!r}], less its base and with its residual, overflows "
                         f"{DTYPES[tensor.dtype]}"
                     )
-        entries, svds = self._encode(tensors, exact, tied, kept)
+        entries, factors = self._encode(tensors, exact, tied, kept)
         frame = wire.encode(entries, base_digest=digest)
         if self._feedback:
             for entry in entries:
@@ -157,8 +156,8 @@ class Compressor:
                     decoded = _codec.decode_entry(entry, self._backend)
                     self._feedback.keep(entry.name, exact[entry.name], decoded)
         if self._cache is not None:
-            for name, svd in svds.items():
-                self._cache.keep(name, svd)
+            for name, found in factors.items():
+                self._cache.keep(name, found)
         return frame
 
     def _encode(
@@ -167,8 +166,8 @@ class Compressor:
         exact: dict[str, Tensor],
         tied: dict[str, str],
         energy: float,
-    ) -> tuple[list[Entry], dict[str, TruncatedSVD]]:
-        svds: dict[str, TruncatedSVD] = {}
+    ) -> tuple[list[Entry], dict[str, Factors]]:
+        factors: dict[str, Factors] = {}
         entries = {
             name: _codec.raw_entry(name, tensor)
             for name, tensor in tensors.items()
@@ -180,9 +179,9 @@ class Compressor:
                 for name, value in exact.items()
                 if entries[name].mode is Mode.RAW and _codec.representable(value)
             }
-            svds = self._factorise(lossy, energy)
+            factors = self._factorise(lossy, entries, energy)
             for name, value in lossy.items():
-                entries[name] = self._encode_lossy(entries[name], value, energy, svds.get(name))
+                entries[name] = self._encode_lossy(entries[name], value, energy, factors.get(name))
         order = {name: index for index, name in enumerate(tensors)}
         listed = [
             entries[name]
@@ -192,34 +191,45 @@ class Compressor:
             )
             for name, tensor in tensors.items()
         ]
-        return listed, svds
+        return listed, factors
 
     def _encode_lossy(
-        self, raw: Entry, value: Tensor, energy: float, svd: TruncatedSVD | None
+        self, raw: Entry, value: Tensor, energy: float, factors: Factors | None
     ) -> Entry:
+        if factors is not None and not factors.pays:
+            factors = None
         if self.codec == "wf0":
-            return _codec.encode_lossy(raw, value, energy, svd, self._backend)
-        if svd is None:
+            return _codec.encode_lossy(raw, value, energy, factors, self._backend)
+        if factors is None:
             return raw
-        factors = _codec.factors_entry(raw.name, raw.dtype, raw.shape, svd)
-        return factors if len(factors.payload) < len(raw.payload) else raw
+        entry = _codec.factors_entry(raw.name, raw.dtype, raw.shape, factors)
+        return entry if len(entry.payload) < len(raw.payload) else raw
 
-    def _factorise(self, lossy: Mapping[str, Tensor], energy: float) -> dict[str, TruncatedSVD]:
-        """Factorise all matrices, one batch for each shape."""
+    def _factorise(
+        self, lossy: Mapping[str, Tensor], raws: Mapping[str, Entry], energy: float
+    ) -> dict[str, Factors]:
+        """Factorise all matrices in one call."""
         if self.codec == "wf0":
             energy = 1.0 - (1.0 - energy) * _codec.TAIL_SHARE
-        groups: dict[tuple[int, int], list[str]] = defaultdict(list)
-        for name, value in lossy.items():
-            if _codec.is_matrix(tuple(value.shape)):
-                groups[_codec.matrix_shape(tuple(value.shape))].append(name)
-        svds: dict[str, TruncatedSVD] = {}
-        for shape, names in groups.items():
-            stack = torch.stack([lossy[name].reshape(shape).float() for name in names])
-            basis = self._cache.basis(names, min(shape)) if self._cache is not None else None
-            batch: TruncatedSVD = self._backend.truncated_svd(stack, energy=energy, basis=basis)
-            for position, name in enumerate(names):
-                svds[name] = TruncatedSVD(*(part[position] for part in batch))
-        return svds
+        matrices = {
+            name: value.reshape(_codec.matrix_shape(tuple(value.shape))).float()
+            for name, value in lossy.items()
+            if _codec.is_matrix(tuple(value.shape))
+        }
+        earlier = [
+            self._cache.get(name, (matrix.shape[0], matrix.shape[1])) if self._cache else None
+            for name, matrix in matrices.items()
+        ]
+        factors: list[Factors] = self._backend.truncated_svd_list(
+            list(matrices.values()),
+            energy=energy,
+            earlier=earlier,
+            budgets_bytes=[
+                len(raws[name].payload) if self.codec == "factors-fp32" else None
+                for name in matrices
+            ],
+        )
+        return dict(zip(matrices, factors, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is kept between calls, as tensors that safetensors can store."""

@@ -5,17 +5,18 @@ Error feedback: ``x_r = δ_r + e_{r-1}``; send ``C(x_r)``; ``e_r = x_r - decode(
 exactly what the receiver lacks.
 
 Warm starts: the update of a layer points much the same way in the next round, so the subspace of
-the last factors is where the search for the next ones begins.
+the last factors is where the search for the next ones begins, and their spectrum tells how many
+there will be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fedkd_fast.reference import TruncatedSVD
+from fedkd_fast.reference import Factors, Subspace
 
 
 class ErrorFeedback:
@@ -67,17 +68,19 @@ class ErrorFeedback:
         self._residuals = {name: residual.detach().clone() for name, residual in state.items()}
 
 
-# Of the shorter side: with more vectors than this a cold start is always the faster one.
-MOST_USEFUL_RANK = 0.45
+# Of the shorter side: a wider subspace is not where the search for the next one begins.
+MOST_USEFUL_RANK = 0.7
+SHARE_SLACK = 1e-6  # of a rounded spectrum
+_BASIS_PREFIX, _SHARES_PREFIX = "basis.", "shares."
 
 
 class SubspaceCache:
-    """Short-side singular vectors by tensor name, float32: warm starts for `ops.truncated_svd`.
+    """Long-side singular vectors and spectra by tensor name: warm starts for `truncated_svd_list`.
 
-    A `Compressor` that holds one finds factors faster where matrices are nearly square and ranks
-    small, at the promised energy. The rank may lie above the smallest: a little where updates drift
-    from round to round, more where an update has nothing to do with the one before. Tensors that
-    change their shape start cold again. Not for two Compressors at once.
+    A `Compressor` that holds one finds factors several times faster from the second message on, at
+    the promised energy. A spectrum alone is worth most of that, so it stays where the vectors are
+    too many. Tensors that are new, or changed their shape, start cold; a message left out does no
+    harm. Not for two Compressors at once.
 
     Args:
         max_bytes: bound on what is kept; the tensors that were factorised longest ago go first,
@@ -88,68 +91,87 @@ class SubspaceCache:
         if max_bytes < 0:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
-        self._vectors: dict[str, Tensor] = {}  # (K, N) each, least recently kept first
+        # The vectors as bfloat16, (K, max(P, Q)): they are a start. Least recently kept first.
+        self._kept: dict[str, Subspace] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(vectors.nbytes for vectors in self._vectors.values())
+        return sum(_nbytes(subspace) for subspace in self._kept.values())
 
-    def basis(self, names: Sequence[str], side: int) -> Tensor | None:
-        """Return the vectors of these tensors, (B, L, N) padded with zeros; None where none fits.
-
-        Args:
-            names: B tensors of one shape.
-            side: N, the shorter side of that shape.
-        """
-        known = [self._vectors.get(name) for name in names]
-        fits = [v if v is not None and v.shape[1] == side else None for v in known]
-        longest = max((len(vectors) for vectors in fits if vectors is not None), default=0)
-        if not longest:
+    def get(self, name: str, shape: tuple[int, int]) -> Subspace | None:
+        """Return what is known of a tensor; None where that does not fit a matrix of this shape."""
+        subspace = self._kept.get(name)
+        if subspace is None or not _fits(subspace, shape):
             return None
-        padded = torch.zeros(len(names), longest, side)
-        for index, vectors in enumerate(fits):
-            if vectors is not None:
-                padded[index, : len(vectors)] = vectors
-        return padded
+        return Subspace(subspace.basis.float(), subspace.shares)
 
-    def keep(self, name: str, svd: TruncatedSVD) -> None:
-        """Store where the energy of this tensor lies.
-
-        Args:
-            name: of the tensor.
-            svd: its factors, of one matrix, padded or not.
-        """
-        rank = int(svd.rank)
-        wide = svd.U.shape[0] < svd.Vh.shape[1]
-        vectors = (svd.U.mT if wide else svd.Vh)[:rank].float().contiguous()  # (K, N)
-        self._vectors.pop(name, None)
-        useful = 0 < rank <= MOST_USEFUL_RANK * vectors.shape[1]
-        if useful and vectors.nbytes <= self.max_bytes:
-            # Factors of a batch are views of it.
-            self._vectors[name] = vectors.clone()
+    def keep(self, name: str, factors: Factors) -> None:
+        """Store where the energy of this tensor lies."""
+        basis, shares = factors.subspace()
+        side = min(factors.left.shape[1], factors.right.shape[1])
+        if len(basis) > MOST_USEFUL_RANK * side:
+            basis = basis[:0]
+        self._kept.pop(name, None)
+        subspace = Subspace(basis.to("cpu", torch.bfloat16), shares)
+        if len(shares) and _nbytes(subspace) <= self.max_bytes:
+            self._kept[name] = subspace
         while self.nbytes > self.max_bytes:
-            del self._vectors[next(iter(self._vectors))]
+            del self._kept[next(iter(self._kept))]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the vectors by tensor name; the tensors are shared, not copied."""
-        return dict(self._vectors)
+        """Return vectors and spectra; the tensors are shared, not copied."""
+        return {
+            prefix + name: value
+            for name, subspace in self._kept.items()
+            for prefix, value in zip((_BASIS_PREFIX, _SHARES_PREFIX), subspace, strict=True)
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all vectors.
+        """Replace everything that is kept.
 
         Raises:
-            TypeError: a value is not a float32 tensor.
-            ValueError: a value is not a finite matrix, or all are more than `max_bytes`.
+            TypeError: a value is no tensor of the dtype that `state_dict` gives it.
+            ValueError: a key of another kind or without its other half, vectors that are no finite
+                matrix, a spectrum that is no descending one, or more than `max_bytes`.
         """
-        for name, vectors in state.items():
-            if not isinstance(vectors, torch.Tensor) or vectors.dtype != torch.float32:
-                raise TypeError(f"subspace {name!r} must be a float32 tensor, got {vectors!r}")
-            if vectors.dim() != 2 or not bool(torch.isfinite(vectors).all()):
+        kept: dict[str, Subspace] = {}
+        for key in state:
+            if not key.startswith((_BASIS_PREFIX, _SHARES_PREFIX)):
                 raise ValueError(
-                    f"subspace {name!r} must be a finite matrix, got shape {tuple(vectors.shape)}"
+                    f"state must hold only {_BASIS_PREFIX}* and {_SHARES_PREFIX}*, got {key!r}"
                 )
-        total = sum(vectors.nbytes for vectors in state.values())
+            name = key.split(".", 1)[1]
+            halves = [state.get(prefix + name) for prefix in (_BASIS_PREFIX, _SHARES_PREFIX)]
+            if name not in kept:
+                kept[name] = _checked_subspace(name, *halves)
+        total = sum(map(_nbytes, kept.values()))
         if total > self.max_bytes:
             raise ValueError(f"subspaces must be at most {self.max_bytes} bytes, got {total}")
-        self._vectors = {name: vectors.detach().clone() for name, vectors in state.items()}
+        self._kept = kept
+
+
+def _nbytes(subspace: Subspace) -> int:
+    return subspace.basis.nbytes + subspace.shares.nbytes
+
+
+def _fits(subspace: Subspace, shape: tuple[int, int]) -> bool:
+    (count, length), side = subspace.basis.shape, min(shape)
+    return length == max(shape) and count <= side and len(subspace.shares) <= side
+
+
+def _checked_subspace(name: str, basis: Tensor | None, shares: Tensor | None) -> Subspace:
+    for kind, value, dtype in (("basis", basis, torch.bfloat16), ("shares", shares, torch.float64)):
+        if value is None:
+            raise ValueError(f"subspace {name!r} lacks its {kind}")
+        if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+            raise TypeError(f"{kind} of subspace {name!r} must be a {dtype} tensor, got {value!r}")
+    assert basis is not None and shares is not None
+    if basis.dim() != 2 or not bool(torch.isfinite(basis).all()):
+        raise ValueError(
+            f"basis of subspace {name!r} must be a finite matrix, got shape {tuple(basis.shape)}"
+        )
+    descending = shares.dim() == 1 and len(shares) > 0 and bool((shares[1:] <= shares[:-1]).all())
+    if not (descending and float(shares[-1]) >= 0.0 and float(shares[0]) <= 1.0 + SHARE_SLACK):
+        raise ValueError(f"shares of subspace {name!r} must descend within [0, 1]")
+    return Subspace(basis.detach().clone(), shares.detach().clone())

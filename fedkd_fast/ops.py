@@ -7,6 +7,7 @@ is an ImportError that names the command that mends it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedkd_fast.reference import DistillLoss, TruncatedSVD
+from fedkd_fast.reference import (
+    DistillLoss,
+    Factors,
+    Limits,
+    Subspace,
+    TruncatedSVD,
+    padded,
+    stop_of,
+)
 
 _LIBRARY = Path(__file__).parent / "libfedkd_fast_ops.so"
 
@@ -43,88 +52,139 @@ _native = torch.ops.fedkd_fast
 
 
 def truncated_svd(
-    matrix: Tensor,
-    *,
-    energy: float | None = None,
-    rank: int | None = None,
-    basis: Tensor | None = None,
+    matrix: Tensor, *, energy: float | None = None, rank: int | None = None
 ) -> TruncatedSVD:
-    r"""Factorise each matrix and keep the leading part that holds the wanted energy.
+    """Factorise each matrix of a batch and keep the leading part that holds the wanted energy.
 
-    ``matrix ≈ U · diag(S) · Vh`` with the smallest K for which
-    ``Σ_{i≤K} σ_i² / Σ_i σ_i² > energy`` (FedKD, Nature Communications 13:2032, eq (8); strict), or
-    with ``K = min(rank, P, Q)``. ``energy=1`` truncates nothing. A zero matrix has rank 0.
+    ``matrix ≈ U · diag(S) · Vh``: `truncated_svd_list` for a batch in one tensor, padded.
 
     Args:
         matrix: (..., P, Q) float32, float64, bfloat16 or float16; any strides.
         energy: wanted share of the squared singular values, in (0, 1].
         rank: wanted rank instead, >= 0. Exactly one of `energy` and `rank` is given.
-        basis: (..., L, min(P, Q)) float32, a warm start: the short-side vectors of an earlier,
-            similar matrix, `Vh` where P >= Q, else the transpose of `U`; rows of zeros pad. Wanted
-            by energy, a float32 matrix that is nearly square, of a rank well below min(P, Q), then
-            costs a subspace iteration. The energy is met all the same; the rank may exceed the
-            smallest, the more the less alike the matrices are. A basis that does not serve is
-            ignored.
 
     Returns:
-        `TruncatedSVD`, in float64 for float64 input and in float32 otherwise. Signs are fixed: the
-        entry of each left vector with the largest magnitude is positive.
+        `TruncatedSVD`, in float64 for float64 input and in float32 otherwise.
 
     Raises:
-        ValueError: both or none of `energy` and `rank`, one out of range, fewer than 2 dimensions,
-            or a basis of another shape.
+        ValueError: both or none of `energy` and `rank`, one out of range, or fewer than 2
+            dimensions.
         RuntimeError: another dtype, or NaN or Inf in a matrix.
-
-    Deterministic for one machine and thread count. Energies are computed in float64. Not
-    differentiable. Cost: one Gram matrix and one symmetric eigenproblem of side min(P, Q). On CUDA
-    the host waits for the scan that finds NaN and for the solvers, and a warm basis is not used.
     """
-    if (energy is None) == (rank is None):
-        raise ValueError(f"give exactly one of energy and rank, got energy={energy}, rank={rank}")
-    if energy is not None and not 0.0 < energy <= 1.0:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    if rank is not None and rank < 0:
-        raise ValueError(f"rank must be >= 0, got {rank}")
+    stop_of(1, energy, rank)
     if matrix.dim() < 2:
         raise ValueError(f"matrix must have 2 or more dimensions, got shape {tuple(matrix.shape)}")
-    source = matrix.detach()
-    if source.dtype in (torch.bfloat16, torch.float16):
-        source = source.float()
-    lead, (rows, cols) = source.shape[:-2], source.shape[-2:]
-    batch = source.reshape(lead.numel(), rows, cols)
-    side = min(rows, cols)
-    if basis is not None:
-        if basis.dim() != matrix.dim() or (*basis.shape[:-2], basis.shape[-1]) != (*lead, side):
+    lead, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
+    matrices = list(matrix.detach().reshape(lead.numel(), rows, cols))
+    return padded(truncated_svd_list(matrices, energy=energy, rank=rank), matrix)
+
+
+def truncated_svd_list(
+    matrices: Sequence[Tensor],
+    *,
+    energy: Limits | None = None,
+    rank: Limits | None = None,
+    error: Limits | None = None,
+    floor: Limits | None = None,
+    earlier: Sequence[Subspace | None] | None = None,
+    budgets_bytes: Sequence[int | None] | None = None,
+    seed: int = 0,
+) -> list[Factors]:
+    r"""Factorise the matrices of a whole model and keep the leading part of each.
+
+    ``A ≈ leftᵀ · diag(sigma) · right``, stopped by one of
+
+    * `energy` T: the smallest K with ``Σ_{i≤K} σ_i² / Σ_i σ_i² > T`` (FedKD, Nature Communications
+      13:2032, eq (8); strict); 1 truncates nothing;
+    * `rank`: ``K = min(rank, P, Q)``;
+    * `error` e: the smallest K with ``|A - A_K|_F < e``;
+    * `floor` s: every component with ``σ >= s``.
+
+    The energy is that of the factors returned, not an estimate, and holds in exact arithmetic. With
+    float32 input, a shorter side of more than 64, and at least a thousandth of the energy to lose,
+    K may exceed the smallest: by 5 %, or by one component; with `floor`, components within a few
+    per cent of it may fall on either side. Everything else is the optimum.
+
+    Args:
+        matrices: (P, Q) each, float32, float64, bfloat16 or float16, on one device; any strides.
+        energy: wanted share of the squared singular values, in (0, 1]; one for all, or one each.
+        rank: wanted rank, >= 0, likewise.
+        error: largest Frobenius norm of what is left out, >= 0, likewise.
+        floor: least singular value that is kept, >= 0, likewise.
+        earlier: for each matrix `Factors.subspace()` of an earlier, similar one, or None: a warm
+            start. Costs and last bits depend on it, what is promised does not.
+        budgets_bytes: for each matrix the bytes that factors in float32, ``4·K·(P + Q + 1)``, have
+            to stay below, or None. Where they cannot, no vectors are computed: the result has
+            K = 0, and a `rank` above that.
+        seed: of the random directions.
+
+    Returns:
+        `Factors` for each matrix, in float64 for float64 input and in float32 otherwise. Signs are
+        fixed: the entry of each left vector with the largest magnitude is positive. A zero matrix
+        has rank 0.
+
+    Raises:
+        ValueError: not exactly one stop, a limit out of its range, or lists of other lengths.
+        RuntimeError: another dtype or shape, different devices, or NaN or Inf; names the matrix.
+
+    Same input, earlier subspaces and seed give the same bits on one type of machine, for any number
+    of threads. Matrices are shared out over threads, the longest first; a row of zeros costs one
+    look. Not differentiable. On CUDA the host waits for the scan that finds NaN and for the ranks.
+    """
+    stop, limits = stop_of(len(matrices), energy, rank, error, floor)
+    if not matrices:
+        return []
+    known = [None] * len(matrices) if earlier is None else list(earlier)
+    budgets = [None] * len(matrices) if budgets_bytes is None else list(budgets_bytes)
+    for name, values in (("earlier", known), ("budgets_bytes", budgets)):
+        if len(values) != len(matrices):
             raise ValueError(
-                f"basis must have shape (*{tuple(lead)}, L, {side}), got {tuple(basis.shape)}"
+                f"{name} must have one entry per matrix: {len(matrices)} matrices, "
+                f"got {len(values)}"
             )
-        basis = basis.detach().float().reshape(lead.numel(), basis.shape[-2], side)
-    left, sigma, right, ranks, energies = _native.truncated_svd(
-        batch, 1.0 if energy is None else energy, -1 if rank is None else rank, basis
+    sources = [_wide(matrix.detach()) for matrix in matrices]
+    nothing = torch.empty(0, dtype=torch.float64)
+    found = _native.truncated_svd(
+        sources,
+        stop,
+        limits,
+        [sources[0].new_empty(0, 0).float() if k is None else k.basis for k in known],
+        [nothing if k is None else k.shares for k in known],
+        [-1 if budget is None else max(0, budget) for budget in budgets],
+        seed,
     )
-    kept = int(ranks.max()) if ranks.numel() else 0
-    share = torch.where(energies[:, 1] > 0, energies[:, 0] / energies[:, 1], 1.0)
-    return TruncatedSVD(
-        left[:, :kept].mT.reshape(*lead, rows, kept),
-        sigma[:, :kept].reshape(*lead, kept),
-        right[:, :kept].reshape(*lead, kept, cols),
-        ranks.reshape(lead),
-        share.reshape(lead),
-    )
+    return [
+        Factors(left, sigma, right, rank, captured / total if total else 1.0, share)
+        for left, sigma, right, share, rank, (captured, total) in zip(
+            *found[:4], found[4].tolist(), found[5].tolist(), strict=True
+        )
+    ]
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
 
 
 @torch.library.register_fake("fedkd_fast::truncated_svd")
 def _truncated_svd_fake(
-    matrix: Tensor, energy: float, rank: int, basis: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, rows, cols = matrix.shape
-    width = min(rows, cols) if rank < 0 else min(rank, rows, cols)
+    matrices: list[Tensor],
+    stop: str,
+    limits: list[float],
+    bases: list[Tensor],
+    shares: list[Tensor],
+    budgets_bytes: list[int],
+    seed: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    widths = [context.new_dynamic_size() for _ in matrices]
+    pairs = list(zip(matrices, widths, strict=True))
     return (
-        matrix.new_empty(batch, width, rows),
-        matrix.new_empty(batch, width),
-        matrix.new_empty(batch, width, cols),
-        matrix.new_empty(batch, dtype=torch.int64),
-        matrix.new_empty(batch, 2, dtype=torch.float64),
+        [matrix.new_empty(width, matrix.shape[0]) for matrix, width in pairs],
+        [matrix.new_empty(width) for matrix, width in pairs],
+        [matrix.new_empty(width, matrix.shape[1]) for matrix, width in pairs],
+        [torch.empty(context.new_dynamic_size(), dtype=torch.float64) for _ in matrices],
+        torch.empty(len(matrices), dtype=torch.int64),
+        torch.empty(len(matrices), 2, dtype=torch.float64),
     )
 
 

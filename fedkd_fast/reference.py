@@ -7,7 +7,9 @@ truth that kernels are tested against; nothing in the package uses it unless the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +25,34 @@ class TruncatedSVD(NamedTuple):
     Vh: Tensor  # (..., K, Q) orthonormal rows
     rank: Tensor  # (...) int64
     energy: Tensor  # (...) float64, captured share of Σσ²; 1 for a zero matrix
+
+
+class Subspace(NamedTuple):
+    """What is worth knowing of a matrix when a similar one comes."""
+
+    basis: Tensor  # (K, max(P, Q)) float32, the long-side vectors in order; K = 0: only the shares
+    shares: Tensor  # (S,) float64 on the CPU, leading σ²/Σσ², descending
+
+
+class Factors(NamedTuple):
+    """Leading factors of one matrix; component-major, as they travel."""
+
+    left: Tensor  # (K, P) orthonormal rows
+    sigma: Tensor  # (K,) descending
+    right: Tensor  # (K, Q) orthonormal rows
+    rank: int  # that was wanted: K, or more than K = 0 where it did not pay
+    energy: float  # captured share of Σσ²; 1 for a zero matrix
+    shares: Tensor  # (S,) float64 on the CPU, leading σ²/Σσ²; S >= K
+
+    @property
+    def pays(self) -> bool:
+        """Whether the factors are within their budget, and here."""
+        return self.rank == len(self.sigma)
+
+    def subspace(self) -> Subspace:
+        """Return where a similar matrix may start from; the side of Q where both are as long."""
+        wide = self.left.shape[1] <= self.right.shape[1]
+        return Subspace(self.right if wide else self.left, self.shares)
 
 
 def select_rank(singular: Tensor, energy: float) -> int:
@@ -45,51 +75,126 @@ def select_rank(singular: Tensor, energy: float) -> int:
 
 
 def truncated_svd(
-    matrix: Tensor,
-    *,
-    energy: float | None = None,
-    rank: int | None = None,
-    basis: Tensor | None = None,
+    matrix: Tensor, *, energy: float | None = None, rank: int | None = None
 ) -> TruncatedSVD:
-    """Specify `ops.truncated_svd`: ``torch.linalg.svd``, cut by energy or rank, signs fixed.
-
-    A warm `basis` makes the op faster, never better: it is not looked at.
-    """
-    del basis
+    """Specify `ops.truncated_svd`: ``torch.linalg.svd``, cut by energy or rank, signs fixed."""
     lead, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
-    work = matrix.detach().reshape(lead.numel(), rows, cols).double()
+    matrices = list(matrix.detach().reshape(lead.numel(), rows, cols))
+    found = truncated_svd_list(matrices, energy=energy, rank=rank) if matrices else []
+    return padded(found, matrix)
+
+
+def padded(found: Sequence[Factors], matrix: Tensor) -> TruncatedSVD:
+    """Put the factors of a batch of matrices, (..., P, Q), into one tensor a side."""
+    lead, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    parts = []
-    for one in work:
-        u, s, vh = torch.linalg.svd(one, full_matrices=False)
-        if not s.numel() or s[0] == 0:
-            kept = 0
-        elif rank is not None:
-            kept = min(rank, s.numel())
-        else:
-            kept = select_rank(s, 1.0 if energy is None else energy)
-        u, s_kept, vh = u[:, :kept], s[:kept], vh[:kept]
-        if kept:
-            peaks = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
-            signs = torch.where(peaks < 0, -1.0, 1.0).double()
-            u, vh = u * signs, vh * signs[:, None]
-        total = s.square().sum()
-        share = s_kept.square().sum() / total if total > 0 else torch.ones((), dtype=torch.float64)
-        parts.append((u, s_kept, vh, kept, share))
-    width = max((part[3] for part in parts), default=0)
-    left = work.new_zeros(len(parts), rows, width)
-    sigma = work.new_zeros(len(parts), width)
-    right = work.new_zeros(len(parts), width, cols)
-    for index, (u, s_kept, vh, kept, _) in enumerate(parts):
-        left[index, :, :kept], sigma[index, :kept], right[index, :kept] = u, s_kept, vh
-    ranks = torch.tensor([part[3] for part in parts], dtype=torch.int64)
-    shares = torch.tensor([float(part[4]) for part in parts], dtype=torch.float64)
+    width = max((len(one.sigma) for one in found), default=0)
+    left = matrix.new_zeros(len(found), width, rows, dtype=dtype)
+    sigma = matrix.new_zeros(len(found), width, dtype=dtype)
+    right = matrix.new_zeros(len(found), width, cols, dtype=dtype)
+    for index, one in enumerate(found):
+        kept = len(one.sigma)
+        left[index, :kept], sigma[index, :kept], right[index, :kept] = one[:3]
     return TruncatedSVD(
-        left.to(dtype).reshape(*lead, rows, width),
-        sigma.to(dtype).reshape(*lead, width),
-        right.to(dtype).reshape(*lead, width, cols),
-        ranks.reshape(lead),
-        shares.reshape(lead),
+        left.mT.reshape(*lead, rows, width),
+        sigma.reshape(*lead, width),
+        right.reshape(*lead, width, cols),
+        torch.tensor([one.rank for one in found], dtype=torch.int64).reshape(lead),
+        torch.tensor([one.energy for one in found], dtype=torch.float64).reshape(lead),
+    )
+
+
+Limits: TypeAlias = float | Sequence[float]
+
+
+def stop_of(
+    count: int,
+    energy: Limits | None = None,
+    rank: Limits | None = None,
+    error: Limits | None = None,
+    floor: Limits | None = None,
+) -> tuple[str, list[float]]:
+    """Tell which one of the four stops is given, and its limit for each of `count` matrices.
+
+    Raises:
+        ValueError: none or several of them, another number of limits than matrices, or one out of
+            its range.
+    """
+    stops = {"energy": energy, "rank": rank, "error": error, "floor": floor}
+    given = {name: limits for name, limits in stops.items() if limits is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of energy, rank, error and floor, got {given}")
+    ((name, limits),) = given.items()
+    each = [float(limits)] * count if isinstance(limits, int | float) else [*map(float, limits)]
+    if len(each) != count:
+        raise ValueError(
+            f"{name} must have one entry per matrix: {count} matrices, got {len(each)}"
+        )
+    for limit in each:
+        if name == "energy" and not 0.0 < limit <= 1.0:
+            raise ValueError(f"energy must lie in (0, 1], got {limit}")
+        if name != "energy" and not (limit >= 0.0 and math.isfinite(limit)):
+            raise ValueError(f"{name} must be finite and >= 0, got {limit}")
+    return name, each
+
+
+def truncated_svd_list(
+    matrices: Sequence[Tensor],
+    *,
+    energy: Limits | None = None,
+    rank: Limits | None = None,
+    error: Limits | None = None,
+    floor: Limits | None = None,
+    earlier: Sequence[Subspace | None] | None = None,
+    budgets_bytes: Sequence[int | None] | None = None,
+    seed: int = 0,
+) -> list[Factors]:
+    """Specify `ops.truncated_svd_list`: ``torch.linalg.svd`` of each matrix, cut and signed.
+
+    What is known of earlier matrices and the seed make the op faster, never better: they are not
+    looked at.
+    """
+    del earlier, seed
+    stop, limits = stop_of(len(matrices), energy, rank, error, floor)
+    budgets = budgets_bytes or [None] * len(matrices)
+    return [
+        _truncated_svd(matrix, stop, limit, budget)
+        for matrix, limit, budget in zip(matrices, limits, budgets, strict=True)
+    ]
+
+
+def _truncated_svd(matrix: Tensor, stop: str, limit: float, budget: int | None) -> Factors:
+    u, s, vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+    squares = s.square()
+    total = float(squares.sum())
+    if total == 0:
+        kept = 0
+    elif stop == "rank":
+        kept = min(int(limit), s.numel())
+    elif stop == "floor":
+        kept = int((s >= limit).sum())
+    elif stop == "error":
+        # |A - A_K|² < error²
+        share = 1.0 - limit**2 / total
+        kept = select_rank(s, share) if share > 0 else 0
+    else:
+        kept = select_rank(s, limit)
+    wanted = kept
+    if budget is not None and 4 * kept * (sum(matrix.shape) + 1) >= budget:
+        kept = 0
+    left, sigma, right = u.mT[:kept], s[:kept], vh[:kept]  # (K, P), (K,), (K, Q)
+    if kept:
+        peaks = left.gather(1, left.abs().argmax(1, keepdim=True))
+        signs = torch.where(peaks < 0, -1.0, 1.0).double()  # (K, 1)
+        left, right = left * signs, right * signs
+    dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    return Factors(
+        left.to(dtype),
+        sigma.to(dtype),
+        right.to(dtype),
+        wanted,
+        float(squares[:kept].sum()) / total if total else 1.0,
+        squares / total if total else squares[:0],
     )
 
 

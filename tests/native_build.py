@@ -17,9 +17,15 @@ BUILD = ROOT / "build" / f"native-{zlib.crc32(sys.prefix.encode()):08x}"
 SIMT_LIBRARY = BUILD / "libfedkd_fast_simt.so"
 
 
-@functools.cache
 def built() -> Path:
-    """Build what has changed and return the folder; a failure shows the compiler's words."""
+    """Build what has changed, once, and return the folder; a failure shows the compiler's words."""
+    if problem := _problem_of_build():
+        raise RuntimeError(problem)
+    return BUILD
+
+
+@functools.cache
+def _problem_of_build() -> str:
     torch_dir = Path(torch.__file__).parent
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     configure = ["cmake", "-S", str(ROOT / "tests" / "native"), "-B", str(BUILD), "-G", "Ninja"]
@@ -28,8 +34,8 @@ def built() -> Path:
             command, capture_output=True, text=True, env=os.environ | {"PATH": tools}
         )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return BUILD
+            return f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
+    return ""
 
 
 @functools.cache

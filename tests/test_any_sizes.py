@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from svd_cases import SIDES, SPECTRA, STARTS, Case, problems_of
 from test_pack_factors import sample
-from test_truncated_svd import check_factors
 
 from fedkd_fast import ops, reference
 
@@ -28,10 +29,25 @@ def test_pack_factors_of_any_rows(rows: int, count: int, bits: list[int], seed: 
     )
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 0.999), st.integers(0, 2**31))
-def test_truncated_svd_of_any_shape(rows: int, cols: int, energy: float, seed: int) -> None:
-    matrix = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
-    svd = ops.truncated_svd(matrix, energy=energy)
-    assert int(svd.rank) == int(reference.truncated_svd(matrix, energy=energy).rank)
-    check_factors(matrix, svd)
+def svd_cases(largest: int) -> st.SearchStrategy[Case]:
+    chosen = st.sampled_from([side for side in SIDES if side <= largest])
+    side = chosen | st.integers(1, largest)
+    usual = st.sampled_from([0.5, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 1.0])
+    energy = usual | st.floats(0.05, 1 - 1e-9)
+    scale = st.integers(-30, 30).map(lambda power: 10.0**power)
+    spectrum, start = st.sampled_from(sorted(SPECTRA)), st.sampled_from(STARTS)
+    return st.builds(Case, side, side, spectrum, energy, scale, start, st.integers(0, 2**31))
+
+
+@settings(max_examples=300, deadline=None)
+@given(svd_cases(320))
+def test_truncated_svd_keeps_its_promises(case: Case) -> None:
+    assert problems_of(case) == []
+
+
+# The number of cases in which no energy may be missed.
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(svd_cases(1024))
+def test_truncated_svd_keeps_its_promises_ten_thousand_times(case: Case) -> None:
+    assert problems_of(case) == []

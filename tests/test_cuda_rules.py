@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_samples import ASYNCHRONOUS, BITS, COUNT, OPS, SCALE, check, noise, overwrite
 
-from fedkd_fast import ops
+from fedkd_fast import ops, reference
 
 pytestmark = [
     pytest.mark.cuda,
@@ -124,7 +124,11 @@ def test_one_argument_on_the_cpu_is_refused(name: str, odd: int) -> None:
 
 def test_a_basis_on_the_cpu_is_refused() -> None:
     with pytest.raises(RuntimeError, match="must be on one device"):
-        ops.truncated_svd(noise(0, 20, 20).cuda(), energy=0.9, basis=torch.ones(2, 20))
+        ops.truncated_svd_list(
+            [noise(0, 20, 20).cuda()],
+            energy=0.9,
+            earlier=[reference.Subspace(torch.ones(2, 20), torch.ones(2, dtype=torch.float64) / 2)],
+        )
 
 
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

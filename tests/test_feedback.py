@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from updates import model, powerlaw, relative_error
 
-from fedkd_fast import Compressor, SubspaceCache, decompress, inspect, ops
+from fedkd_fast import Compressor, SubspaceCache, decompress, inspect, ops, reference
 
 
 def test_feedback_residual_is_exactly_what_was_left_out() -> None:
@@ -107,8 +107,9 @@ def test_warm_rounds_keep_energy_and_nearly_the_smallest_rank(shape: tuple[int, 
         assert relative_error(update, decompress(frames[1])["w"]) < 0.1
     # Another algorithm leaves other last bits: all rounds but the first were warm.
     assert unlike == 4
-    basis = cache_of(warm).basis(["w"], min(shape))
-    assert basis is not None and torch.equal(warm.state_dict()["cache.w"], basis[0])
+    subspace = cache_of(warm).get("w", shape)
+    assert subspace is not None and subspace.basis.shape[1] == max(shape)
+    assert torch.equal(warm.state_dict()["cache.basis.w"].float(), subspace.basis)
 
 
 def cache_of(compressor: Compressor) -> SubspaceCache:
@@ -148,29 +149,62 @@ def test_a_misleading_cache_costs_no_accuracy(energy: float) -> None:
     assert relative_error(other, decompress(warm.compress({"w": other}))["w"]) < 1 - energy
 
 
+def factors_of(matrix: torch.Tensor, rank: int) -> reference.Factors:
+    return ops.truncated_svd_list([matrix], rank=rank)[0]
+
+
 def test_cache_is_bounded_and_forgets_the_oldest() -> None:
-    svd = ops.truncated_svd(powerlaw(30, 20), rank=4)
-    one = 4 * 20 * 4
+    factors = factors_of(powerlaw(30, 20), 4)
+    one = 2 * 4 * 30 + 8 * 20  # vectors of the long side, and the spectrum
     cache = SubspaceCache(max_bytes=2 * one)
     for name in ("a", "b", "a", "c"):
-        cache.keep(name, svd)
+        cache.keep(name, factors)
         assert cache.nbytes <= 2 * one
-    assert list(cache.state_dict()) == ["a", "c"]
-    cache.keep("a", ops.truncated_svd(powerlaw(30, 20), rank=20))  # too many to be useful
-    assert list(cache.state_dict()) == ["c"]
+    assert list(cache.state_dict()) == ["basis.a", "shares.a", "basis.c", "shares.c"]
+    # Too many vectors to start from: the spectrum stays.
+    cache.keep("a", factors_of(powerlaw(30, 20), 20))
+    assert len(cache.state_dict()["basis.a"]) == 0 and len(cache.state_dict()["shares.a"]) == 20
+    assert SubspaceCache(max_bytes=0).nbytes == 0
     with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
         SubspaceCache(-1)
 
 
-def test_bad_cache_states() -> None:
+def test_cache_is_of_one_shape() -> None:
+    cache = SubspaceCache()
+    cache.keep("w", factors_of(powerlaw(30, 20), 4))
+    assert cache.get("w", (30, 20)) is not None and cache.get("w", (20, 30)) is not None
+    for shape in ((30, 3), (31, 20), (20, 20)):
+        assert cache.get("w", shape) is None
+    assert cache.get("v", (30, 20)) is None
+
+
+def half_state(**halves: torch.Tensor) -> dict[str, torch.Tensor]:
+    whole = {"basis": torch.eye(2, 4).bfloat16(), "shares": torch.tensor([0.6, 0.3]).double()}
+    return {f"{kind}.w": value for kind, value in (whole | halves).items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "what"),
+    [
+        ({"w": torch.ones(1)}, ValueError, r"must hold only basis\.\* and shares\.\*, got 'w'"),
+        ({"basis.w": torch.eye(2).bfloat16()}, ValueError, "subspace 'w' lacks its shares"),
+        (half_state(basis=torch.eye(2)), TypeError, "must be a torch.bfloat16 tensor"),
+        (half_state(shares=torch.ones(2)), TypeError, "must be a torch.float64 tensor"),
+        (half_state(basis=torch.zeros(3).bfloat16()), ValueError, "must be a finite matrix"),
+        (half_state(basis=torch.full((2, 2), torch.nan).bfloat16()), ValueError, "finite matrix"),
+        (half_state(shares=torch.tensor([0.1, 0.2]).double()), ValueError, "must descend"),
+        (half_state(shares=torch.tensor([0.1, -0.2]).double()), ValueError, "must descend"),
+        (half_state(shares=torch.tensor([3.0, 0.2]).double()), ValueError, "must descend"),
+        (half_state(shares=torch.tensor([torch.nan]).double()), ValueError, "must descend"),
+        (half_state(basis=torch.zeros(10, 100).bfloat16()), ValueError, "at most 1000 bytes"),
+    ],
+)
+def test_bad_cache_states(
+    state: dict[str, torch.Tensor], error: type[Exception], what: str
+) -> None:
     cache = SubspaceCache(max_bytes=1000)
-    with pytest.raises(TypeError, match="subspace 'w' must be a float32 tensor"):
-        cache.load_state_dict({"w": torch.zeros(2, 2).double()})
-    for bad in (torch.zeros(3), torch.full((2, 2), torch.nan)):
-        with pytest.raises(ValueError, match="subspace 'w' must be a finite matrix"):
-            cache.load_state_dict({"w": bad})
-    with pytest.raises(ValueError, match="subspaces must be at most 1000 bytes, got 4000"):
-        cache.load_state_dict({"w": torch.zeros(10, 100)})
+    with pytest.raises(error, match=what):
+        cache.load_state_dict(state)
     assert cache.nbytes == 0
 
 
@@ -178,9 +212,10 @@ def test_a_refused_state_leaves_the_state_alone() -> None:
     compressor = Compressor(0.9, feedback=True, cache=SubspaceCache())
     compressor.compress({"w": powerlaw(60, 60, 1.5)})
     before = compressor.state_dict()
-    assert set(before) == {"feedback.w", "cache.w"}
-    with pytest.raises(ValueError, match="subspace 'w' must be a finite matrix"):
-        compressor.load_state_dict({"feedback.w": torch.ones(3, 3), "cache.w": torch.ones(3)})
+    assert set(before) == {"feedback.w", "cache.basis.w", "cache.shares.w"}
+    bad = {f"cache.{key}": value for key, value in half_state(basis=torch.ones(3)).items()}
+    with pytest.raises(TypeError, match="basis of subspace 'w' must be a torch.bfloat16"):
+        compressor.load_state_dict({"feedback.w": torch.ones(3, 3), **bad})
     after = compressor.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -188,7 +223,7 @@ def test_a_refused_state_leaves_the_state_alone() -> None:
 def test_a_refused_update_leaves_the_cache_alone() -> None:
     compressor = Compressor(0.9, "factors-fp32", cache=SubspaceCache())
     compressor.compress({"a": powerlaw(30, 20)})
-    before = compressor.state_dict()["cache.a"].clone()
+    before = compressor.state_dict()["cache.basis.a"].clone()
     with pytest.raises(ValueError, match="holds NaN"):
         compressor.compress({"a": powerlaw(30, 20, seed=1), "b": torch.tensor([torch.nan])})
-    assert torch.equal(compressor.state_dict()["cache.a"], before)
+    assert torch.equal(compressor.state_dict()["cache.basis.a"], before)

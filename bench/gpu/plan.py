@@ -1,7 +1,7 @@
 """What the GPU benches measure: for every op its shapes and rivals; needs no torch and no library.
 
 A job is one implementation on one case. `ours…` are ways to call the op: `ours` as a caller does,
-`ours-op` without autograd, `ours-warm` from an earlier basis. `copy` moves as many bytes as the op
+`ours-op` without autograd. `copy` moves as many bytes as the op
 has to. `bench.gpu.cases` makes the calls.
 """
 
@@ -47,7 +47,7 @@ TABLE: dict[str, Row] = {
         "truncated_svd",
         shapes.SVD,
         ("float32",),
-        ("ours", "ours-warm", "torch.linalg.svd", "gram+eigh", "svd_lowrank-oracle"),
+        ("ours", "torch.linalg.svd", "gram+eigh", "svd_lowrank-oracle"),
     ),
     "distill_loss": Row(
         "distill_loss",

@@ -1,86 +1,277 @@
-// The parts of truncated_svd that are not a GEMM or an eigenproblem: scan, orient, choose the rank,
-// finish the factors. The binding strings them together with torch's matmul and eigh:
+// The parts of truncated_svd that are not a GEMM or a factorisation: what is read, rounded, drawn,
+// predicted, scaled and moved. bind_truncated_svd_cpu.cpp strings them together and says why.
 //
-//   X = A or Aᵀ, tall, scaled by a power of two, in fp64     G = XᵀX = V Λ Vᵀ     U Σ = X V
-//
-// and, from the short-side vectors B of an earlier matrix, by subspace iteration (Halko,
-// Martinsson, Tropp 2011): B ← orth(XᵀX·B) twice, then (XB)ᵀ(XB) takes the place of G.
-//
-// With fp32 input the products in G are exact to fp64, so energies are true to about 1e-14 and the
-// rank is the optimum of eq (8). Both passes over A cost 8 bytes an element; G costs M·N² and eigh
-// about 9·N³ operations, which dominate.
+// Each is one pass over its operands, in loops that vectorise; sums of many squares run in fp64 in
+// sixteen partial sums, whose order is fixed.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "common/half.h"
 #include "common/truncated_svd.h"
 #include "kernels.h"
 
 namespace fedkd_fast {
 
 namespace cpu {
+namespace {
 
-template <typename Scalar>
-MatrixScan scan_matrix(const MatrixView& matrix) {
-  const auto* data = static_cast<const Scalar*>(matrix.data);
-  Scalar largest = 0;
-  bool finite = true;
-  for (int64_t i = 0; i < matrix.rows; ++i) {
-    const Scalar* row = data + i * matrix.row_stride;
-    for (int64_t j = 0; j < matrix.cols; ++j) {
-      const Scalar magnitude = std::abs(row[j * matrix.col_stride]);
-      largest = magnitude > largest ? magnitude : largest;
-      finite &= magnitude <= std::numeric_limits<Scalar>::max();  // false for NaN and Inf
+constexpr int kLanes = 16;
+constexpr float kMostLevel = 127.0f, kLeastStep = 0x1p-120f;
+
+double sum_lanes(const double* parts) {
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += parts[lane];
+  return total;
+}
+
+// The magnitude bits of IEEE numbers order like integers: NaN and Inf are the largest.
+FEDKD_CLONES
+uint32_t scan_row(const float* row, int64_t cols, double* parts) {
+  uint32_t most[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float value = row[j + lane];
+      const uint32_t magnitude = bits_from_float(value) & 0x7fffffffu;
+      most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
+      parts[lane] += static_cast<double>(value) * static_cast<double>(value);
     }
+  for (int lane = 0; j < cols; ++j, ++lane) {
+    most[lane] = std::max(most[lane], bits_from_float(row[j]) & 0x7fffffffu);
+    parts[lane] += static_cast<double>(row[j]) * static_cast<double>(row[j]);
   }
-  const bool zero = finite && largest == 0;
-  return {finite, finite && !zero ? std::ilogb(largest) : 0, zero};
+  return *std::max_element(most, most + kLanes);
+}
+
+MatrixScan scan(const float* matrix, int64_t rows, int64_t cols, uint8_t* used) {
+  uint32_t most = 0;
+  double parts[kLanes] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint32_t magnitude = scan_row(matrix + i * cols, cols, parts);
+    used[i] = magnitude != 0;
+    most = std::max(most, magnitude);
+  }
+  const bool finite = most < 0x7f800000u;
+  const int exponent = finite && most ? std::ilogb(float_from_bits(most)) : 0;
+  return {finite, most == 0, exponent, sum_lanes(parts)};
+}
+
+MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, uint8_t* used) {
+  double largest = 0.0;
+  bool finite = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    double most = 0.0;
+    for (int64_t j = 0; j < cols; ++j) {
+      const double magnitude = std::abs(matrix[i * cols + j]);
+      most = magnitude > most ? magnitude : most;
+      finite &= magnitude <= std::numeric_limits<double>::max();  // false for NaN and Inf
+    }
+    used[i] = most > 0.0;
+    largest = std::max(largest, most);
+  }
+  const bool zero = finite && largest == 0.0;
+  return {finite, zero, finite && !zero ? std::ilogb(largest) : 0, 0.0};
+}
+
+FEDKD_CLONES
+void scale_row(const float* in, int64_t count, double scale, float* out) {
+  for (int64_t j = 0; j < count; ++j)
+    out[j] = static_cast<float>(static_cast<double>(in[j]) * scale);
+}
+
+FEDKD_CLONES
+double sum_squares(const float* values, int64_t count) {
+  double parts[kLanes] = {};
+  scan_row(values, count, parts);
+  return sum_lanes(parts);
+}
+
+FEDKD_CLONES
+float largest_product(const float* row, const float* factors, int64_t count) {
+  float most[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float magnitude = std::abs(row[j + lane] * factors[j + lane]);
+      most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
+    }
+  for (; j < count; ++j) most[0] = std::max(most[0], std::abs(row[j] * factors[j]));
+  return *std::max_element(most, most + kLanes);
+}
+
+// To the nearest: adding 1.5 · 2^23 leaves the integer in the low bits.
+inline int8_t nearest_level(float value) {
+  constexpr float kMagic = 12582912.0f;
+  return static_cast<int8_t>(static_cast<int32_t>(bits_from_float(value + kMagic)) - 0x4b400000);
+}
+
+FEDKD_CLONES
+void quantise_row(const float* row, const float* factors, float inverse, int64_t count,
+                  int8_t* levels) {
+  for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * factors[j] * inverse);
+}
+
+FEDKD_CLONES
+void dequantise_row(const int32_t* sums, float step, const float* factors, int64_t count,
+                    float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = static_cast<float>(sums[j]) * step * factors[j];
+}
+
+FEDKD_CLONES
+void scale_in_place(float* values, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+}
+
+// splitmix64 (Steele, Lea, Flood 2014).
+uint64_t mix(uint64_t bits) {
+  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+  return bits ^ (bits >> 31);
+}
+
+FEDKD_CLONES
+float largest_magnitude(const float* values, int64_t count) {
+  float most[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float magnitude = std::abs(values[i + lane]);
+      most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
+    }
+  for (; i < count; ++i) most[0] = std::max(most[0], std::abs(values[i]));
+  return *std::max_element(most, most + kLanes);
+}
+
+}  // namespace
+
+template <typename Scalar>
+MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, uint8_t* used) {
+  return scan(matrix, rows, cols, used);
+}
+
+void gather_rows(const float* matrix, int64_t cols, const int64_t* ids, int64_t count, int exponent,
+                 float* out) {
+  const double scale = std::ldexp(1.0, -exponent);
+  for (int64_t i = 0; i < count; ++i)
+    scale_row(matrix + (ids ? ids[i] : i) * cols, cols, scale, out + i * cols);
 }
 
 template <typename Scalar>
-void orient_matrix(const MatrixView& matrix, int exponent, double* out) {
-  const auto* data = static_cast<const Scalar*>(matrix.data);
-  const bool transposed = matrix.rows < matrix.cols;
-  const int64_t long_side = transposed ? matrix.cols : matrix.rows;
-  const int64_t short_side = transposed ? matrix.rows : matrix.cols;
-  const int64_t long_stride = transposed ? matrix.col_stride : matrix.row_stride;
-  const int64_t short_stride = transposed ? matrix.row_stride : matrix.col_stride;
+void widen_matrix(const Scalar* matrix, int64_t count, int exponent, double* out) {
   const ScaleDown scaled(exponent);
-  for (int64_t i = 0; i < long_side; ++i)
-    for (int64_t j = 0; j < short_side; ++j)
-      out[i * short_side + j] =
-          scaled(static_cast<double>(data[i * long_stride + j * short_stride]));
+  for (int64_t i = 0; i < count; ++i) out[i] = scaled(static_cast<double>(matrix[i]));
 }
+
+double squared_norm(const float* values, int64_t count) { return sum_squares(values, count); }
 
 double squared_norm(const double* values, int64_t count) {
-  double squares = 0.0;
-  for (int64_t i = 0; i < count; ++i) squares += values[i] * values[i];
-  return squares;
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += values[i] * values[i];
+  return total;
 }
 
-int64_t basis_width(const float* basis, int64_t rows, int64_t length) {
-  for (int64_t k = 0; k < rows; ++k) {
-    double squares = 0.0;
-    for (int64_t i = 0; i < length; ++i) {
-      const auto value = static_cast<double>(basis[k * length + i]);
-      squares += value * value;
+void quantise_rows(const float* rows, int64_t count, int64_t length, const float* factors,
+                   int8_t* levels, float* steps) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float* row = rows + k * length;
+    const float step = largest_product(row, factors, length) / kMostLevel;
+    // The inverse of less is beyond fp32, and next to other rows that much is nothing.
+    steps[k] = step >= kLeastStep ? step : 0.0f;
+    quantise_row(row, factors, step >= kLeastStep ? 1.0f / step : 0.0f, length,
+                 levels + k * length);
+  }
+}
+
+void dequantise_rows(const int32_t* sums, int64_t count, int64_t length, const float* steps,
+                     const float* factors, const float* basis, float shift, float* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    dequantise_row(sums + k * length, steps[k], factors, length, out + k * length);
+    if (basis) subtract_scaled(out + k * length, basis + k * length, shift, length);
+  }
+}
+
+void random_signs(uint64_t seed, int64_t count, float* out) {
+  constexpr int64_t kBits = 64;
+  for (int64_t i = 0; i < count; i += kBits) {
+    const uint64_t bits = mix(seed + static_cast<uint64_t>(i / kBits + 1) * 0x9e3779b97f4a7c15u);
+    const int64_t end = std::min(kBits, count - i);
+    for (int64_t j = 0; j < end; ++j)
+      out[i + j] = float_from_bits(0x3f800000u | static_cast<uint32_t>(bits >> j << 31));
+  }
+}
+
+int64_t predict_rank(const double* energies, int64_t known, int64_t side, double total,
+                     double energy) {
+  double captured = 0.0;
+  for (int64_t k = 0; k < known; ++k) {
+    captured += energies[k];
+    if (captured > energy * total) return k + 1;
+  }
+  const int64_t few = std::min<int64_t>(known, 4);
+  double level = 0.0;
+  for (int64_t k = known - few; k < known; ++k) level += energies[k] / static_cast<double>(few);
+  const double rest = total - captured, start = std::sqrt(static_cast<double>(known));
+  if (!(level > 0.0 && rest > 0.0)) return side;
+  // The integral of level · exp(-b (√k - start)) from `known` to `end`.
+  const auto integral = [&](double b, int64_t end) {
+    const double root = std::sqrt(static_cast<double>(end));
+    if (b < 1e-9) return level * static_cast<double>(end - known);
+    return level * 2.0 / (b * b) *
+           ((b * start + 1) - (b * root + 1) * std::exp(-b * (root - start)));
+  };
+  double slow = 0.0, fast = 64.0;
+  for (int step = 0; step < 40; ++step) {
+    const double middle = 0.5 * (slow + fast);
+    (integral(middle, side) > rest ? slow : fast) = middle;
+  }
+  const double wanted = (energy * total - captured) * integral(slow, side) / rest;
+  int64_t low = known, high = side;
+  while (low + 1 < high) {
+    const int64_t middle = low + (high - low) / 2;
+    (integral(slow, middle) > wanted ? high : low) = middle;
+  }
+  return high;
+}
+
+void normalise_rows(float* rows, int64_t count, int64_t length, double* norms) {
+  for (int64_t k = 0; k < count; ++k) {
+    norms[k] = std::sqrt(sum_squares(rows + k * length, length));
+    if (norms[k] > 0.0)
+      scale_in_place(rows + k * length, length, static_cast<float>(1.0 / norms[k]));
+  }
+}
+
+void permute_rows(const float* rows, int64_t length, const int64_t* order, int64_t count,
+                  float* out) {
+  for (int64_t k = 0; k < count; ++k)
+    std::copy_n(rows + order[k] * length, length, out + k * length);
+}
+
+FEDKD_CLONES
+void subtract_scaled(float* a, const float* b, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) a[i] -= factor * b[i];
+}
+
+void fix_signs(float* left, int64_t left_length, float* right, int64_t right_length, int64_t rank) {
+  for (int64_t k = 0; k < rank; ++k) {
+    float* const row = left + k * left_length;
+    const float most = largest_magnitude(row, left_length);
+    int64_t peak = 0;
+    while (std::abs(row[peak]) < most) ++peak;
+    if (row[peak] < 0.0f) {
+      scale_in_place(row, left_length, -1.0f);
+      scale_in_place(right + k * right_length, right_length, -1.0f);
     }
-    if (!(squares > 0.0 && std::isfinite(squares))) return k;
   }
-  return rows;
 }
 
-void extend_basis(const float* basis, int64_t known, int64_t wanted, int64_t length, double* out) {
-  for (int64_t i = 0; i < known * length; ++i) out[i] = static_cast<double>(basis[i]);
-  // splitmix64 (Steele, Lea, Flood 2014) of the position: directions that no spectrum is aligned
-  // to.
-  for (int64_t i = known * length; i < wanted * length; ++i) {
-    uint64_t bits = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
-    bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
-    bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
-    bits ^= bits >> 31;
-    out[i] = static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63;
-  }
+void scatter_columns(const float* rows, int64_t count, const int64_t* ids, int64_t length,
+                     int64_t height, float* out) {
+  std::fill_n(out, count * height, 0.0f);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t i = 0; i < length; ++i) out[k * height + ids[i]] = rows[k * length + i];
 }
 
 template <typename Scalar>
@@ -112,10 +303,10 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
   }
 }
 
-template MatrixScan scan_matrix<float>(const MatrixView&);
-template MatrixScan scan_matrix<double>(const MatrixView&);
-template void orient_matrix<float>(const MatrixView&, int, double*);
-template void orient_matrix<double>(const MatrixView&, int, double*);
+template MatrixScan scan_matrix<float>(const float*, int64_t, int64_t, uint8_t*);
+template MatrixScan scan_matrix<double>(const double*, int64_t, int64_t, uint8_t*);
+template void widen_matrix<float>(const float*, int64_t, int, double*);
+template void widen_matrix<double>(const double*, int64_t, int, double*);
 template void finish_factors<float>(const VectorsView&, const VectorsView&, const double*, int64_t,
                                     int, bool, float*, float*, float*);
 template void finish_factors<double>(const VectorsView&, const VectorsView&, const double*, int64_t,

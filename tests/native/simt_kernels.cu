@@ -162,14 +162,15 @@ void scan_and_scale(int64_t rows, int64_t cols) {
                cuda::scale_matrices(matrices.data(), kBatch, size, exponents.data(), there.data(),
                                     nullptr) == cudaSuccess;
   for (int64_t b = 0; b < kBatch; ++b) {
-    const MatrixView view{matrices.data() + b * size, rows, cols, cols, 1};
-    const MatrixScan scan = cpu::scan_matrix<Scalar>(view);
+    const Scalar* const matrix = matrices.data() + b * size;
+    std::vector<uint8_t> used(static_cast<size_t>(rows));
+    const MatrixScan scan = cpu::scan_matrix(matrix, rows, cols, used.data());
     const auto state = static_cast<cuda::MatrixState>(states[static_cast<size_t>(b)]);
     right &= scan.finite == (state != cuda::MatrixState::kNotFinite) &&
              scan.zero == (state == cuda::MatrixState::kZero);
     if (!scan.finite) continue;
     right &= scan.exponent == exponents[static_cast<size_t>(b)];
-    cpu::orient_matrix<Scalar>(view, scan.exponent, here.data());
+    cpu::widen_matrix(matrix, size, scan.exponent, here.data());
     right &= std::equal(here.begin(), here.end(), there.begin() + b * size);
   }
   report("scan_matrices, scale_matrices " + text({rows, cols, sizeof(Scalar)}), right);

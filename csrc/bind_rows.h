@@ -1,0 +1,89 @@
+// Rows of vectors on the CPU: stacked, multiplied with each other, made orthonormal.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bind_linalg.h"
+#include "kernels.h"
+
+namespace fedkd_fast::bind {
+
+constexpr int64_t kGramBlocks = 4;  // of a symmetric product, which is 5/8 of the work then
+// |U·Uᵀ - I| that Newton-Schulz steps mend: each squares it. Beyond, fp64 takes over.
+constexpr float kMostSkew = 1e-2f, kLittleSkew = 1e-6f;
+constexpr int kMostSteps = 2;
+
+inline Tensor stacked(const Tensor& upper, const Tensor& lower) {
+  const int64_t length = upper.size(1);
+  Tensor rows =
+      empty_like_device(upper, {upper.size(0) + lower.size(0), length}, ScalarType::Float);
+  float* const out = rows.mutable_data_ptr<float>();
+  std::copy_n(upper.const_data_ptr<float>(), upper.numel(), out);
+  std::copy_n(lower.const_data_ptr<float>(), lower.numel(), out + upper.numel());
+  return rows;
+}
+
+inline Tensor first_rows(const Tensor& rows, int64_t count) {
+  return torch::stable::narrow(const_cast<Tensor&>(rows), 0, 0, count);
+}
+
+inline Tensor orthonormal(const Tensor& rows) {
+  return torch::stable::contiguous(mT(qr(mT(rows))));
+}
+
+// rows · rowsᵀ, of which only the lower triangle means something.
+inline Tensor lower_gram(const Tensor& rows) {
+  const int64_t width = rows.size(0);
+  if (width < kGramBlocks * kGramBlocks) return mm(rows, mT(rows));
+  Tensor gram = empty_like_device(rows, {width, width}, ScalarType::Float);
+  float* const out = gram.mutable_data_ptr<float>();
+  std::fill_n(out, width * width, 0.0f);
+  for (int64_t block = 0; block < kGramBlocks; ++block) {
+    const int64_t first = width * block / kGramBlocks, end = width * (block + 1) / kGramBlocks;
+    const Tensor part = mm(torch::stable::narrow(const_cast<Tensor&>(rows), 0, first, end - first),
+                           mT(first_rows(rows, end)));
+    const float* from = part.const_data_ptr<float>();
+    for (int64_t i = first; i < end; ++i, from += end) std::copy_n(from, end, out + i * width);
+  }
+  return gram;
+}
+
+// Orthonormal enough to go on from, by Cholesky, which does not care how long the rows are; where
+// it fails, by QR.
+inline Tensor nearly_orthonormal(const Tensor& rows) {
+  const int64_t width = rows.size(0), length = rows.size(1);
+  Tensor unit = torch::stable::clone(rows);
+  std::vector<double> norms(static_cast<size_t>(width));
+  cpu::normalise_rows(unit.mutable_data_ptr<float>(), width, length, norms.data());
+  const auto [lower, failed] = cholesky(lower_gram(unit));
+  return failed ? orthonormal(rows) : solve_lower(lower, unit);
+}
+
+// U ← U - (UUᵀ - I)·U/2 for unit rows that are nearly orthogonal; false where they are not.
+inline bool straighten(Tensor& rows) {
+  const int64_t width = rows.size(0);
+  for (int step = 0; step < kMostSteps; ++step) {
+    Tensor skew = lower_gram(rows);
+    float* const data = skew.mutable_data_ptr<float>();
+    float most = 0.0f;
+    for (int64_t i = 0; i < width; ++i) {
+      data[i * (width + 1)] -= 1.0f;
+      for (int64_t j = 0; j <= i; ++j) {
+        const float value = data[i * width + j];
+        data[j * width + i] = value;
+        most = std::max(most, std::abs(value));
+      }
+    }
+    if (!(most <= kMostSkew)) return false;
+    if (most <= kLittleSkew) return true;
+    const Tensor correction = mm(skew, rows);
+    cpu::subtract_scaled(rows.mutable_data_ptr<float>(), correction.const_data_ptr<float>(), 0.5f,
+                         rows.numel());
+    if (most * most <= kLittleSkew) return true;
+  }
+  return true;
+}
+
+}  // namespace fedkd_fast::bind

@@ -1,0 +1,77 @@
+// What the two halves of truncated_svd's binding share: what is wanted of a matrix, and what comes
+// of it.
+#pragma once
+
+#include <vector>
+
+#include "bind_torch.h"
+#include "common/truncated_svd.h"
+
+namespace fedkd_fast::bind {
+
+enum class StopBy { kEnergy, kRank, kError, kFloor };
+
+struct Wanted {
+  StopBy by;
+  double limit;
+  int64_t budget_bytes;  // that fp32 factors have to stay below; -1 for any
+};
+
+// What is known of a matrix before it is looked at: of an earlier, similar one.
+struct Earlier {
+  std::optional<Tensor> basis;   // (L, max(P, Q)) fp32: its long-side vectors, in order
+  std::optional<Tensor> shares;  // (S,) fp64: its leading σ²/Σσ², descending
+};
+
+// The stop of one matrix in the units of its squares.
+struct Goal {
+  StopBy by;            // kError has become kEnergy
+  double energy = 1.0;  // wanted share of the total
+  int64_t rank = 0;     // wanted by rank
+  double floor = 0.0;   // least σ² that is kept
+  int64_t most_rank;    // beyond, factors do not pay
+
+  Goal(const Wanted& wanted, double total, int exponent, int64_t rows, int64_t cols);
+  // How many of the leading energies (descending) are wanted; -1 where it takes more of them.
+  // `slack` of the total is what they may be off by.
+  int64_t choose(const std::vector<double>& energies, double total, int64_t side,
+                 double slack = 0.0) const;
+};
+
+// Of one matrix; component-major. Without factors where they do not pay: rank is then beyond what
+// pays, and left, sigma and right have no rows.
+struct Factors {
+  Tensor left, sigma, right;  // (K, P), (K,), (K, Q)
+  Tensor shares;              // (S,) fp64
+  int64_t rank = 0;
+  double captured = 0.0, total = 0.0;  // sums of σ², in one unit
+};
+
+// Leading factors before they are dressed: unit rows of the long and the short side, and norms.
+// The long side is that of Q where both are equal.
+struct Found {
+  std::vector<double> energies;  // of all components that were looked at, descending
+  int64_t rank = 0;
+  Tensor long_rows, short_rows;  // (K, M), (K, N)
+  std::vector<double> norms;     // (K)
+};
+
+namespace on_cpu_half {
+// In fp32, of a matrix without rows of zeros whose squares are safe, and whose sum is `total`;
+// nothing where fp32 lacks the digits.
+std::optional<Found> solve_in_fp32(const Tensor& matrix, double total, const Goal& goal,
+                                   const Earlier& earlier, uint64_t seed);
+
+std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
+                                   const std::vector<Wanted>& wanted,
+                                   const std::vector<Earlier>& earlier, int64_t seed);
+}  // namespace on_cpu_half
+#ifdef FEDKD_FAST_HAS_CUDA
+namespace on_gpu_half {
+std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
+                                   const std::vector<Wanted>& wanted,
+                                   const std::vector<Earlier>& earlier, int64_t seed);
+}
+#endif
+
+}  // namespace fedkd_fast::bind

@@ -1,0 +1,278 @@
+// truncated_svd on the CPU: one matrix per thread, each by the cheapest way that is sure.
+//
+// Most go to bind_truncated_svd_fp32.cpp. In fp64, by XᵀX and eigh, or by a full SVD where fp64
+// lacks the digits, go small matrices, float64, a wanted rank, and energies that leave less than
+// kFinestShare: their rank is the optimum.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <numeric>
+
+#include "bind_linalg.h"
+#include "bind_truncated_svd.h"
+#include "kernels.h"
+
+namespace fedkd_fast::bind::on_cpu_half {
+namespace {
+
+// Below this side, and where less of the energy may be lost, fp64 does it.
+constexpr int64_t kSmallSide = 64;
+constexpr double kFinestShare = 1e-3;
+// Squares of numbers within these powers of two stay inside fp32.
+constexpr int kSafeExponent = 24;
+
+Tensor rows_like(const Tensor& like, int64_t rows, int64_t length, ScalarType type) {
+  return empty_like_device(like, {rows, length}, type);
+}
+
+// ---- fp64 ---------------------------------------------------------------------------------------
+
+template <typename Scalar>
+Factors empty_factors(const Tensor& matrix, int64_t rank) {
+  const ScalarType type = matrix.scalar_type();
+  return {rows_like(matrix, rank, matrix.size(0), type), empty_like_device(matrix, {rank}, type),
+          rows_like(matrix, rank, matrix.size(1), type),
+          empty_like_device(matrix, {0}, ScalarType::Double)};
+}
+
+Tensor shares_of(const Tensor& like, const std::vector<double>& energies, double total) {
+  Tensor shares =
+      empty_like_device(like, {static_cast<int64_t>(energies.size())}, ScalarType::Double);
+  double* data = shares.mutable_data_ptr<double>();
+  for (size_t k = 0; k < energies.size(); ++k) data[k] = energies[k] / total;
+  return shares;
+}
+
+double sum_of(const std::vector<double>& energies, int64_t count) {
+  return std::accumulate(energies.begin(), energies.begin() + count, 0.0);
+}
+
+// By the Gram matrix where fp64 has the digits for it, else by a full SVD.
+template <typename Scalar>
+Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& wanted) {
+  const int64_t rows = matrix.size(0), cols = matrix.size(1);
+  Tensor wide = rows_like(matrix, rows, cols, ScalarType::Double);
+  cpu::widen_matrix(matrix.const_data_ptr<Scalar>(), matrix.numel(), scan.exponent,
+                    wide.mutable_data_ptr<double>());
+  const double total = cpu::squared_norm(wide.const_data_ptr<double>(), wide.numel());
+  const Goal goal(wanted, total, scan.exponent, rows, cols);
+  const bool transposed = rows <= cols;
+  const Tensor tall = transposed ? mT(wide) : wide;
+  const int64_t side = std::min(rows, cols);
+
+  const auto dressed = [&](const std::vector<double>& energies, int64_t rank,
+                           const VectorsView& long_vectors, const VectorsView& short_vectors,
+                           const double* singular) {
+    const bool pays = rank <= goal.most_rank;
+    Factors factors = empty_factors<Scalar>(matrix, pays ? rank : 0);
+    cpu::finish_factors<Scalar>(long_vectors, short_vectors, singular, pays ? rank : 0,
+                                scan.exponent, transposed,
+                                factors.left.template mutable_data_ptr<Scalar>(),
+                                factors.sigma.template mutable_data_ptr<Scalar>(),
+                                factors.right.template mutable_data_ptr<Scalar>());
+    factors.shares = shares_of(matrix, energies, total);
+    factors.rank = rank;
+    factors.captured = pays ? sum_of(energies, rank) : 0.0;
+    factors.total = total;
+    return factors;
+  };
+
+  if constexpr (std::is_same_v<Scalar, float>) {
+    const auto [values, vectors] = eigh(mm(mT(tall), tall));
+    const std::vector<double> energies = descending<double>(values);
+    const int64_t rank = goal.choose(energies, total, side);
+    if (rank >= 0 && rank <= goal.most_rank &&
+        (rank == 0 || energies[static_cast<size_t>(rank - 1)] > kGramFloor * energies[0])) {
+      const Tensor leading =
+          torch::stable::narrow(const_cast<Tensor&>(vectors), 1, side - rank, rank);
+      const Tensor long_vectors = mm(tall, leading);
+      const auto turned = [rank](const Tensor& tensor) {
+        return VectorsView{tensor.const_data_ptr<double>() + (rank - 1) * tensor.stride(1),
+                           tensor.size(0), tensor.stride(0), -tensor.stride(1)};
+      };
+      return dressed(energies, rank, turned(long_vectors), turned(leading), nullptr);
+    }
+    if (rank > goal.most_rank) return dressed(energies, rank, {}, {}, nullptr);
+  }
+  const auto [u, s, vh] = svd(tall);
+  const double* singular = s.template const_data_ptr<double>();
+  std::vector<double> energies(static_cast<size_t>(side));
+  for (size_t k = 0; k < energies.size(); ++k) energies[k] = singular[k] * singular[k];
+  int64_t rank = goal.choose(energies, sum_of(energies, side), side);
+  if (rank < 0) rank = side;
+  const VectorsView long_vectors{u.template const_data_ptr<double>(), tall.size(0), u.stride(0),
+                                 u.stride(1)};
+  const VectorsView short_vectors{vh.template const_data_ptr<double>(), side, vh.stride(1),
+                                  vh.stride(0)};
+  return dressed(energies, rank, long_vectors, short_vectors, singular);
+}
+
+// ---- fp32 ---------------------------------------------------------------------------------------
+
+// The energy that is left, the side and the digits decide whether fp32 will do.
+bool fp32_will_do(const Goal& goal, int64_t rows, int64_t cols, double total) {
+  if (std::min(rows, cols) <= kSmallSide) return false;
+  switch (goal.by) {
+    case StopBy::kRank:
+      return false;
+    case StopBy::kFloor:
+      return goal.floor > kFinestShare / static_cast<double>(std::min(rows, cols)) * total;
+    default:
+      return goal.energy > 0.0 && 1.0 - goal.energy >= kFinestShare;
+  }
+}
+
+// Ids of rows that are not zero, where leaving the others out is worth a copy.
+std::vector<int64_t> used_rows(const std::vector<uint8_t>& used) {
+  std::vector<int64_t> ids;
+  const auto count = std::count(used.begin(), used.end(), uint8_t{1});
+  if (2 * static_cast<size_t>(count) > used.size()) return ids;
+  ids.reserve(static_cast<size_t>(count));
+  for (size_t i = 0; i < used.size(); ++i)
+    if (used[i]) ids.push_back(static_cast<int64_t>(i));
+  return ids;
+}
+
+std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
+                               const std::vector<int64_t>& ids, int exponent, double total,
+                               const Earlier& earlier, uint64_t seed) {
+  const int64_t cols = matrix.size(1);
+  const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
+  Tensor work = matrix;
+  if (!ids.empty() || exponent != 0) {
+    work = rows_like(matrix, rows, cols, ScalarType::Float);
+    cpu::gather_rows(matrix.const_data_ptr<float>(), cols, ids.empty() ? nullptr : ids.data(), rows,
+                     exponent, work.mutable_data_ptr<float>());
+  }
+  std::optional<Found> solved = solve_in_fp32(work, total, goal, earlier, seed);
+  if (!solved) return std::nullopt;
+  Found& found = *solved;
+
+  Factors factors = empty_factors<float>(matrix, 0);
+  factors.shares = shares_of(matrix, found.energies, total);
+  factors.rank = found.rank;
+  factors.total = total;
+  if (found.rank == 0 || found.rank > goal.most_rank) return factors;
+  const int64_t rank = found.rank;
+  // Norms are truer than the energies that ordered the components, so neighbours may have to change
+  // places.
+  std::vector<int64_t> order(static_cast<size_t>(rank));
+  std::iota(order.begin(), order.end(), 0);
+  const auto larger = [&](int64_t a, int64_t b) {
+    return found.norms[static_cast<size_t>(a)] > found.norms[static_cast<size_t>(b)];
+  };
+  if (!std::is_sorted(order.begin(), order.end(), larger)) {
+    std::stable_sort(order.begin(), order.end(), larger);
+    for (Tensor* rows_of : {&found.long_rows, &found.short_rows}) {
+      Tensor sorted = rows_like(matrix, rank, rows_of->size(1), ScalarType::Float);
+      cpu::permute_rows(rows_of->const_data_ptr<float>(), rows_of->size(1), order.data(), rank,
+                        sorted.mutable_data_ptr<float>());
+      *rows_of = sorted;
+    }
+  }
+  const bool transposed = rows <= cols;
+  factors.left = transposed ? found.short_rows : found.long_rows;
+  factors.right = transposed ? found.long_rows : found.short_rows;
+  cpu::fix_signs(factors.left.mutable_data_ptr<float>(), rows,
+                 factors.right.mutable_data_ptr<float>(), cols, rank);
+  factors.sigma = empty_like_device(matrix, {rank}, ScalarType::Float);
+  for (int64_t k = 0; k < rank; ++k) {
+    const double norm = found.norms[static_cast<size_t>(order[static_cast<size_t>(k)])];
+    factors.captured += norm * norm;
+    factors.sigma.mutable_data_ptr<float>()[k] = static_cast<float>(std::ldexp(norm, exponent));
+  }
+  if (!ids.empty()) {
+    Tensor whole = rows_like(matrix, rank, matrix.size(0), ScalarType::Float);
+    cpu::scatter_columns(factors.left.const_data_ptr<float>(), rank, ids.data(), rows,
+                         matrix.size(0), whole.mutable_data_ptr<float>());
+    factors.left = whole;
+  }
+  return factors;
+}
+
+struct Scanned {
+  MatrixScan scan;
+  std::vector<uint8_t> used;
+};
+
+template <typename Scalar>
+Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wanted,
+                  const Earlier& earlier, uint64_t seed) {
+  const MatrixScan& scan = scanned.scan;
+  if (scan.zero) {
+    Factors factors = empty_factors<Scalar>(matrix, 0);
+    return factors;
+  }
+  if constexpr (std::is_same_v<Scalar, float>) {
+    const int exponent = std::abs(scan.exponent) <= kSafeExponent ? 0 : scan.exponent;
+    const double total = std::ldexp(scan.squares, -2 * exponent);
+    const std::vector<int64_t> ids = used_rows(scanned.used);
+    const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
+    const Goal goal(wanted, total, exponent, rows, matrix.size(1));
+    if (fp32_will_do(goal, rows, matrix.size(1), total)) {
+      const std::optional<Factors> factors =
+          quickly(matrix, goal, ids, exponent, total, earlier, seed);
+      if (factors) return *factors;
+    }
+  }
+  return exactly<Scalar>(matrix, scan, wanted);
+}
+
+template <typename Work>
+void share_out(int64_t count, const Work& work) {
+  // Always inside a parallel region, even for one matrix: torch's libraries then use one thread, so
+  // that results do not depend on how many there are. Whoever is free takes the next.
+  std::atomic<int64_t> next = 0;
+  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  torch::stable::parallel_for(0, std::max<int64_t>(threads, 2), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  });
+}
+
+}  // namespace
+
+std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
+                                   const std::vector<Wanted>& wanted,
+                                   const std::vector<Earlier>& earlier, int64_t seed) {
+  const auto count = static_cast<int64_t>(matrices.size());
+  std::vector<Tensor> whole(matrices.size());
+  std::vector<Scanned> scans(matrices.size());
+  share_out(count, [&](int64_t i) {
+    const auto index = static_cast<size_t>(i);
+    whole[index] = torch::stable::contiguous(matrices[index]);
+    const Tensor& matrix = whole[index];
+    Scanned& scanned = scans[index];
+    scanned.used.resize(static_cast<size_t>(matrix.size(0)));
+    if (matrix.scalar_type() == ScalarType::Float)
+      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<float>(), matrix.size(0),
+                                      matrix.size(1), scanned.used.data());
+    else
+      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<double>(), matrix.size(0),
+                                      matrix.size(1), scanned.used.data());
+  });
+  for (size_t i = 0; i < scans.size(); ++i)
+    STD_TORCH_CHECK(scans[i].scan.finite, "matrix ", i, " holds NaN or Inf");
+
+  // Longest first, so that no thread is left with a long one at the end.
+  std::vector<int64_t> order(matrices.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto cost = [&](int64_t i) {
+    const Tensor& matrix = matrices[static_cast<size_t>(i)];
+    return matrix.numel() * std::min(matrix.size(0), matrix.size(1));
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
+  std::vector<Factors> factors(matrices.size());
+  share_out(count, [&](int64_t turn) {
+    const auto i = static_cast<size_t>(order[static_cast<size_t>(turn)]);
+    factors[i] = whole[i].scalar_type() == ScalarType::Float
+                     ? factorise<float>(whole[i], scans[i], wanted[i], earlier[i],
+                                        static_cast<uint64_t>(seed))
+                     : factorise<double>(whole[i], scans[i], wanted[i], earlier[i],
+                                         static_cast<uint64_t>(seed));
+  });
+  return factors;
+}
+
+}  // namespace fedkd_fast::bind::on_cpu_half

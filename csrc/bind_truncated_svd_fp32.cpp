@@ -1,0 +1,368 @@
+// Leading factors of one matrix in fp32, on the CPU.
+//
+// X is the matrix or its transpose, M×N with M >= N. Two ways lead there:
+//
+// * subspace: B ← orth(XᵀX·B), then (XB)ᵀ(XB) = W Λ Wᵀ, V = B·W, U = X·V/σ (Halko, Martinsson,
+//   Tropp 2011). What V captures of |X|² is |X·V|² exactly, so the last product alone, in fp32,
+//   certifies the energy. Those before it only turn the subspace, which takes no more than 7 bits
+//   of each factor: levels of one step a row, where the machine multiplies int8. A start from the
+//   long-side vectors of an earlier matrix is worth half a pass more than one from its short side:
+//   Xᵀ·U, then one whole pass. A cold start predicts its width from a narrow sketch.
+// * Gram: XᵀX and all of its eigenvectors, where the subspace would be more than half of them. eigh
+//   mixes vectors of small σ by eps·σ₁²/σ²; a Newton-Schulz step makes them orthogonal again.
+//
+// Cost for width L: three products of 2·M·N·L operations in int8 and one in fp32, two
+// orthonormalisations of about 4·N·L², one eigenproblem of side L, 2·M·L² for its matrix and
+// 2·(M+N)·L·K for the vectors. Components are rows here, as they leave: (L, M) and (L, N).
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "bind_rows.h"
+#include "bind_truncated_svd.h"
+#include "kernels.h"
+
+namespace fedkd_fast::bind::on_cpu_half {
+namespace {
+
+// What rounding in fp32 can make of an energy, as a share of the total: products of vectors that
+// are orthogonal to a few eps. K is chosen for that much more.
+constexpr double kEnergySlack = 5e-6;
+// A subspace has this many directions more than the rank that is expected, and these besides: the
+// last ones converge slowly, and the rank may grow.
+constexpr double kOversampling = 1.08;
+constexpr int64_t kExtraDirections = 8;
+constexpr int64_t kWidthStep = 8;
+// Shares of the short side beyond which all eigenvectors are cheaper: where the long side is about
+// as long, and where it is at least twice that.
+constexpr double kMostDirections = 0.58, kMostDirectionsOfTall = 0.68;
+constexpr int64_t kSketchShare = 12, kLeastSketch = 16;
+// XᵀX - shift·I converges faster where the shift lies among the energies that are not wanted.
+constexpr double kShift = 0.2;  // of the least energy that is wanted
+// An earlier basis that holds less than this share of what is wanted gets a second pass.
+constexpr double kGoodStart = 0.45;
+constexpr int kMostWidenings = 4;
+// The least energy wanted, in means of those wanted, and the share of energy that call for a second
+// round.
+constexpr double kFlat = 0.35, kDelicateEnergy = 0.99;
+
+bool multiplies_int8() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool able = __builtin_cpu_supports("avx512vnni") != 0;
+  return able;
+#else
+  return false;
+#endif
+}
+
+int64_t width_for(int64_t rank, int64_t side) {
+  const auto wanted =
+      static_cast<int64_t>(kOversampling * static_cast<double>(rank)) + kExtraDirections;
+  return std::min(side, (wanted + kWidthStep - 1) / kWidthStep * kWidthStep);
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// Products with a matrix X, M×N, and its transpose: exact ones in fp32, and coarse ones.
+class Products {
+ public:
+  explicit Products(const Tensor& matrix)
+      : matrix_(matrix),
+        transposed_(matrix.size(0) <= matrix.size(1)),
+        coarse_(multiplies_int8() && matrix.size(0) < kMostInt8Terms &&
+                matrix.size(1) < kMostInt8Terms) {
+    if (!coarse_) return;
+    const int64_t rows = matrix.size(0), cols = matrix.size(1);
+    levels_ = empty_like_device(matrix, {rows, cols}, ScalarType::Char);
+    row_steps_.resize(static_cast<size_t>(rows));
+    ones_.assign(static_cast<size_t>(std::max(rows, cols)), 1.0f);
+    cpu::quantise_rows(matrix.const_data_ptr<float>(), rows, cols, ones_.data(),
+                       static_cast<int8_t*>(levels_->mutable_data_ptr()), row_steps_.data());
+  }
+
+  int64_t long_side() const { return std::max(matrix_.size(0), matrix_.size(1)); }
+  int64_t short_side() const { return std::min(matrix_.size(0), matrix_.size(1)); }
+
+  // rows (L, N) · Xᵀ
+  Tensor to_long(const Tensor& rows) const { return mm(rows, transposed_ ? matrix_ : mT(matrix_)); }
+  // XᵀX, its lower triangle.
+  Tensor gram() const { return lower_gram(transposed_ ? matrix_ : mT(matrix_)); }
+
+  Tensor roughly_to_long(const Tensor& rows) const { return rough(rows, transposed_, nullptr, 0); }
+  // rows (L, M) · X - shift · basis
+  Tensor roughly_to_short(const Tensor& rows, const Tensor* basis = nullptr,
+                          float shift = 0.0f) const {
+    return rough(rows, !transposed_, basis, shift);
+  }
+
+ private:
+  // rows · matrix where they are as long as its columns, rows · matrixᵀ otherwise.
+  Tensor rough(const Tensor& rows, bool along_columns, const Tensor* basis, float shift) const {
+    const int64_t count = rows.size(0);
+    if (!coarse_) {
+      Tensor out = mm(rows, along_columns ? matrix_ : mT(matrix_));
+      if (basis)
+        cpu::subtract_scaled(out.mutable_data_ptr<float>(), basis->const_data_ptr<float>(), shift,
+                             out.numel());
+      return out;
+    }
+    Tensor levels = empty_like_device(rows, {count, rows.size(1)}, ScalarType::Char);
+    std::vector<float> steps(static_cast<size_t>(count));
+    cpu::quantise_rows(rows.const_data_ptr<float>(), count, rows.size(1),
+                       along_columns ? row_steps_.data() : ones_.data(),
+                       static_cast<int8_t*>(levels.mutable_data_ptr()), steps.data());
+    const Tensor sums = int_mm(levels, along_columns ? *levels_ : mT(*levels_));
+    Tensor out = empty_like_device(rows, {count, sums.size(1)}, ScalarType::Float);
+    cpu::dequantise_rows(static_cast<const int32_t*>(sums.const_data_ptr()), count, sums.size(1),
+                         steps.data(), along_columns ? ones_.data() : row_steps_.data(),
+                         basis ? basis->const_data_ptr<float>() : nullptr, shift,
+                         out.mutable_data_ptr<float>());
+    return out;
+  }
+
+  const Tensor matrix_;
+  const bool transposed_, coarse_;
+  std::optional<Tensor> levels_;  // int8: matrix ≈ diag(row_steps) · levels
+  std::vector<float> row_steps_, ones_;
+};
+
+// ---- the solver ---------------------------------------------------------------------------------
+
+struct Subspace {
+  Tensor start;        // (L, M): the next pass begins with it
+  int64_t known = 0;   // rows of it that are not random
+  double least = 0.0;  // the least energy that is wanted, as far as one knows
+  Tensor basis;        // (L, N), orthonormal
+  Tensor images;       // (L, M): X·basis
+  std::vector<double> energies;
+  Tensor vectors;  // (L, L), ascending columns
+};
+
+class Solver {
+ public:
+  Solver(const Tensor& matrix, double total, const Goal& goal, uint64_t seed)
+      : x_(matrix),
+        total_(total),
+        goal_(goal),
+        seed_(seed),
+        long_(x_.long_side()),
+        side_(x_.short_side()),
+        tall_(long_ >= 2 * side_),
+        most_width_(static_cast<int64_t>((tall_ ? kMostDirectionsOfTall : kMostDirections) *
+                                         static_cast<double>(side_))) {}
+
+  std::optional<Found> solve(const Earlier& earlier) const {
+    Subspace subspace;
+    int64_t width = start(earlier, subspace);
+    bool settled = false;
+    for (int widening = 0; width <= most_width_ && widening < kMostWidenings; ++widening) {
+      refine(subspace);
+      subspace.images = x_.to_long(subspace.basis);
+      decompose(subspace, tall_);
+      const int64_t rank = goal_.choose(subspace.energies, total_, side_, kEnergySlack);
+      if (rank >= 0 && !settled && is_delicate(subspace.energies, rank)) {
+        settled = true;
+        width = std::max(width, width_for(rank, side_));
+        if (width <= most_width_) widen(subspace, width);
+        continue;
+      }
+      if (rank >= 0) {
+        if (const auto found = finish(subspace, rank)) return found;
+        decompose(subspace, true);
+        return finish(subspace, rank);
+      }
+      width =
+          std::max(width + width / 8, width_for(predict(subspace.energies, width * 4 / 5), side_));
+      if (width <= most_width_) widen(subspace, width);
+    }
+    return by_gram();
+  }
+
+ private:
+  Tensor random_rows(int64_t rows, int64_t length) const {
+    Tensor out = empty_like_device(anchor(), {rows, length}, ScalarType::Float);
+    cpu::random_signs(seed_ + static_cast<uint64_t>(rows), rows * length,
+                      out.mutable_data_ptr<float>());
+    return out;
+  }
+  static Tensor anchor() { return torch::stable::empty({0}, ScalarType::Float); }
+
+  // The rows, then images of random directions.
+  Tensor extended(const Tensor& rows, int64_t width) const {
+    const int64_t more = width - rows.size(0);
+    return more > 0 ? stacked(rows, x_.roughly_to_long(random_rows(more, side_))) : rows;
+  }
+
+  // The rank that is wanted, judged by the first energies of a spectrum.
+  int64_t predict(const std::vector<double>& energies, int64_t known) const {
+    const auto count = static_cast<int64_t>(energies.size());
+    if (goal_.by == StopBy::kRank) return goal_.rank;
+    if (goal_.by == StopBy::kFloor) {
+      const int64_t kept = goal_.choose(energies, total_, side_);
+      return kept >= 0 ? kept : std::min(side_, 2 * count);
+    }
+    return cpu::predict_rank(energies.data(), known, side_, total_, goal_.energy);
+  }
+
+  // Where nearly the whole subspace is wanted, or energies hardly fall up to the last one wanted,
+  // or hardly any may be lost, one that has not settled takes 5 % more components than suffice.
+  bool is_delicate(const std::vector<double>& energies, int64_t rank) const {
+    if (rank == 0) return false;
+    if (rank + kExtraDirections / 2 + rank / 32 > static_cast<int64_t>(energies.size()))
+      return true;
+    const double least = energies[static_cast<size_t>(rank - 1)];
+    const double captured = std::accumulate(energies.begin(), energies.begin() + rank, 0.0);
+    return least * static_cast<double>(rank) > kFlat * captured || goal_.energy > kDelicateEnergy;
+  }
+
+  // What the first pass starts from; returns how wide it is, or has to be.
+  int64_t start(const Earlier& earlier, Subspace& subspace) const {
+    if (!earlier.shares) return sketch(subspace);
+    const double* shares = earlier.shares->const_data_ptr<double>();
+    std::vector<double> energies(shares, shares + earlier.shares->size(0));
+    for (double& energy : energies) energy *= total_;
+    const int64_t rank = predict(energies, earlier.shares->size(0));
+    const int64_t width = width_for(rank, side_);
+    if (width > most_width_) return width;
+    subspace.least = energies[static_cast<size_t>(
+        std::clamp<int64_t>(rank, 1, static_cast<int64_t>(energies.size())) - 1)];
+    const int64_t known = earlier.basis ? std::min(earlier.basis->size(0), width) : 0;
+    const Tensor rows = torch::stable::contiguous(known > 0 ? first_rows(*earlier.basis, known)
+                                                            : random_rows(0, long_));
+    if (known == 0 ||
+        !std::isfinite(cpu::squared_norm(rows.const_data_ptr<float>(), rows.numel()))) {
+      subspace.start = x_.roughly_to_long(random_rows(width, side_));
+      return width;
+    }
+    subspace.known = known;
+    // Random rows of the long side: that saves one product.
+    subspace.start = stacked(rows, random_rows(width - subspace.known, long_));
+    return width;
+  }
+
+  // A narrow subspace after one pass shows how fast the energies fall.
+  int64_t sketch(Subspace& subspace) const {
+    const int64_t width = std::min(side_, std::max(kLeastSketch, side_ / kSketchShare));
+    const Tensor images = x_.roughly_to_long(random_rows(width, side_));
+    subspace.basis = orthonormal(x_.roughly_to_short(images));
+    subspace.images = x_.roughly_to_long(subspace.basis);
+    decompose(subspace, false);
+    // The last of them have not converged.
+    const int64_t rank = predict(subspace.energies, std::max<int64_t>(1, width * 3 / 5));
+    const int64_t wanted = width_for(rank, side_);
+    if (wanted > most_width_) return wanted;
+    widen(subspace, wanted);
+    return wanted;
+  }
+
+  // From images of the long side to an orthonormal basis of the short one.
+  void refine(Subspace& subspace) const {
+    const Tensor rows = x_.roughly_to_short(subspace.start);
+    const float* data = rows.const_data_ptr<float>();
+    double least = subspace.least;
+    int passes = 1;
+    if (subspace.known > 0) {
+      const double captured = cpu::squared_norm(data, subspace.known * side_);
+      if (goal_.by == StopBy::kEnergy && captured < kGoodStart * goal_.energy * total_) passes = 2;
+      least = std::min(least, cpu::squared_norm(data + (subspace.known - 1) * side_, side_));
+    }
+    Tensor basis = nearly_orthonormal(rows);
+    for (int pass = 0; pass < passes; ++pass) {
+      const Tensor images = x_.roughly_to_long(basis);
+      const Tensor next = x_.roughly_to_short(images, &basis, static_cast<float>(kShift * least));
+      basis = pass + 1 < passes ? nearly_orthonormal(next) : orthonormal(next);
+    }
+    subspace.basis = basis;
+  }
+
+  // In fp64, or in fp32 and straightened afterwards, which is cheaper where the images are short.
+  void decompose(Subspace& subspace, bool finely) const {
+    const Tensor gram = lower_gram(subspace.images);
+    const auto [values, vectors] =
+        eigh(finely ? torch::stable::to(gram, ScalarType::Double) : gram);
+    subspace.energies = finely ? descending<double>(values) : descending<float>(values);
+    subspace.vectors = vectors;
+  }
+
+  Tensor order(const Subspace& subspace, int64_t count) const {
+    return subspace.vectors.scalar_type() == ScalarType::Double
+               ? leading_rows<double>(subspace.vectors, count)
+               : leading_rows<float>(subspace.vectors, count);
+  }
+
+  void widen(Subspace& subspace, int64_t width) const {
+    const auto count = static_cast<int64_t>(subspace.energies.size());
+    subspace.known = std::min(count, width);
+    subspace.least = subspace.energies[static_cast<size_t>(subspace.known - 1)];
+    subspace.start = extended(mm(order(subspace, subspace.known), subspace.images), width);
+  }
+
+  // The leading `rank` components, or nothing where they cannot be straightened.
+  std::optional<Found> finish(const Subspace& subspace, int64_t rank) const {
+    Found found;
+    found.energies = subspace.energies;
+    found.rank = rank;
+    if (rank == 0 || rank > goal_.most_rank) return found;
+    const auto count = static_cast<int64_t>(found.energies.size());
+    for (;; ++found.rank) {
+      const Tensor turn = order(subspace, found.rank);
+      found.long_rows = mm(turn, subspace.images);
+      found.short_rows = mm(turn, subspace.basis);
+      if (normalise(found) || found.rank == count) break;
+    }
+    const bool fine = subspace.vectors.scalar_type() == ScalarType::Double;
+    if (!fine && !straighten(found.long_rows)) return std::nullopt;
+    return found;
+  }
+
+  // Gives the long rows unit length; whether they hold what is wanted.
+  bool normalise(Found& found) const {
+    found.norms.resize(static_cast<size_t>(found.rank));
+    cpu::normalise_rows(found.long_rows.mutable_data_ptr<float>(), found.rank, long_,
+                        found.norms.data());
+    double captured = 0.0;
+    for (const double norm : found.norms) captured += norm * norm;
+    return goal_.by != StopBy::kEnergy || captured > (goal_.energy + kEnergySlack / 2) * total_;
+  }
+
+  std::optional<Found> by_gram() const {
+    Found found;
+    const Tensor gram = x_.gram();
+    if (goal_.most_rank < side_) {
+      found.energies = descending<float>(eigvalsh(gram));
+      found.rank = goal_.choose(found.energies, total_, side_, kEnergySlack);
+      if (found.rank > goal_.most_rank) return found;
+    }
+    const auto [values, vectors] = eigh(gram);
+    found.energies = descending<float>(values);
+    found.rank = goal_.choose(found.energies, total_, side_, kEnergySlack);
+    if (found.rank < 0) return std::nullopt;
+    if (found.rank == 0 || found.rank > goal_.most_rank) return found;
+    for (;; ++found.rank) {
+      found.short_rows = leading_rows<float>(vectors, found.rank);
+      found.long_rows = x_.to_long(found.short_rows);
+      if (normalise(found)) break;
+      if (found.rank == side_) return std::nullopt;
+    }
+    if (!straighten(found.long_rows)) return std::nullopt;
+    return found;
+  }
+
+  const Products x_;
+  const double total_;
+  const Goal goal_;
+  const uint64_t seed_;
+  const int64_t long_, side_;
+  const bool tall_;
+  const int64_t most_width_;
+};
+
+}  // namespace
+
+std::optional<Found> solve_in_fp32(const Tensor& matrix, double total, const Goal& goal,
+                                   const Earlier& earlier, uint64_t seed) {
+  return Solver(matrix, total, goal, seed).solve(earlier);
+}
+
+}  // namespace fedkd_fast::bind::on_cpu_half
