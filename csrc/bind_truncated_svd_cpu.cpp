@@ -17,7 +17,7 @@ namespace fedkd_fast::bind::on_cpu_half {
 namespace {
 
 // Below this side, and where less of the energy may be lost, fp64 does it.
-constexpr int64_t kSmallSide = 64;
+constexpr int64_t kSmallSide = 24;
 constexpr double kFinestShare = 1e-3;
 // Squares of numbers within these powers of two stay inside fp32.
 constexpr int kSafeExponent = 24;

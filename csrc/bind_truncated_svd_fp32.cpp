@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "bind_rows.h"
 #include "bind_truncated_svd.h"
@@ -37,6 +38,10 @@ constexpr int64_t kWidthStep = 8;
 // Shares of the short side beyond which all eigenvectors are cheaper: where the long side is about
 // as long, and where it is at least twice that.
 constexpr double kMostDirections = 0.58, kMostDirectionsOfTall = 0.68;
+// A short side up to which all eigenvectors are cheaper than a sketch, and than a subspace of more
+// than this share of it.
+constexpr int64_t kLittleSide = 128;
+constexpr double kMostDirectionsOfLittle = 0.3;
 constexpr int64_t kSketchShare = 12, kLeastSketch = 16;
 // XᵀX - shift·I converges faster where the shift lies among the energies that are not wanted.
 constexpr double kShift = 0.2;  // of the least energy that is wanted
@@ -45,7 +50,8 @@ constexpr double kGoodStart = 0.45;
 constexpr int kMostWidenings = 4;
 // The least energy wanted, in means of those wanted, and the share of energy that call for a second
 // round.
-constexpr double kFlat = 0.35, kDelicateEnergy = 0.99;
+constexpr double kFlat = 0.25, kRatherFlat = 0.1, kDelicateEnergy = 0.99;
+constexpr int64_t kFewComponents = 8;  // whose least energy is never far from their mean
 
 bool multiplies_int8() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -133,6 +139,7 @@ struct Subspace {
   Tensor start;        // (L, M): the next pass begins with it
   int64_t known = 0;   // rows of it that are not random
   double least = 0.0;  // the least energy that is wanted, as far as one knows
+  int passes = 1;      // of the next refinement
   Tensor basis;        // (L, N), orthonormal
   Tensor images;       // (L, M): X·basis
   std::vector<double> energies;
@@ -149,10 +156,13 @@ class Solver {
         long_(x_.long_side()),
         side_(x_.short_side()),
         tall_(long_ >= 2 * side_),
-        most_width_(static_cast<int64_t>((tall_ ? kMostDirectionsOfTall : kMostDirections) *
+        most_width_(static_cast<int64_t>((side_ <= kLittleSide ? kMostDirectionsOfLittle
+                                          : tall_              ? kMostDirectionsOfTall
+                                                               : kMostDirections) *
                                          static_cast<double>(side_))) {}
 
   std::optional<Found> solve(const Earlier& earlier) const {
+    if (side_ <= kLittleSide && !earlier.shares) return by_gram();
     Subspace subspace;
     int64_t width = start(earlier, subspace);
     bool settled = false;
@@ -211,9 +221,26 @@ class Solver {
     if (rank == 0) return false;
     if (rank + kExtraDirections / 2 + rank / 32 > static_cast<int64_t>(energies.size()))
       return true;
-    const double least = energies[static_cast<size_t>(rank - 1)];
+    const double least = energy_at(energies, rank);
     const double captured = std::accumulate(energies.begin(), energies.begin() + rank, 0.0);
-    return least * static_cast<double>(rank) > kFlat * captured || goal_.energy > kDelicateEnergy;
+    const bool flat = least * static_cast<double>(rank) > kFlat * captured;
+    return (rank >= kFewComponents && flat) || goal_.energy > kDelicateEnergy;
+  }
+
+  // The energy of component `rank`, counted from 1; 0 where it is not among them.
+  static double energy_at(const std::vector<double>& energies, int64_t rank) {
+    return rank >= 1 && rank <= static_cast<int64_t>(energies.size())
+               ? energies[static_cast<size_t>(rank - 1)]
+               : 0.0;
+  }
+
+  // Random directions need more than one pass where energies hardly fall.
+  int passes_from_nothing(const std::vector<double>& energies, int64_t rank) const {
+    const int64_t last = std::min(rank, static_cast<int64_t>(energies.size()));
+    const double least = energy_at(energies, last);
+    const bool flat =
+        rank >= kFewComponents && least * static_cast<double>(rank) > kRatherFlat * total_;
+    return goal_.by == StopBy::kEnergy && flat ? 2 : 1;
   }
 
   // What the first pass starts from; returns how wide it is, or has to be.
@@ -225,14 +252,14 @@ class Solver {
     const int64_t rank = predict(energies, earlier.shares->size(0));
     const int64_t width = width_for(rank, side_);
     if (width > most_width_) return width;
-    subspace.least = energies[static_cast<size_t>(
-        std::clamp<int64_t>(rank, 1, static_cast<int64_t>(energies.size())) - 1)];
+    subspace.least = energy_at(energies, rank);
     const int64_t known = earlier.basis ? std::min(earlier.basis->size(0), width) : 0;
     const Tensor rows = torch::stable::contiguous(known > 0 ? first_rows(*earlier.basis, known)
                                                             : random_rows(0, long_));
     if (known == 0 ||
         !std::isfinite(cpu::squared_norm(rows.const_data_ptr<float>(), rows.numel()))) {
       subspace.start = x_.roughly_to_long(random_rows(width, side_));
+      subspace.passes = passes_from_nothing(energies, rank);
       return width;
     }
     subspace.known = known;
@@ -252,6 +279,7 @@ class Solver {
     const int64_t rank = predict(subspace.energies, std::max<int64_t>(1, width * 3 / 5));
     const int64_t wanted = width_for(rank, side_);
     if (wanted > most_width_) return wanted;
+    subspace.passes = passes_from_nothing(subspace.energies, rank);
     widen(subspace, wanted);
     return wanted;
   }
@@ -261,7 +289,7 @@ class Solver {
     const Tensor rows = x_.roughly_to_short(subspace.start);
     const float* data = rows.const_data_ptr<float>();
     double least = subspace.least;
-    int passes = 1;
+    int passes = std::exchange(subspace.passes, 1);
     if (subspace.known > 0) {
       const double captured = cpu::squared_norm(data, subspace.known * side_);
       if (goal_.by == StopBy::kEnergy && captured < kGoodStart * goal_.energy * total_) passes = 2;
@@ -294,7 +322,9 @@ class Solver {
   void widen(Subspace& subspace, int64_t width) const {
     const auto count = static_cast<int64_t>(subspace.energies.size());
     subspace.known = std::min(count, width);
-    subspace.least = subspace.energies[static_cast<size_t>(subspace.known - 1)];
+    // Beyond what is known, energies may be far below the last one that is.
+    subspace.least =
+        width <= count + count / 4 ? energy_at(subspace.energies, subspace.known) : 0.0;
     subspace.start = extended(mm(order(subspace, subspace.known), subspace.images), width);
   }
 

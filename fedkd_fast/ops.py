@@ -101,7 +101,7 @@ def truncated_svd_list(
     * `floor` s: every component with ``σ >= s``.
 
     The energy is that of the factors returned, not an estimate, and holds in exact arithmetic. With
-    float32 input, a shorter side of more than 64, and at least a thousandth of the energy to lose,
+    float32 input, a shorter side of more than 24, and at least a thousandth of the energy to lose,
     K may exceed the smallest: by 5 %, or by one component; with `floor`, components within a few
     per cent of it may fall on either side. Everything else is the optimum.
 
