@@ -75,13 +75,14 @@ def frame_layers(frame: bytes) -> list[dict[str, Any]]:
         full_rank = 0
         if len(entry.shape) > 1 and all(entry.shape):
             full_rank = min(entry.shape[0], math.prod(entry.shape[1:]))
-        factored = entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS)
+        mode, rank = entry.numbers
+        factored = mode in (Mode.FACTORS, Mode.PACKED_FACTORS)
         layers.append(
             {
                 "name": entry.name,
                 "shape": list(entry.shape),
-                "mode": entry.mode.name,
-                "rank": entry.rank if factored else full_rank,
+                "mode": mode.name if entry.rows_mode is None else f"ROWS_{mode.name}",
+                "rank": rank if factored else full_rank,
                 "full_rank": full_rank,
                 "bytes": entry.payload_bytes,
                 "dense_bytes": entry.dense_bytes,

@@ -52,6 +52,12 @@ class Mode(IntEnum):
     FACTORS = 3
     PACKED_FACTORS = 4
     PACKED_DENSE = 5
+    ROWS = 6
+
+
+_ROW_MODES = {
+    int(mode): mode for mode in (Mode.RAW, Mode.FACTORS, Mode.PACKED_FACTORS, Mode.PACKED_DENSE)
+}
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,16 @@ class Entry:
 
     With P = shape[0] and Q = numel / P, the payload of a matrix of rank K is, in float32 and C
     order, `sigma (K,) | left (K, P) | right (K, Q)` in mode FACTORS; the modes PACKED_* hold codes
-    of 1 to 16 bits instead, see `packed_factors_parts` and `packed_dense_parts`.
+    of 1 to 16 bits instead, see `packed_factors_parts` and `packed_dense_parts`. In mode ROWS most
+    rows are zero and the others travel in one of these modes or RAW, see `rows_parts`.
     """
 
     name: str  # 1 to 1024 bytes of utf-8 without control characters, unique in the frame
     dtype: str  # one of DTYPES
     shape: tuple[int, ...]  # at most 16 dimensions
     mode: Mode
-    rank: int = 0  # K of factors, rows of PACKED_DENSE, index of the entry that an ALIAS equals
+    # K of factors, rows of PACKED_DENSE, rows sent by ROWS, index of the entry that an ALIAS equals
+    rank: int = 0
     payload: bytes | memoryview = b""
 
 
@@ -90,6 +98,15 @@ class EntryInfo(NamedTuple):
     rank: int
     payload_bytes: int  # in the frame, without the entry's line in the directory
     dense_bytes: int  # numel * itemsize, what the tensor takes once decoded
+    rows_mode: Mode | None = None  # of mode ROWS: how those rows travel,
+    rows_rank: int = 0  # and at which rank
+
+    @property
+    def numbers(self) -> tuple[Mode, int]:
+        """Mode and rank of the numbers that travel: those of the rows in mode ROWS."""
+        if self.rows_mode is None:
+            return self.mode, self.rank
+        return self.rows_mode, self.rows_rank
 
 
 class FactorsParts(NamedTuple):
@@ -116,6 +133,13 @@ class PackedDenseParts(NamedTuple):
     scale: memoryview  # (R,) little-endian float32
     bits: memoryview  # (R,) uint8, 0 for a row of zeros
     codes: memoryview  # row r takes ceil((numel / R) * bits[r] / 8) bytes
+
+
+class RowsParts(NamedTuple):
+    """Sections of a ROWS payload."""
+
+    gaps: memoryview  # for each row that is sent, a varint: how many rows are left out before it
+    rows: Entry  # these rows as an entry of shape (rank, *shape[1:])
 
 
 def encode(entries: Sequence[Entry], *, base_digest: bytes | None = None) -> bytes:
@@ -178,11 +202,16 @@ def inspect(frame: Buffer) -> list[EntryInfo]:
         WireError: the bytes are no frame of this version, or are damaged.
         TypeError: `frame` is not a contiguous bytes-like object.
     """
-    _, records, _ = _read(frame, _ANY_SIZE)
-    return [
-        EntryInfo(name, shape, dtype, Mode(mode), rank, size, dense)
-        for name, dtype, shape, mode, rank, _, size, dense in records
-    ]
+    _, records, data = _read(frame, _ANY_SIZE)
+    infos = []
+    for name, dtype, shape, code, rank, offset, size, dense in records:
+        mode, rows = Mode(code), None
+        if mode is Mode.ROWS:
+            entry = Entry(name, dtype, shape, mode, rank, data[offset : offset + size])
+            rows = rows_parts(entry).rows
+        inner = (rows.mode, rows.rank) if rows else (None, 0)
+        infos.append(EntryInfo(name, shape, dtype, mode, rank, size, dense, *inner))
+    return infos
 
 
 def factors_parts(entry: Entry) -> FactorsParts:
@@ -247,6 +276,60 @@ def packed_dense_parts(entry: Entry) -> PackedDenseParts:
     bits = memoryview(entry.payload)[_FLOAT_BYTES * rows : (_FLOAT_BYTES + 1) * rows]
     codes = _code_bytes(numel // rows, bits)
     return PackedDenseParts(*_split(entry, [_FLOAT_BYTES * rows, rows, codes]))
+
+
+def rows_entry(shape: tuple[int, ...], gaps: bytes, rows: Entry) -> Entry:
+    """Make the ROWS entry of a tensor of this shape; the inverse of `rows_parts`.
+
+    Args:
+        shape: of the whole tensor, at least two dimensions.
+        gaps: as in `RowsParts`.
+        rows: the rows that are sent, in mode RAW, FACTORS, PACKED_FACTORS or PACKED_DENSE.
+    """
+    head = bytes([rows.mode]) + _varint(rows.rank) + _varint(len(gaps))
+    payload = b"".join((head, gaps, rows.payload))
+    return Entry(rows.name, rows.dtype, shape, Mode.ROWS, rows.shape[0], payload)
+
+
+def rows_parts(entry: Entry) -> RowsParts:
+    """Split the payload of a ROWS entry.
+
+    Args:
+        entry: an entry of mode ROWS.
+
+    Returns:
+        A view of the gaps, and the entry of the rows, whose payload is a view.
+
+    Raises:
+        ValueError: the entry has another mode.
+        WireError: its payload ends before its rows begin, or they have no mode of their own.
+    """
+    _matrix(entry, Mode.ROWS)
+    payload = memoryview(entry.payload)
+    try:
+        mode = _ROW_MODES[payload[0]]
+        rank, at = _read_varint(payload, 1)
+        size, at = _read_varint(payload, at)
+    except (IndexError, KeyError):
+        raise WireError(f"payload of {entry.name!r} must begin with mode, rank and ids") from None
+    gaps, rest = payload[at : at + size], payload[at + size :]
+    shape = (entry.rank, *entry.shape[1:])
+    return RowsParts(gaps, Entry(entry.name, entry.dtype, shape, mode, rank, rest))
+
+
+def _varint(value: int) -> bytes:
+    low = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(digit | 0x80 for digit in low[:-1]), low[-1]])
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the number that begins at `at`, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at
 
 
 def _read(frame: Buffer, max_bytes: int) -> tuple[bytes | None, list[_Record], memoryview]:

@@ -27,6 +27,7 @@ from wire_frames import (
     code_bytes,
     floats,
     record,
+    rows_payload,
     seal,
 )
 
@@ -89,6 +90,16 @@ def entry_lists(draw: st.DrawFn) -> list[Entry]:
         if mode == Mode.ALIAS and targets:
             index = draw(st.sampled_from(targets))
             entries.append(Entry(name, entries[index].dtype, entries[index].shape, mode, index))
+        elif mode == Mode.ROWS:
+            count, width = draw(st.integers(1, 5)), draw(DIMS)
+            inner = draw(st.sampled_from([Mode.FACTORS, Mode.PACKED_FACTORS, Mode.PACKED_DENSE]))
+            gaps = draw(st.lists(st.integers(0, 300), min_size=count, max_size=count))
+            height = sum(gaps) + count + draw(st.integers(not any(gaps), 300))
+            rank = 1 if inner == Mode.PACKED_DENSE else draw(st.integers(1, min(count, width)))
+            payload = payload_of(draw, inner, (count, width), rank)
+            payload = rows_payload(inner, rank, gaps, payload)
+            dtype = draw(st.sampled_from(FLOATING))
+            entries.append(Entry(name, dtype, (height, width), mode, count, payload))
         elif mode in (Mode.FACTORS, Mode.PACKED_FACTORS, Mode.PACKED_DENSE):
             least = 0 if mode == Mode.PACKED_DENSE else 2
             shape = tuple(draw(st.lists(DIMS, min_size=least, max_size=3)))
@@ -260,7 +271,7 @@ OK = Entry("w", "float32", (2, 3), Mode.FACTORS, 1, floats(1, 1, 2, 1, 2, 3))
         (replace(OK, name="\ud800"), "must be utf-8 without control characters"),
         (replace(OK, name="a\x1b[2J"), "must be utf-8 without control characters"),
         (replace(OK, dtype="complex64"), 'unknown dtype "complex64"'),
-        (replace(OK, mode=6), "unknown mode 6"),  # type: ignore[arg-type]
+        (replace(OK, mode=7), "unknown mode 7"),  # type: ignore[arg-type]
         (replace(OK, mode=256), "unknown mode 256"),  # type: ignore[arg-type]
         (replace(OK, shape=(-1, 3)), r"shape must lie in \[0, 2\*\*63\), got -1"),
         (replace(OK, shape=(2**64, 3)), r"shape must lie in \[0, 2\*\*63\)"),

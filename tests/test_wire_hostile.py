@@ -18,6 +18,7 @@ from wire_frames import (
     one,
     record,
     reseal,
+    rows_in_all_modes,
     seal,
     varint,
 )
@@ -25,8 +26,9 @@ from wire_frames import (
 from fedkd_fast import wire
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
-FRAME = wire.encode(all_modes(), base_digest=bytes(range(16)))
-ZERO, RAW, ALIAS, FACTORS, PACKED, DENSE = Mode
+ENTRIES = [*all_modes(), *rows_in_all_modes()]
+FRAME = wire.encode(ENTRIES, base_digest=bytes(range(16)))
+ZERO, RAW, ALIAS, FACTORS, PACKED, DENSE, ROWS = Mode
 
 FUZZ_FRAMES = 100_000
 FUZZ_MAX_BYTES = 4096  # small, so that the bound is hit as well
@@ -78,9 +80,13 @@ HEADER_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "magic": (lambda: reseal(b"FKD2" + FRAME[4:]), "must start with FKD1"),
     "newer major": (
         lambda: seal(b"", count=0, version=(2, 0)),
-        r"frame version 2\.0 is newer than this reader \(1\.0\): upgrade fedkd_fast",
+        r"frame version 2\.0 is newer than this reader \(1\.1\): upgrade fedkd_fast",
     ),
-    "newer minor": (lambda: seal(b"", count=0, version=(1, 1)), r"version 1\.1 is newer"),
+    "newer minor": (lambda: seal(b"", count=0, version=(1, 2)), r"version 1\.2 is newer"),
+    "minor too high": (
+        lambda: seal(PAIR, VECTOR, version=(1, 1)),
+        "minor version must be 0, the lowest with the frame's modes, got 1",
+    ),
     "major zero": (lambda: seal(b"", count=0, version=(0, 9)), r"version 0\.9 was never written"),
     "flags": (lambda: seal(b"", count=0, flags=2), "unknown flags 2"),
     "high flag": (lambda: seal(b"", count=0, flags=0x8001), "unknown flags 32769"),
@@ -122,7 +128,7 @@ HEADER_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 DIRECTORY_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "unknown dtype": (lambda: one(dtype=10), "unknown dtype code 10"),
-    "unknown mode": (lambda: one(mode=6), "unknown mode 6"),
+    "unknown mode": (lambda: one(mode=7), "unknown mode 7"),
     "seventeen dims": (lambda: one(mode=ZERO, shape=(1,) * 17), "ndim of entry 0"),
     "overlong name size": (lambda: seal(b"\0\x81\0w" + TAIL + bytes(3)), "name suffix of entry 0"),
     "overlong prefix": (lambda: seal(b"\x80\0\1w" + TAIL + bytes(3)), "name prefix of entry 0"),
@@ -343,7 +349,7 @@ def mutate(frame: bytes, dice: random.Random) -> bytes:
         at = dice.choice((dice.randrange(6, len(data)), dice.randrange(HEADER_BYTES, len(data))))
         kind = dice.randrange(4)
         if kind == 0:
-            data[at] = dice.choice((0, 1, 2, 3, 4, 5, 16, 127, 128, 255))
+            data[at] = dice.choice((0, 1, 2, 3, 4, 5, 6, 16, 127, 128, 255))
         elif kind == 1:
             data[at] ^= 1 << dice.randrange(8)
         elif kind == 2:
@@ -356,7 +362,7 @@ def mutate(frame: bytes, dice: random.Random) -> bytes:
 
 def test_fuzz_with_mended_checksums() -> None:
     dice = random.Random(20261122)
-    seeds = [FRAME, *(wire.encode([e]) for e in all_modes() if e.mode != ALIAS)]
+    seeds = [FRAME, *(wire.encode([e]) for e in ENTRIES if e.mode != ALIAS)]
     accepted = 0
     for _ in range(FUZZ_FRAMES):
         frame = mutate(dice.choice(seeds), dice)
@@ -371,9 +377,11 @@ def test_fuzz_with_mended_checksums() -> None:
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=60), st.binary(max_size=60), st.integers(0, 8))
-def test_random_directories_with_right_checksums(directory: bytes, payload: bytes, n: int) -> None:
-    frame = seal(directory, payload, count=n)
+@given(st.binary(max_size=60), st.binary(max_size=60), st.integers(0, 8), st.integers(0, 1))
+def test_random_directories_with_right_checksums(
+    directory: bytes, payload: bytes, n: int, minor: int
+) -> None:
+    frame = seal(directory, payload, count=n, version=(1, minor))
     try:
         decoded = wire.decode(frame)
     except WireError:

@@ -6,7 +6,7 @@ import math
 import struct
 
 import fedkd_fast._C as _C
-from fedkd_fast.wire import DTYPES, Entry, Frame, Mode
+from fedkd_fast.wire import DTYPES, Entry, Frame, Mode, rows_parts
 
 HEADER_BYTES = 64
 ITEMSIZE = dict(zip(DTYPES, (4, 8, 2, 2, 1, 2, 4, 8, 1, 1), strict=True))
@@ -88,8 +88,14 @@ def code_bytes(length: int, bits: bytes) -> int:
     return sum(math.ceil(length * width / 8) for width in bits)
 
 
+def rows_payload(mode: int, rank: int, gaps: list[int], payload: bytes) -> bytes:
+    """Rows of a matrix, each after so many rows that are left out."""
+    ids = b"".join(map(varint, gaps))
+    return bytes([mode]) + varint(rank) + varint(len(ids)) + ids + payload
+
+
 def all_modes() -> list[Entry]:
-    """A small entry of each mode; together they are the golden frame."""
+    """A small entry of each mode of version 1.0; together they are its golden frame."""
     return [
         Entry("encoder.layer.0.weight", "float32", (2, 3), Mode.RAW, 0, floats(1, 2, 3, 4, 5, 6)),
         Entry("encoder.layer.0.bias", "float32", (300,), Mode.ZERO),
@@ -118,45 +124,81 @@ def all_modes() -> list[Entry]:
     ]
 
 
+def rows_in_all_modes() -> list[Entry]:
+    """Rows of matrices in each of their modes, which is what version 1.1 added."""
+    factors = floats(0.5, 1, 2, 3, 4)
+    packed = floats(0.25) + bytes([4, 1]) + bytes(3)
+    dense = floats(1, 0) + bytes([16, 0]) + bytes(range(4))
+    return [
+        Entry("emb.raw", "int16", (300, 2), Mode.ROWS, 1, rows_payload(1, 0, [299], b"abcd")),
+        Entry("emb.u", "float16", (9, 2), Mode.ROWS, 2, rows_payload(3, 1, [0, 7], factors)),
+        Entry("emb.w", "float32", (9, 1, 5), Mode.ROWS, 3, rows_payload(4, 1, [2, 0, 0], packed)),
+        Entry("emb.x", "float64", (400, 2), Mode.ROWS, 2, rows_payload(5, 2, [128, 200], dense)),
+    ]
+
+
 def assert_invariants(frame: Frame, max_bytes: int) -> None:
     """Check what a decoder promises of any frame that it accepts."""
     total = 0
     for index, entry in enumerate(frame.entries):
-        payload = bytes(entry.payload)
-        numel = math.prod(entry.shape)
-        dense = numel * ITEMSIZE[entry.dtype]
-        total += dense
-        rank = entry.rank
-        scales = 0
-        if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
-            p, q = entry.shape[0], math.prod(entry.shape[1:])
-            assert 1 <= rank <= min(p, q)
-        if entry.mode == Mode.RAW:
-            assert (rank, len(payload)) == (0, dense)
-            assert entry.dtype != "bool" or set(payload) <= {0, 1}
-        elif entry.mode == Mode.ZERO:
-            assert (rank, payload) == (0, b"")
-        elif entry.mode == Mode.ALIAS:
-            target = frame.entries[rank]
-            assert rank < index and target.mode != Mode.ALIAS and payload == b""
+        total += math.prod(entry.shape) * ITEMSIZE[entry.dtype]
+        if entry.mode == Mode.ALIAS:
+            target = frame.entries[entry.rank]
+            assert entry.rank < index and target.mode != Mode.ALIAS and not entry.payload
             assert (target.dtype, target.shape) == (entry.dtype, entry.shape)
-        elif entry.mode == Mode.FACTORS:
-            assert len(payload) == 4 * rank * (1 + p + q)
-            scales = len(payload) // 4
-        elif entry.mode == Mode.PACKED_FACTORS:
-            left, right = payload[4 * rank : 5 * rank], payload[5 * rank : 6 * rank]
-            assert all(1 <= width <= 16 for width in left + right)
-            assert len(payload) == 6 * rank + code_bytes(p, left) + code_bytes(q, right)
-            scales = rank
+        elif entry.mode == Mode.ROWS:
+            gaps, rows = rows_parts(entry)
+            left_out = [int(text, 2) for text in varint_digits(bytes(gaps))]
+            assert len(left_out) == entry.rank < entry.shape[0]
+            assert sum(left_out) + entry.rank <= entry.shape[0]
+            assert rows.mode not in (Mode.ZERO, Mode.ALIAS, Mode.ROWS)
+            assert_payload(rows)
         else:
-            assert entry.mode == Mode.PACKED_DENSE
-            bits = payload[4 * rank : 5 * rank]
-            assert rank >= 1 and numel > 0 and numel % rank == 0
-            assert all(0 <= width <= 16 for width in bits)
-            assert len(payload) == 5 * rank + code_bytes(numel // rank, bits)
-            scales = rank
-        if scales:
-            assert entry.dtype in FLOATING
-            assert all(map(math.isfinite, struct.unpack_from(f"<{scales}f", payload)))
+            assert_payload(entry)
     assert total <= max_bytes
     assert len({entry.name for entry in frame.entries}) == len(frame.entries)
+
+
+def varint_digits(data: bytes) -> list[str]:
+    """Split varints into their binary digits, and require that none has a shorter form."""
+    numbers, digits = [], ""
+    for byte in data:
+        digits = f"{byte & 0x7F:07b}" + digits
+        if byte < 0x80:
+            assert len(digits) == 7 or byte > 0
+            numbers.append(digits)
+            digits = ""
+    assert not digits
+    return numbers
+
+
+def assert_payload(entry: Entry) -> None:
+    payload, rank = bytes(entry.payload), entry.rank
+    numel = math.prod(entry.shape)
+    scales = 0
+    if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+        p, q = entry.shape[0], math.prod(entry.shape[1:])
+        assert 1 <= rank <= min(p, q)
+    if entry.mode == Mode.RAW:
+        assert (rank, len(payload)) == (0, numel * ITEMSIZE[entry.dtype])
+        assert entry.dtype != "bool" or set(payload) <= {0, 1}
+    elif entry.mode == Mode.ZERO:
+        assert (rank, payload) == (0, b"")
+    elif entry.mode == Mode.FACTORS:
+        assert len(payload) == 4 * rank * (1 + p + q)
+        scales = len(payload) // 4
+    elif entry.mode == Mode.PACKED_FACTORS:
+        left, right = payload[4 * rank : 5 * rank], payload[5 * rank : 6 * rank]
+        assert all(1 <= width <= 16 for width in left + right)
+        assert len(payload) == 6 * rank + code_bytes(p, left) + code_bytes(q, right)
+        scales = rank
+    else:
+        assert entry.mode == Mode.PACKED_DENSE
+        bits = payload[4 * rank : 5 * rank]
+        assert rank >= 1 and numel > 0 and numel % rank == 0
+        assert all(0 <= width <= 16 for width in bits)
+        assert len(payload) == 5 * rank + code_bytes(numel // rank, bits)
+        scales = rank
+    if scales:
+        assert entry.dtype in FLOATING
+        assert all(map(math.isfinite, struct.unpack_from(f"<{scales}f", payload)))

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "wire/cursor.h"
+
 namespace fedkd_fast::wire {
 namespace {
 
@@ -229,15 +231,8 @@ Status check_packed_dense(const std::string& where, const Entry& entry, std::uin
   return {};
 }
 
-Status check_entry(std::vector<Entry>* entries, std::size_t index) {
-  Entry& entry = (*entries)[index];
-  if (Status status = check_name(entry, index); !status.ok()) return status;
-  const std::string where = place(entry, index);
-  if (entry.dtype >= kDTypes.size()) {
-    return invalid(where, ": unknown dtype code ", std::uint64_t{entry.dtype});
-  }
-  std::uint64_t numel = 0;
-  if (Status status = check_shape(where, &entry, &numel); !status.ok()) return status;
+// The modes whose payload stands for the tensor by itself.
+Status check_payload(const std::string& where, const Entry& entry, std::uint64_t numel) {
   const auto mode = static_cast<Mode>(entry.mode);
   switch (mode) {
     case Mode::kZero:
@@ -246,8 +241,6 @@ Status check_entry(std::vector<Entry>* entries, std::size_t index) {
       if (mode == Mode::kRaw) return check_raw(where, entry);
       if (entry.payload_bytes != 0) return wrong_payload(where, 0, entry.payload_bytes);
       return {};
-    case Mode::kAlias:
-      return check_alias(where, *entries, index);
     case Mode::kFactors:
     case Mode::kPackedFactors: {
       Matrix matrix;
@@ -258,8 +251,82 @@ Status check_entry(std::vector<Entry>* entries, std::size_t index) {
     }
     case Mode::kPackedDense:
       return check_packed_dense(where, entry, numel);
+    case Mode::kAlias:
+    case Mode::kRows:
+      break;
   }
   return invalid(where, ": unknown mode ", std::uint64_t{entry.mode});
+}
+
+// `count` row ids below `height`, as the first of them and the gaps between neighbours.
+Status check_row_ids(const std::string& where, Cursor ids, std::uint64_t count,
+                     std::uint64_t height) {
+  std::uint64_t next = 0;  // the least id that may follow
+  for (std::uint64_t row = 0; row < count; ++row) {
+    std::uint64_t gap = 0;
+    if (!ids.take_varint(&gap)) {
+      return invalid(where, ": id of row ", row, " of ", count, " is cut short or overlong");
+    }
+    if (gap >= height - next) {
+      return invalid(where, ": row ids must be below P = ", height, ", row ", row, " of ", count,
+                     " goes beyond it");
+    }
+    next += gap + 1;
+  }
+  if (ids.left() != 0) return invalid(where, ": ", ids.left(), " bytes follow the last row id");
+  return {};
+}
+
+Status check_rows(const std::string& where, const Entry& entry, std::uint64_t numel) {
+  if (entry.ndim < 2 || numel == 0) {
+    return invalid(where, ": rows need at least 2 dimensions and an element");
+  }
+  const std::uint64_t height = entry.shape[0];
+  if (entry.rank < 1 || entry.rank >= height) {
+    return invalid(where, ": rows must lie in [1, P - 1] = [1, ", height - 1, "], got ",
+                   entry.rank);
+  }
+  Cursor cursor(entry.payload, entry.payload_bytes);
+  Entry rows = entry;
+  rows.shape[0] = entry.rank;
+  rows.dense_bytes = entry.dense_bytes / height * entry.rank;
+  std::uint64_t id_bytes = 0;
+  if (!cursor.take_byte(&rows.mode) || !cursor.take_varint(&rows.rank) ||
+      !cursor.take_varint(&id_bytes) || id_bytes > cursor.left()) {
+    return invalid(where, ": mode, rank or ids of its rows are cut short or overlong");
+  }
+  const std::uint8_t* ids = cursor.data();
+  if (Status status = check_row_ids(where, Cursor(ids, id_bytes), entry.rank, height);
+      !status.ok()) {
+    return status;
+  }
+  const auto mode = static_cast<Mode>(rows.mode);
+  if (mode == Mode::kZero || mode == Mode::kAlias || mode == Mode::kRows) {
+    return invalid(where, ": rows must have a payload of their own, got mode ",
+                   std::uint64_t{rows.mode});
+  }
+  rows.payload = ids + id_bytes;
+  rows.payload_bytes = cursor.left() - id_bytes;
+  return check_payload(where + ", its rows", rows, numel / height * entry.rank);
+}
+
+Status check_entry(std::vector<Entry>* entries, std::size_t index) {
+  Entry& entry = (*entries)[index];
+  if (Status status = check_name(entry, index); !status.ok()) return status;
+  const std::string where = place(entry, index);
+  if (entry.dtype >= kDTypes.size()) {
+    return invalid(where, ": unknown dtype code ", std::uint64_t{entry.dtype});
+  }
+  std::uint64_t numel = 0;
+  if (Status status = check_shape(where, &entry, &numel); !status.ok()) return status;
+  switch (static_cast<Mode>(entry.mode)) {
+    case Mode::kAlias:
+      return check_alias(where, *entries, index);
+    case Mode::kRows:
+      return check_rows(where, entry, numel);
+    default:
+      return check_payload(where, entry, numel);
+  }
 }
 
 // By sorting, not by hashing: a stranger can choose names that fall into one bucket.

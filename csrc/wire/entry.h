@@ -24,6 +24,7 @@ enum class Mode : std::uint8_t {
   kFactors = 3,
   kPackedFactors = 4,
   kPackedDense = 5,
+  kRows = 6,
 };
 
 struct DType {

@@ -7,13 +7,14 @@
 #include <limits>
 
 #include "wire/crc32c.h"
+#include "wire/cursor.h"
 
 namespace fedkd_fast::wire {
 namespace {
 
 constexpr std::string_view kMagic = "FKD1";
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 0;
+constexpr std::uint8_t kMinor = 1;
 constexpr std::uint16_t kFlagDigest = 1;
 constexpr std::size_t kHeaderBytes = 64;
 constexpr std::size_t kMinRecordBytes = 7;  // every field one byte, nothing added to the name
@@ -52,63 +53,23 @@ void append_varint(std::string* bytes, std::uint64_t value) {
   bytes->push_back(static_cast<char>(value));
 }
 
-// Takes fields off the front of the directory; false where they are not there or not canonical.
-class Cursor {
- public:
-  Cursor(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
-
-  std::size_t left() const { return left_; }
-
-  bool take_byte(std::uint8_t* value) {
-    if (left_ == 0) return false;
-    *value = *data_;
-    skip(1);
-    return true;
-  }
-
-  bool take_varint(std::uint64_t* value) {
-    std::uint64_t result = 0;
-    for (unsigned shift = 0; shift < 64; shift += 7) {
-      std::uint8_t byte = 0;
-      if (!take_byte(&byte)) return false;
-      if (shift == 63 && byte > 1) return false;  // does not fit 64 bits
-      if (shift > 0 && byte == 0) return false;   // a shorter form exists
-      result |= std::uint64_t{byte & 0x7Fu} << shift;
-      if (byte < 0x80) {
-        *value = result;
-        return true;
-      }
-    }
-    return false;
-  }
-
-  bool take_text(std::size_t size, std::string* text) {
-    if (size > left_) return false;
-    text->append(reinterpret_cast<const char*>(data_), size);
-    skip(size);
-    return true;
-  }
-
- private:
-  void skip(std::size_t size) {
-    data_ += size;
-    left_ -= size;
-  }
-
-  const std::uint8_t* data_;
-  std::size_t left_;
-};
-
 struct Header {
   std::uint32_t entry_count = 0;
   std::uint32_t directory_bytes = 0;
   std::uint64_t payload_bytes = 0;
 };
 
+// The lowest minor version that can say what the entries have to say.
+std::uint8_t minor_version(const Frame& frame) {
+  return std::any_of(frame.entries.begin(), frame.entries.end(), [](const Entry& entry) {
+    return entry.mode == static_cast<std::uint8_t>(Mode::kRows);
+  });
+}
+
 Status check_version(const std::uint8_t* data) {
   const std::uint8_t major = data[kMajorAt];
   const std::uint8_t minor = data[kMinorAt];
-  if (major == kMajor && minor == kMinor) return {};
+  if (major == kMajor && minor <= kMinor) return {};
   const std::string version = std::to_string(major) + "." + std::to_string(minor);
   const std::string reader = std::to_string(kMajor) + "." + std::to_string(kMinor);
   if (major < kMajor) return invalid("frame version ", version, " was never written: bad frame");
@@ -236,6 +197,11 @@ Status decode_throwing(const std::uint8_t* data, std::size_t size, std::uint64_t
     return invalid("directory has ", cursor.left(), " bytes after its last entry");
   }
   if (left != 0) return invalid("payload has ", left, " bytes that belong to no entry");
+  const std::uint64_t minor = minor_version(*frame);
+  if (data[kMinorAt] != minor) {
+    return invalid("minor version must be ", minor, ", the lowest with the frame's modes, got ",
+                   std::uint64_t{data[kMinorAt]});
+  }
   return check_entries(&frame->entries, max_bytes);
 }
 
@@ -277,7 +243,7 @@ Status plan_throwing(Frame* frame, std::string* head, std::uint64_t* frame_bytes
   }
   std::memcpy(head->data(), kMagic.data(), kMagic.size());
   store(head->data(), kMajorAt, kMajor);
-  store(head->data(), kMinorAt, kMinor);
+  store(head->data(), kMinorAt, minor_version(*frame));
   store(head->data(), kFlagsAt, frame->has_digest ? kFlagDigest : std::uint16_t{0});
   store(head->data(), kFrameBytesAt, *frame_bytes);
   store(head->data(), kEntryCountAt, static_cast<std::uint32_t>(frame->entries.size()));

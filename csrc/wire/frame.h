@@ -1,5 +1,5 @@
 // clang-format off: the tables keep their columns
-// The frame: how a set of named tensors, dense or compressed, travels as bytes. Version 1.0.
+// The frame: how a set of named tensors, dense or compressed, travels as bytes. Version 1.1.
 //
 //   frame = header (64 bytes) | directory | payload          all integers little-endian
 //
@@ -7,7 +7,7 @@
 //   offset  size  field
 //        0     4  magic, "FKD1"
 //        4     1  major version = 1
-//        5     1  minor version = 0
+//        5     1  minor version: 1 if an entry has mode 6, else 0
 //        6     2  flags; bit 0: a base digest is present; every other bit is 0
 //        8     8  frame_bytes = 64 + directory_bytes + payload_bytes
 //       16     4  entry_count, at most 65536
@@ -47,10 +47,18 @@
 //      4  PACKED_FACTORS  1 .. min(P, Q)              scale K f32 | bits_left K u8 |
 //                                                     bits_right K u8 | codes_left | codes_right
 //      5  PACKED_DENSE    rows, divides numel > 0     scale K f32 | bits K u8 | codes
-// Modes 3 to 5 need a floating dtype, 3 and 4 two dimensions or more. Component k of codes_left
-// takes ceil(P * bits_left[k] / 8) bytes, of codes_right ceil(Q * bits_right[k] / 8), row k of
-// codes ceil((numel / K) * bits[k] / 8). Bits lie in 1 .. 16; in mode 5 also 0, a row of zeros.
-// Scales are finite. What the codes mean is the business of the kernels that pack them (kernels.h).
+//      6  ROWS            1 .. P - 1                  mode u8 | rank varint | id_bytes varint |
+//                                                     ids | payload of those K rows
+// Modes 3 to 5 need a floating dtype; 3, 4 and 6 need two dimensions or more, 6 also numel > 0.
+// Component k of codes_left takes ceil(P * bits_left[k] / 8) bytes, of codes_right
+// ceil(Q * bits_right[k] / 8), row k of codes ceil((numel / K) * bits[k] / 8). Bits lie in 1 .. 16;
+// in mode 5 also 0, a row of zeros. Scales are finite. What the codes mean is the business of the
+// kernels that pack them (kernels.h).
+//
+// In mode 6, since version 1.1, all rows of the matrix are zero but K of them. `ids` says which: a
+// varint for each, how many rows are left out between the one before it, or the top, and this one.
+// They take id_bytes. What follows is the payload of a tensor of shape [K, shape[1:]] in the mode
+// and of the rank given here: RAW, FACTORS, PACKED_FACTORS or PACKED_DENSE, by the mode's own rules.
 //
 // A set of entries has exactly one encoding: what decode() accepts, encode() gives back byte for
 // byte. A later writer stamps the lowest version that can say what it has to say; a reader refuses
@@ -58,8 +66,8 @@
 //
 // Reading a stranger's bytes: sizes are checked against the bytes that are there before they are
 // used, what is allocated is bounded by 65536 entries of at most 1024 bytes of name, and no tensor
-// is allocated here at all. `max_bytes` bounds what a caller would allocate for the tensors: a ZERO
-// entry of a few bytes may claim any shape. The checksums find damage, not forgery.
+// is allocated here at all. `max_bytes` bounds what a caller would allocate for the tensors: a few
+// bytes in mode ZERO or ROWS may claim any shape. The checksums find damage, not forgery.
 // clang-format on
 #pragma once
 

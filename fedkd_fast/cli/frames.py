@@ -149,7 +149,14 @@ def _inspect(args: argparse.Namespace) -> int:
     digest = data[_DIGEST] if any(data[_DIGEST]) else None
     dense_bytes = sum(entry.dense_bytes for entry in entries)
     if args.json:
-        tensors = [{**entry._asdict(), "mode": entry.mode.name} for entry in entries]
+        tensors = [
+            {
+                **entry._asdict(),
+                "mode": entry.mode.name,
+                "rows_mode": entry.rows_mode.name if entry.rows_mode else None,
+            }
+            for entry in entries
+        ]
         facts = {
             "file": str(args.source),
             "frame_bytes": len(data),
@@ -163,15 +170,18 @@ def _inspect(args: argparse.Namespace) -> int:
     payload = 0
     for entry in entries:
         payload += entry.payload_bytes
-        rank = "–"
-        if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
-            rank = str(entry.rank)
-        elif entry.mode is Mode.ALIAS:
-            rank = f"= {visible(entries[entry.rank].name)}"
+        mode, number = entry.numbers
+        how, rank = mode.name.lower().replace("_", " "), "–"
+        if entry.mode is Mode.ROWS:
+            how = f"{_count(entry.rank, 'row')}, {how}"
+        if mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+            rank = str(number)
+        elif mode is Mode.ALIAS:
+            rank = f"= {visible(entries[number].name)}"
         shown.add_row(
             visible(entry.name),
             "×".join(map(str, entry.shape)) or "scalar",
-            entry.mode.name.lower().replace("_", " "),
+            how,
             rank,
             f"{entry.payload_bytes:,}",
             f"{entry.payload_bytes / len(data):.1%}",
@@ -200,5 +210,5 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {message}") from error
 
 
-def _count(tensors: int) -> str:
-    return f"{tensors:,} tensor{'' if tensors == 1 else 's'}"
+def _count(count: int, what: str = "tensor") -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

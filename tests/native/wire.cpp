@@ -102,6 +102,26 @@ Bytes sample() {
        2,
        floats(2, 0.1f) + widths + Bytes(1 + 3, 0xa5)},
       {"head.tied", 0, Mode::kAlias, {6, 4}, 1, {}},
+      // Rows 130 and 132 of 140: mode, rank, bytes of the ids, ids.
+      {"table.factors",
+       0,
+       Mode::kRows,
+       {140, 3},
+       2,
+       Bytes{3, 1, 3, 0x82, 0x01, 1} + floats(1 + 2 + 3, 0.5f)},
+      {"table.flags", kBool, Mode::kRows, {9, 2}, 1, {1, 0, 1, 4, 1, 0}},
+      {"table.packed",
+       0,
+       Mode::kRows,
+       {9, 8},
+       2,
+       Bytes{4, 1, 2, 1, 2} + floats(1, 0.1f) + Bytes{3, 1, 0x5a, 0x5a}},
+      {"table.rows",
+       0,
+       Mode::kRows,
+       {9, 8},
+       2,
+       Bytes{5, 2, 2, 1, 2} + floats(2, 0.1f) + Bytes{0, 3, 0x5a, 0x5a, 0x5a}},
   });
 }
 
