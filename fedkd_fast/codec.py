@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkd_fast import wire
 from fedkd_fast.rate import HALF_STEP, Allocation, allocate_bits
 from fedkd_fast.reference import Factors
+from fedkd_fast.rows import placed, split
 from fedkd_fast.wire import Entry, Mode
 
 # dtypes the wire carries; everything else is an error that names the tensor.
@@ -75,7 +76,7 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 def raw_entry(name: str, tensor: Tensor) -> Entry:
     """Encode without loss; tensors whose bytes are all zero take no payload."""
     payload = to_bytes(tensor)
-    zero = payload.count(0) == len(payload)
+    zero = payload == bytes(len(payload))
     return Entry(
         name,
         DTYPES[tensor.dtype],
@@ -155,6 +156,9 @@ def decode_entry(entry: Entry, backend: ModuleType) -> Tensor:
         return torch.zeros(entry.shape, dtype=dtype)
     if entry.mode is Mode.RAW:
         return from_bytes(entry.payload, dtype).reshape(entry.shape)
+    if entry.mode is Mode.ROWS:
+        ids, sent = split(entry)
+        return placed(decode_entry(sent, backend), ids, entry.shape)
     if entry.mode is Mode.PACKED_DENSE:
         dense = wire.packed_dense_parts(entry)
         values: Tensor = backend.unpack_factors(
@@ -236,32 +240,40 @@ def _dense_rows(shape: tuple[int, ...]) -> int:
     return next((rows // m for m in range(merged, 8 * merged + 1) if rows % m == 0), 1)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a floating tensor holds neither NaN, which extremes propagate, nor Inf."""
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
 def representable(exact: Tensor) -> bool:
     """Tell whether the factors of a tensor stay clear of float32's limits."""
-    largest = float(exact.abs().max())
+    largest = max(abs(float(extreme)) for extreme in exact.aminmax())
     return SMALLEST_SCALE * 2**20 < largest < LARGEST_SCALE
 
 
-def encode_lossy(
-    template: Entry, exact: Tensor, energy: float, factors: Factors | None, backend: ModuleType
-) -> Entry:
-    """Encode so that the decoded entry keeps the share `energy` of the squared norm.
+def may_lose(shape: tuple[int, ...], energy: float) -> float:
+    """Return the share of its squared norm that a tensor of this shape may lose."""
+    return (1.0 - energy) * (1.0 if is_matrix(shape) else VECTOR_SHARE)
 
-    ``|x - decoded|² ≤ (1 - energy)·|x|²`` for matrices (`VECTOR_SHARE` of that for vectors),
-    truncation and quantisation together, with the smallest of packed factors, packed rows and raw
-    bytes.
+
+def encode_lossy(
+    template: Entry, exact: Tensor, allowed: float, factors: Factors | None, backend: ModuleType
+) -> Entry:
+    """Encode so that the decoded entry loses at most the share `allowed` of the squared norm.
+
+    ``|x - decoded|² ≤ allowed·|x|²``, truncation and quantisation together, with the smallest of
+    packed factors, packed rows and raw bytes.
 
     Args:
         template: the raw entry, which also is what is returned when nothing smaller fits.
         exact: the tensor, float32 or float64, not all zero, and `representable`.
-        energy: share to keep, in (0, 1).
+        allowed: share to lose, in (0, 1).
         factors: the leading ones of the tensor as a matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
     if len(template.payload) <= WORTH_BYTES:
         return template
     total = float(exact.double().square().sum())
-    allowed = (1.0 - energy) * (1.0 if is_matrix(template.shape) else VECTOR_SHARE)
     target = allowed * total
 
     def candidates() -> Iterator[tuple[int, Callable[[], Entry | None]]]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedkd_fast import codec as _codec
 from fedkd_fast import wire
-from fedkd_fast.codec import DTYPES
+from fedkd_fast.codec import DTYPES, all_finite
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
 from fedkd_fast.reference import Factors
+from fedkd_fast.rows import Rows, touched, whole_entry
 from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
@@ -44,6 +45,14 @@ def _difference(value: Tensor, base: Tensor) -> Tensor:
     return value - base if value.is_floating_point() else value
 
 
+def _dense(value: Tensor) -> Tensor:
+    return value if value.layout == torch.strided else value.to_dense()
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
 class Compressor:
     """Make updates small: truncated SVD by energy, factors quantised to integer bits per column.
 
@@ -54,7 +63,9 @@ class Compressor:
     smaller error. ``factors-fp32`` is the paper's payload, ``U·diag(σ)·Vᵀ`` in float32 with the
     smallest rank K whose energy exceeds the threshold (Nature Communications 13:2032, eq (8)), or
     raw bytes where that is smaller. ``raw`` loses nothing; nor does any codec with ``energy=1``.
-    With a base it is ``update - base`` that is encoded, after one rounding to the tensor's dtype.
+    Where at least half of a matrix's rows are zero, only the others are factorised and sent; lossy
+    codecs take -0.0 for zero there. With a base it is ``update - base`` that is encoded, after one
+    rounding to the tensor's dtype.
 
     Args:
         energy: share of the squared norm to keep, in (0, 1]; larger means more bytes.
@@ -104,7 +115,9 @@ class Compressor:
 
         Args:
             update: torch tensors or numpy arrays by name, of the dtypes of `codec.DTYPES`, on any
-                device. Tensors that share their memory are sent once.
+                device. Tensors that share their memory are sent once. Tensors whose rows are
+                sparse, as the gradient of ``nn.Embedding(sparse=True)``, are decoded as dense ones,
+                and take their memory here only with a base or with feedback.
             base: if given, ``update - base`` is encoded (integers and booleans whole) and the frame
                 carries the base's digest, so that it only decodes against the same base.
             energy: overrides the instance's energy for this call.
@@ -115,14 +128,16 @@ class Compressor:
             The frame; its length is the cost. Same input and state give the same bytes.
 
         Raises:
-            TypeError: a value that is no dense CPU/CUDA tensor of a known dtype; names the tensor.
+            TypeError: a value that is no such CPU/CUDA tensor of a known dtype; names the tensor.
             ValueError: NaN or Inf (names the tensor), an energy out of (0, 1], a base that does not
                 match. State is unchanged then.
         """
         kept = self.energy if energy is None else _check_energy(energy)
-        tensors = as_tensors(update, "update")
+        tensors = as_tensors(update, "update", sparse=True)
         tied = tied_names(update)
         digest = base_digest
+        if base is not None or self._feedback:
+            tensors = {name: _dense(value) for name, value in tensors.items()}
         if base is not None:
             if base_digest is not None:
                 raise ValueError("give base or base_digest, not both")
@@ -132,59 +147,71 @@ class Compressor:
             tied = {name: owner for name, owner in tied.items() if base_ties.get(name) == owner}
             tensors = {name: _difference(value, bases[name]) for name, value in tensors.items()}
             digest = digest_of_tensors(bases)
+        sent = tensors
         if self._feedback:
             # A tensor with a residual of its own is not what it is tied to.
             tied = {name: owner for name, owner in tied.items() if name not in self._feedback}
+            sent = {
+                name: self._feedback.add(name, _wide(value))
+                if name not in tied and value.is_floating_point()
+                else value
+                for name, value in tensors.items()
+            }
 
-        exact: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if name not in tied and tensor.is_floating_point():
-                wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-                exact[name] = self._feedback.add(name, wide) if self._feedback else wide
-                tensors[name] = exact[name].to(tensor.dtype)
-                # Finite inputs: what is not finite now, a difference or a residual made so.
-                if not bool(torch.isfinite(tensors[name]).all()):
-                    raise ValueError(
-                        f"update[{name!r}], less its base and with its residual, overflows "
-                        f"{DTYPES[tensor.dtype]}"
-                    )
-        entries, factors = self._encode(tensors, exact, tied, kept)
+        rows: dict[str, Rows] = {}
+        lossy = self.codec != "raw" and kept < 1.0
+        for name, value in sent.items():
+            if name in tied:
+                continue
+            rows[name] = touched(value, exactly=not (lossy and value.is_floating_point()))
+            # Finite inputs: what is not finite now, a difference or a residual made so.
+            dtype = tensors[name].dtype
+            if dtype.is_floating_point and not all_finite(rows[name].values.to(dtype)):
+                raise ValueError(
+                    f"update[{name!r}], less its base and with its residual, overflows "
+                    f"{DTYPES[dtype]}"
+                )
+        entries, factors = self._encode(tensors, rows, tied, kept)
         frame = wire.encode(entries, base_digest=digest)
         if self._feedback:
             for entry in entries:
-                if entry.name in exact:
+                if entry.name in rows and sent[entry.name].is_floating_point():
                     decoded = _codec.decode_entry(entry, self._backend)
-                    self._feedback.keep(entry.name, exact[entry.name], decoded)
+                    self._feedback.keep(entry.name, sent[entry.name], decoded)
         if self._cache is not None:
             for name, found in factors.items():
-                self._cache.keep(name, found)
+                self._cache.keep(name, found, some_rows=rows[name].ids is not None)
         return frame
 
     def _encode(
         self,
-        tensors: dict[str, Tensor],
-        exact: dict[str, Tensor],
-        tied: dict[str, str],
+        tensors: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
+        tied: Mapping[str, str],
         energy: float,
     ) -> tuple[list[Entry], dict[str, Factors]]:
+        """Encode the rows that were found in each tensor; of tensors only dtype and shape count."""
         factors: dict[str, Factors] = {}
         entries = {
-            name: _codec.raw_entry(name, tensor)
-            for name, tensor in tensors.items()
-            if name not in tied
+            name: _codec.raw_entry(name, found.values.to(tensors[name].dtype))
+            for name, found in rows.items()
         }
         if self.codec != "raw" and energy < 1.0:
             lossy = {
-                name: value
-                for name, value in exact.items()
-                if entries[name].mode is Mode.RAW and _codec.representable(value)
+                name: _wide(found.values)
+                for name, found in rows.items()
+                if entries[name].mode is Mode.RAW
+                and found.values.is_floating_point()
+                and _codec.representable(found.values)
             }
             factors = self._factorise(lossy, entries, energy)
             for name, value in lossy.items():
-                entries[name] = self._encode_lossy(entries[name], value, energy, factors.get(name))
+                # What may be lost depends on the tensor: a row alone of a matrix is no vector.
+                allowed = _codec.may_lose(tuple(tensors[name].shape), energy)
+                entries[name] = self._encode_lossy(entries[name], value, allowed, factors.get(name))
         order = {name: index for index, name in enumerate(tensors)}
         listed = [
-            entries[name]
+            whole_entry(tuple(tensor.shape), rows[name].ids, entries[name])
             if name in entries
             else Entry(
                 name, DTYPES[tensor.dtype], tuple(tensor.shape), Mode.ALIAS, order[tied[name]]
@@ -194,12 +221,12 @@ class Compressor:
         return listed, factors
 
     def _encode_lossy(
-        self, raw: Entry, value: Tensor, energy: float, factors: Factors | None
+        self, raw: Entry, value: Tensor, allowed: float, factors: Factors | None
     ) -> Entry:
         if factors is not None and not factors.pays:
             factors = None
         if self.codec == "wf0":
-            return _codec.encode_lossy(raw, value, energy, factors, self._backend)
+            return _codec.encode_lossy(raw, value, allowed, factors, self._backend)
         if factors is None:
             return raw
         entry = _codec.factors_entry(raw.name, raw.dtype, raw.shape, factors)
@@ -300,7 +327,7 @@ def decode_frame(
                 raise
             raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
         # No honest sender sends these, and one of them would poison a mean.
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
         tensors[entry.name] = tensor
     return tensors, parsed.base_digest
@@ -358,7 +385,7 @@ def decompress(
         key = id(value), base_ties.get(name, name)
         if key not in applied:
             applied[key] = bases[name] + value if value.is_floating_point() else value
-            if value.is_floating_point() and not bool(torch.isfinite(applied[key]).all()):
+            if value.is_floating_point() and not all_finite(applied[key]):
                 raise ValueError(f"base[{name!r}] + difference overflows {DTYPES[value.dtype]}")
         result[name] = applied[key]
     return result

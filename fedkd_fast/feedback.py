@@ -106,11 +106,17 @@ class SubspaceCache:
             return None
         return Subspace(subspace.basis.float(), subspace.shares)
 
-    def keep(self, name: str, factors: Factors) -> None:
-        """Store where the energy of this tensor lies."""
+    def keep(self, name: str, factors: Factors, *, some_rows: bool = False) -> None:
+        """Store where the energy of this tensor lies.
+
+        `some_rows` says that rows of zeros were left out. Next time these are others, so vectors
+        with an entry a row are of no use then, and a spectrum alone is not tied to a shape.
+        """
         basis, shares = factors.subspace()
-        side = min(factors.left.shape[1], factors.right.shape[1])
-        if len(basis) > MOST_USEFUL_RANK * side:
+        rows, columns = factors.left.shape[1], factors.right.shape[1]
+        if some_rows and rows > columns:
+            basis = basis.new_empty(0, 0)
+        elif len(basis) > MOST_USEFUL_RANK * min(rows, columns):
             basis = basis[:0]
         self._kept.pop(name, None)
         subspace = Subspace(basis.to("cpu", torch.bfloat16), shares)
@@ -157,7 +163,11 @@ def _nbytes(subspace: Subspace) -> int:
 
 def _fits(subspace: Subspace, shape: tuple[int, int]) -> bool:
     (count, length), side = subspace.basis.shape, min(shape)
-    return length == max(shape) and count <= side and len(subspace.shares) <= side
+    return (
+        (length == max(shape) or count == length == 0)
+        and count <= side
+        and len(subspace.shares) <= side
+    )
 
 
 def _checked_subspace(name: str, basis: Tensor | None, shares: Tensor | None) -> Subspace:

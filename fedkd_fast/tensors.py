@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import DTYPES, to_bytes
+from fedkd_fast.codec import DTYPES, all_finite, to_bytes
 
 
 class Shaped(Protocol):
@@ -35,7 +35,11 @@ def _from_numpy(label: str, value: np.ndarray[Any, Any] | np.generic) -> Tensor:
         raise TypeError(f"{label} has dtype {value.dtype}, which torch does not know") from error
 
 
-def _as_tensor(label: str, value: object) -> Tensor:
+def _has_sparse_rows(tensor: Tensor) -> bool:
+    return tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1 and tensor.dense_dim() > 0
+
+
+def _as_tensor(label: str, value: object, sparse: bool) -> Tensor:
     if isinstance(value, (np.ndarray, np.generic)):
         value = _from_numpy(label, value)
     if not isinstance(value, Tensor):
@@ -44,7 +48,7 @@ def _as_tensor(label: str, value: object) -> Tensor:
         )
     if type(value).__name__ == "DTensor":
         raise TypeError(f"{label} is a DTensor: pass value.full_tensor() or the local shard")
-    if value.layout != torch.strided:
+    if value.layout != torch.strided and not (sparse and _has_sparse_rows(value)):
         raise TypeError(f"{label} has layout {value.layout}: pass value.to_dense()")
     if value.is_nested:
         raise TypeError(f"{label} is a nested tensor: pass its parts under names of their own")
@@ -53,15 +57,24 @@ def _as_tensor(label: str, value: object) -> Tensor:
     if value.is_quantized or value.dtype not in DTYPES:
         known = ", ".join(DTYPES.values())
         raise TypeError(f"{label} has dtype {value.dtype}; the wire carries {known}: cast it first")
-    # Negation can be a mark on a view; elements are read as they are stored.
-    tensor = value.detach().resolve_neg().cpu()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if value.layout != torch.strided:
+        tensor = value.detach().cpu().coalesce()
+        elements = tensor.values()
+    else:
+        # Negation can be a mark on a view; elements are read as they are stored.
+        tensor = elements = value.detach().resolve_neg().cpu()
+    if elements.is_floating_point() and not all_finite(elements):
         raise ValueError(f"{label} holds NaN or Inf")
     return tensor
 
 
-def as_tensors(values: Mapping[str, object], argument: str) -> dict[str, Tensor]:
+def as_tensors(
+    values: Mapping[str, object], argument: str, *, sparse: bool = False
+) -> dict[str, Tensor]:
     """Turn a mapping into strided CPU tensors of dtypes that the wire carries.
+
+    With `sparse`, tensors whose rows are sparse, as the gradient of ``nn.Embedding(sparse=True)``,
+    stay so, coalesced.
 
     Raises:
         TypeError: no mapping, a name that is no non-empty str, or a value that is no dense tensor
@@ -75,7 +88,9 @@ def as_tensors(values: Mapping[str, object], argument: str) -> dict[str, Tensor]
     for name in values:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{argument} must have non-empty str names, got {name!r}")
-    return {name: _as_tensor(f"{argument}[{name!r}]", value) for name, value in values.items()}
+    return {
+        name: _as_tensor(f"{argument}[{name!r}]", value, sparse) for name, value in values.items()
+    }
 
 
 def _memory(value: object) -> tuple[object, ...] | None:
@@ -83,7 +98,7 @@ def _memory(value: object) -> tuple[object, ...] | None:
     if isinstance(value, np.ndarray) and value.size:
         pointer = value.__array_interface__["data"][0]
         return (pointer, value.shape, value.strides, value.dtype)
-    if isinstance(value, Tensor) and value.numel():
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
         view = value.shape, value.stride(), value.dtype, value.is_neg()
         return (value.device, value.data_ptr(), *view)
     return None

@@ -122,6 +122,20 @@ def test_inspect_json(frame: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["dense_bytes"] == sum(tensor["dense_bytes"] for tensor in facts["tensors"])
 
 
+def test_inspect_tells_how_rows_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = torch.zeros(2000, 48)
+    table[::2] = torch.outer(torch.arange(1.0, 1001.0), torch.arange(1.0, 49.0))
+    path = tmp_path / "rows.fkd"
+    path.write_bytes(Compressor(0.9, "factors-fp32").compress({"emb": table}))
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^emb\s+2000×48\s+1,000 rows, factors\s+1\s", text, re.MULTILINE)
+    assert main(["inspect", str(path), "--json"]) == 0
+    (tensor,) = json.loads(capsys.readouterr().out)["tensors"]
+    assert (tensor["mode"], tensor["rank"]) == ("ROWS", 1000)
+    assert (tensor["rows_mode"], tensor["rows_rank"]) == ("FACTORS", 1)
+
+
 def test_inspect_names_base_and_tied_tensors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,105 @@
+"""Matrices most of whose rows are zero, as the gradient of an embedding: the other rows alone.
+
+A row of zeros carries no energy, so the factors of the other rows are those of the whole matrix,
+and what is promised of them holds for it. How the rows travel is specified in `fedkd_fast.wire`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkd_fast import wire
+from fedkd_fast.wire import Entry, Mode
+
+# Shorter rows are not worth their ids, a byte or two each. Longer ones are, in any dtype, but where
+# a factor or two of one bit a row would do: there an id a row can cost more than what is left out.
+MIN_ROW = 16
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor whose other rows are zero, or a whole tensor."""
+
+    ids: Tensor | None  # (R,) int64, ascending; None: all
+    values: Tensor  # (R, …), or the tensor
+
+
+def touched(tensor: Tensor, *, exactly: bool) -> Rows:
+    """Return the rows that are not zero where they are at most half of all, else the whole tensor.
+
+    Args:
+        tensor: strided, on the CPU, without NaN; or sparse, coalesced, with one sparse dimension.
+        exactly: a row with a bit set anywhere is not zero; otherwise -0.0 is zero as well.
+    """
+    if tensor.layout == torch.sparse_coo:
+        ids, values = tensor.indices()[0], tensor.values()
+        if 2 * len(ids) > len(tensor) or math.prod(tensor.shape[1:]) < MIN_ROW:
+            return touched(tensor.to_dense(), exactly=exactly)
+        kept = _nonzero(values, exactly)  # what is listed may be zero
+        return Rows(ids[kept], values[kept])
+    if tensor.dim() < 2 or len(tensor) < 2 or math.prod(tensor.shape[1:]) < MIN_ROW:
+        return Rows(None, tensor)
+    kept = _nonzero(tensor, exactly)
+    if not 0 < 2 * len(kept) <= len(tensor):
+        return Rows(None, tensor)
+    return Rows(kept, tensor[kept])
+
+
+def _nonzero(tensor: Tensor, exactly: bool) -> Tensor:
+    """Return the ids of rows that are not zero, at one or two looks at each element."""
+    if not tensor.numel():
+        return torch.empty(0, dtype=torch.int64)
+    matrix = tensor.contiguous().flatten(1)
+    if exactly:
+        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0]
+    # Reductions to a number run at the speed of memory; any() and count_nonzero() do not.
+    return (matrix.amax(1) != 0).logical_or_(matrix.amin(1) != 0).nonzero()[:, 0]
+
+
+def placed(rows: Tensor, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor of this shape with these rows and zeros elsewhere."""
+    whole = torch.zeros(shape, dtype=rows.dtype)
+    whole[ids] = rows
+    return whole
+
+
+def whole_entry(shape: tuple[int, ...], ids: Tensor | None, rows: Entry) -> Entry:
+    """Make the entry of a tensor from that of the rows that `touched` found."""
+    if ids is None:
+        return rows
+    if rows.mode is Mode.ZERO:
+        return replace(rows, shape=shape)
+    return wire.rows_entry(shape, _gaps(ids.numpy()), rows)
+
+
+def split(entry: Entry) -> tuple[Tensor, Entry]:
+    """Return the ids, int64, and the entry of the rows of a decoded ROWS entry."""
+    gaps, rows = wire.rows_parts(entry)
+    return torch.from_numpy(_ids(np.frombuffer(gaps, np.uint8))), rows
+
+
+def _gaps(ids: NDArray[np.int64]) -> bytes:
+    """Encode how many rows are left out before each id, as varints."""
+    gaps = np.diff(ids, prepend=-1) - 1
+    # A digit for each seven bits of the largest gap, and which of them are written.
+    shifts = np.arange(0, max(1, int(gaps.max()).bit_length()), 7)
+    digits = gaps[:, None] >> shifts
+    more = np.concatenate([digits[:, 1:] > 0, np.zeros((len(gaps), 1), np.bool_)], axis=1)
+    written = (digits > 0) | (shifts == 0)
+    codes = (digits & 0x7F) | (more << 7)
+    return bytes(codes[written].astype(np.uint8))
+
+
+def _ids(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Decode `_gaps`."""
+    ends = np.flatnonzero(codes < 0x80)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 7 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    gaps = np.add.reduceat((codes & 0x7F).astype(np.int64) << shifts, starts)
+    return np.cumsum(gaps + 1) - 1
