@@ -163,11 +163,7 @@ def _nbytes(subspace: Subspace) -> int:
 
 def _fits(subspace: Subspace, shape: tuple[int, int]) -> bool:
     (count, length), side = subspace.basis.shape, min(shape)
-    return (
-        (length == max(shape) or count == length == 0)
-        and count <= side
-        and len(subspace.shares) <= side
-    )
+    return (length == max(shape) and count <= side) or count == length == 0
 
 
 def _checked_subspace(name: str, basis: Tensor | None, shares: Tensor | None) -> Subspace:
