@@ -287,6 +287,8 @@ class Solver {
   // From images of the long side to an orthonormal basis of the short one.
   void refine(Subspace& subspace) const {
     const Tensor rows = x_.roughly_to_short(subspace.start);
+    // Each is as large as the matrix where the subspace is wide.
+    subspace.start = subspace.images = anchor();
     const float* data = rows.const_data_ptr<float>();
     double least = subspace.least;
     int passes = std::exchange(subspace.passes, 1);
