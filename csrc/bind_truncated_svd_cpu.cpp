@@ -145,7 +145,10 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
     cpu::gather_rows(matrix.const_data_ptr<float>(), cols, ids.empty() ? nullptr : ids.data(), rows,
                      exponent, work.mutable_data_ptr<float>());
   }
-  std::optional<Found> solved = solve_in_fp32(work, total, goal, earlier, seed);
+  Earlier known = earlier;
+  // Vectors with an entry for each row, but not for these rows.
+  if (known.basis && known.basis->size(1) != std::max(rows, cols)) known.basis.reset();
+  std::optional<Found> solved = solve_in_fp32(work, total, goal, known, seed);
   if (!solved) return std::nullopt;
   Found& found = *solved;
 
@@ -209,7 +212,7 @@ Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wa
     const double total = std::ldexp(scan.squares, -2 * exponent);
     const std::vector<int64_t> ids = used_rows(scanned.used);
     const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
-    const Goal goal(wanted, total, exponent, rows, matrix.size(1));
+    const Goal goal(wanted, total, exponent, matrix.size(0), matrix.size(1));
     if (fp32_will_do(goal, rows, matrix.size(1), total)) {
       const std::optional<Factors> factors =
           quickly(matrix, goal, ids, exponent, total, earlier, seed);

@@ -330,7 +330,7 @@ class Solver {
     subspace.start = extended(mm(order(subspace, subspace.known), subspace.images), width);
   }
 
-  // The leading `rank` components, or nothing where they cannot be straightened.
+  // The leading `rank` components, or nothing where fp32 cannot vouch for them.
   std::optional<Found> finish(const Subspace& subspace, int64_t rank) const {
     Found found;
     found.energies = subspace.energies;
@@ -341,7 +341,8 @@ class Solver {
       const Tensor turn = order(subspace, found.rank);
       found.long_rows = mm(turn, subspace.images);
       found.short_rows = mm(turn, subspace.basis);
-      if (normalise(found) || found.rank == count) break;
+      if (normalise(found)) break;
+      if (found.rank == count) return std::nullopt;
     }
     const bool fine = subspace.vectors.scalar_type() == ScalarType::Double;
     if (!fine && !straighten(found.long_rows)) return std::nullopt;

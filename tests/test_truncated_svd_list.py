@@ -190,7 +190,7 @@ def test_the_seed_matters_and_nothing_else_is_drawn() -> None:
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("shape", [(1000, 90), (1000, 30)])
+@pytest.mark.parametrize("shape", [(1000, 140), (1000, 30)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_of_zeros_cost_nothing(shape: tuple[int, int], dtype: torch.dtype) -> None:
     ids = torch.arange(7, 1000, 5)
@@ -198,6 +198,10 @@ def test_rows_of_zeros_cost_nothing(shape: tuple[int, int], dtype: torch.dtype) 
     matrix[ids] = powerlaw(len(ids), shape[1]).to(dtype)
     (factors,) = ops.truncated_svd_list([matrix], energy=0.9)
     assert problems(matrix.float(), 0.9, factors) == []
+    # Vectors of 1000 entries are no start for 199 rows, a spectrum is.
+    start = Subspace(factors.left.float(), factors.shares)
+    (again,) = ops.truncated_svd_list([matrix], energy=0.9, earlier=[start])
+    assert problems(matrix.float(), 0.9, again) == []
     untouched = torch.ones(1000, dtype=torch.bool)
     untouched[ids] = False
     assert not bool(factors.left[:, untouched].any()) or dtype == torch.float64
