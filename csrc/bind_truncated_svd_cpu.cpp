@@ -19,6 +19,9 @@ namespace {
 // Below this side, and where less of the energy may be lost, fp64 does it.
 constexpr int64_t kSmallSide = 24;
 constexpr double kFinestShare = 1e-3;
+// An energy that exceeds what is wanted by less may be equal to it: of the total, in fp64 and of
+// factors that are rounded to fp32.
+constexpr double kTie = 1e-15, kTieOfRounded = 1e-12;
 // Squares of numbers within these powers of two stay inside fp32.
 constexpr int kSafeExponent = 24;
 
@@ -81,7 +84,7 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
   if constexpr (std::is_same_v<Scalar, float>) {
     const auto [values, vectors] = eigh(mm(mT(tall), tall));
     const std::vector<double> energies = descending<double>(values);
-    const int64_t rank = goal.choose(energies, total, side);
+    const int64_t rank = goal.choose(energies, total, side, kTieOfRounded);
     if (rank >= 0 && rank <= goal.most_rank &&
         (rank == 0 || energies[static_cast<size_t>(rank - 1)] > kGramFloor * energies[0])) {
       const Tensor leading =
@@ -99,7 +102,8 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
   const double* singular = s.template const_data_ptr<double>();
   std::vector<double> energies(static_cast<size_t>(side));
   for (size_t k = 0; k < energies.size(); ++k) energies[k] = singular[k] * singular[k];
-  int64_t rank = goal.choose(energies, sum_of(energies, side), side);
+  const double tie = std::is_same_v<Scalar, float> ? kTieOfRounded : kTie;
+  int64_t rank = goal.choose(energies, sum_of(energies, side), side, tie);
   if (rank < 0) rank = side;
   const VectorsView long_vectors{u.template const_data_ptr<double>(), tall.size(0), u.stride(0),
                                  u.stride(1)};
