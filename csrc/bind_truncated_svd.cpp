@@ -64,22 +64,8 @@ Earlier checked_earlier(const Tensor& matrix, const Tensor& basis, const Tensor&
 }  // namespace
 
 Goal::Goal(const Wanted& wanted, double total, int exponent, int64_t rows, int64_t cols)
-    : by(wanted.by), most_rank(std::min(rows, cols)) {
-  switch (wanted.by) {
-    case StopBy::kEnergy:
-      energy = wanted.limit;
-      break;
-    case StopBy::kRank:
-      rank = static_cast<int64_t>(std::min(wanted.limit, static_cast<double>(most_rank)));
-      break;
-    case StopBy::kError:
-      by = StopBy::kEnergy;
-      energy = 1.0 - std::ldexp(wanted.limit * wanted.limit, -2 * exponent) / total;
-      break;
-    case StopBy::kFloor:
-      floor = std::ldexp(wanted.limit * wanted.limit, -2 * exponent);
-      break;
-  }
+    : Stop(wanted.by, wanted.limit, total, exponent, std::min(rows, cols)),
+      most_rank(std::min(rows, cols)) {
   // K·(P + Q + 1) numbers of fp32 have to stay below the budget.
   if (wanted.budget_bytes >= 0)
     most_rank = std::min(most_rank, (wanted.budget_bytes - 1) / (4 * (rows + cols + 1)));
@@ -87,16 +73,8 @@ Goal::Goal(const Wanted& wanted, double total, int exponent, int64_t rows, int64
 
 int64_t Goal::choose(const std::vector<double>& energies, double total, int64_t side,
                      double slack) const {
-  const auto count = static_cast<int64_t>(energies.size());
-  if (by == StopBy::kRank) return rank <= count ? rank : -1;
-  if (by == StopBy::kFloor) {
-    int64_t kept = 0;
-    while (kept < count && energies[static_cast<size_t>(kept)] >= floor) ++kept;
-    return kept < count || count == side ? kept : -1;
-  }
-  if (energy <= 0.0) return 0;
-  return select_rank([&](int64_t k) { return energies[static_cast<size_t>(k)]; }, count, total,
-                     energy < 1.0 ? std::min(energy + slack, 1.0) : energy);
+  return choose_rank([&](int64_t k) { return energies[static_cast<size_t>(k)]; },
+                     static_cast<int64_t>(energies.size()), total, side, slack);
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,

@@ -9,8 +9,6 @@
 
 namespace fedkd_fast::bind {
 
-enum class StopBy { kEnergy, kRank, kError, kFloor };
-
 struct Wanted {
   StopBy by;
   double limit;
@@ -23,17 +21,12 @@ struct Earlier {
   std::optional<Tensor> shares;  // (S,) fp64: its leading σ²/Σσ², descending
 };
 
-// The stop of one matrix in the units of its squares.
-struct Goal {
-  StopBy by;            // kError has become kEnergy
-  double energy = 1.0;  // wanted share of the total
-  int64_t rank = 0;     // wanted by rank
-  double floor = 0.0;   // least σ² that is kept
-  int64_t most_rank;    // beyond, factors do not pay
+// The stop of one matrix, and what pays.
+struct Goal : Stop {
+  int64_t most_rank;  // beyond, factors do not pay
 
   Goal(const Wanted& wanted, double total, int exponent, int64_t rows, int64_t cols);
-  // How many of the leading energies (descending) are wanted; -1 where it takes more of them.
-  // `slack` of the total is what they may be off by.
+  // As choose_rank, of all energies that are there.
   int64_t choose(const std::vector<double>& energies, double total, int64_t side,
                  double slack = 0.0) const;
 };

@@ -1,185 +1,182 @@
-// truncated_svd on a GPU: matrices of one shape in one batch, by torch's batched products and
-// eigensolver around the kernels of cuda/truncated_svd.cu.
+// truncated_svd on a GPU: matrices of one shape in one batch, by torch's batched products around
+// the kernels of cuda/.
+//
+// X is the matrix or its transpose, M×N with M >= N, scaled to entries near 1. Three ways, the next
+// one where the one before does not serve:
+//
+// * subspace, where an earlier matrix says that few components are wanted: passes B ← orth(XᵀX·B)
+//   from its long-side vectors, and from random ones beyond, then (XB)ᵀ(XB) = W Λ Wᵀ, V = B·W,
+//   U = X·V/σ (Halko, Martinsson, Tropp 2011). The passes only turn the subspace, so bfloat16
+//   serves. What certifies the energy is in fp64: B, its images and their energies. Cards with fp64
+//   tensor cores multiply in it as fast as in fp32, and it does not depend on whether torch may
+//   use TF32.
+// * Gram: XᵀX and torch's eigh, in fp64.
+// * full: torch's SVD in fp64, for float64 matrices, and where XᵀX lacks the digits.
+//
+// The host waits once, for ranks, energies and states of all matrices together, and knows then how
+// large the factors are. It waits beside that where a stop in absolute units needs the norms before
+// a way can be chosen, inside torch's eigh and SVD, which look at their own status, and once for
+// every further way.
 
-#include <algorithm>
 #include <map>
 
-#include "bind_linalg.h"
-#include "bind_truncated_svd.h"
-#include "kernels.h"
+#include "bind_truncated_svd_cuda.h"
 
 namespace fedkd_fast::bind::on_gpu_half {
 namespace {
 
-// Component k of matrix b, counted from the last of `components`: ascending order, turned round.
-cuda::ComponentsView turned(const Tensor& tensor, int64_t components, int64_t entries) {
-  const int64_t last = tensor.size(components) - 1, stride = tensor.stride(components);
-  return {tensor.const_data_ptr<double>() + last * stride, tensor.size(entries), tensor.stride(0),
-          -stride, tensor.stride(entries)};
+// A subspace has this many directions more than the rank that is expected, and these besides: the
+// last ones converge slowly, and the rank may grow.
+constexpr double kOversampling = 1.15;
+constexpr int64_t kExtraDirections = 8, kWidthStep = 8;
+// Of the short side; beyond, all eigenvectors are cheaper.
+constexpr double kMostDirections = 0.5;
+// Small problems up to this side stay in shared memory, so wider ones get batches of their own.
+constexpr int64_t kNarrow = 96;
+
+// Of every matrix; an enqueued look, that nothing has waited for.
+Tensor scan(std::vector<Job>& jobs, int64_t count, cudaStream_t stream) {
+  static_assert(sizeof(cuda::MatrixFacts) == 2 * sizeof(double));
+  const Tensor& anchor = jobs[0].matrix;
+  Tensor facts = empty_like_device(anchor, {count, 2}, ScalarType::Double);
+  std::map<ScalarType, std::vector<std::vector<Job*>>> lists;
+  for (Job& job : jobs) {
+    auto& of_type = lists[job.matrix.scalar_type()];
+    if (of_type.empty() || of_type.back().size() == cuda::kMostMatrices) of_type.emplace_back();
+    of_type.back().push_back(&job);
+  }
+  Tensor parts =
+      empty_like_device(anchor, {cuda::kMostMatrices, cuda::kScanParts, 2}, ScalarType::Double);
+  for (const auto& [type, of_type] : lists)
+    for (const std::vector<Job*>& list : of_type)
+      with_type(list[0]->matrix, [&](auto zero) {
+        check_launch(cuda::scan_matrices(
+            list_of<decltype(zero)>(list), parts.mutable_data_ptr<double>(),
+            reinterpret_cast<cuda::MatrixFacts*>(facts.mutable_data_ptr<double>()), stream));
+      });
+  return facts;
 }
 
-cuda::ComponentsView straight(const Tensor& tensor, int64_t components, int64_t entries) {
-  return {tensor.const_data_ptr<double>(), tensor.size(entries), tensor.stride(0),
-          tensor.stride(components), tensor.stride(entries)};
+const cuda::MatrixFacts* facts_in(const Tensor& tensor) {
+  return reinterpret_cast<const cuda::MatrixFacts*>(tensor.const_data_ptr<double>());
 }
 
-// A batch on a GPU. The host waits for the scan, because NaN and Inf have to raise, and to learn
-// which matrices the Gram matrix does not serve; for each of these, and for each float64 matrix, it
-// waits once more, for a full SVD. torch's solvers look at their own status as well.
-template <typename Scalar>
-class GpuBatch {
- public:
-  GpuBatch(const Tensor& matrix, size_t index, double energy, int64_t rank, Tensor& left,
-           Tensor& sigma, Tensor& right, Tensor& ranks, Tensor& energies)
-      : gpu_(matrix),
-        index_(static_cast<int64_t>(index)),
-        batch_(matrix.size(0)),
-        rows_(matrix.size(1)),
-        cols_(matrix.size(2)),
-        width_(sigma.size(1)),
-        energy_(energy),
-        rank_(rank),
-        exponents_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
-        states_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
-        unfit_(empty_like_device(matrix, {batch_}, ScalarType::Int)),
-        scaled_(empty_like_device(matrix, {batch_, rows_, cols_}, ScalarType::Double)),
-        left_(left.mutable_data_ptr<Scalar>()),
-        sigma_(sigma.mutable_data_ptr<Scalar>()),
-        right_(right.mutable_data_ptr<Scalar>()),
-        ranks_(ranks.mutable_data_ptr<int64_t>()),
-        energies_(energies.mutable_data_ptr<double>()) {
-    const Tensor whole = torch::stable::contiguous(matrix);
-    const auto* data = whole.const_data_ptr<Scalar>();
-    const int64_t size = rows_ * cols_;
-    check_launch(cuda::scan_matrices(data, batch_, size, exponents_.mutable_data_ptr<int>(),
-                                     states_.mutable_data_ptr<int>(), gpu_.stream));
-    check_launch(cuda::scale_matrices(data, batch_, size, exponents_.const_data_ptr<int>(),
-                                      scaled_.mutable_data_ptr<double>(), gpu_.stream));
+// How wide a subspace a matrix with this sum of squares wants, judged by an earlier one; 0 where
+// the optimal rank is promised, where nothing is known, and where it would be too wide.
+int64_t width_of(const Job& job, double squares) {
+  const int64_t side = job.side();
+  if (job.matrix.scalar_type() != ScalarType::Float || side <= kSmallSide || !job.earlier.shares ||
+      !(squares > 0.0))
+    return 0;
+  const Goal goal(job.wanted, squares, 0, job.rows(), job.cols());
+  const double* shares = job.earlier.shares->const_data_ptr<double>();
+  std::vector<double> energies(shares, shares + job.earlier.shares->size(0));
+  for (double& energy : energies) energy *= squares;
+  const auto known = static_cast<int64_t>(energies.size());
+  int64_t rank = 0;
+  if (goal.by == StopBy::kRank) return 0;
+  if (goal.by == StopBy::kFloor) {
+    if (goal.floor <= kFinestShare / static_cast<double>(side) * squares) return 0;
+    rank = goal.choose(energies, squares, side);
+    if (rank < 0) rank = 2 * known;
+  } else {
+    if (goal.energy <= 0.0 || 1.0 - goal.energy < kFinestShare) return 0;
+    rank = cpu::predict_rank(energies.data(), known, side, squares, goal.energy);
   }
+  const auto wanted =
+      static_cast<int64_t>(kOversampling * static_cast<double>(rank)) + kExtraDirections;
+  const int64_t width = (wanted + kWidthStep - 1) / kWidthStep * kWidthStep;
+  return static_cast<double>(width) <= kMostDirections * static_cast<double>(side) ? width : 0;
+}
 
-  void factorise() {
-    const Tensor states = on_host(states_);
-    const auto state = [&](int64_t b) {
-      return static_cast<cuda::MatrixState>(states.const_data_ptr<int>()[b]);
-    };
-    for (int64_t b = 0; b < batch_; ++b)
-      STD_TORCH_CHECK(state(b) != cuda::MatrixState::kNotFinite, "matrix ", index_ + b,
-                      " holds NaN or Inf");
-    if constexpr (std::is_same_v<Scalar, float>) {
-      by_gram();
-      const Tensor unfit = on_host(unfit_);
-      for (int64_t b = 0; b < batch_; ++b)
-        if (unfit.const_data_ptr<int>()[b] != 0) by_svd(b);
-    } else {
-      for (int64_t b = 0; b < batch_; ++b)
-        if (state(b) == cuda::MatrixState::kUsable) by_svd(b);
+void choose_way(Job& job, double squares) {
+  job.width = width_of(job, squares);
+  if (job.matrix.scalar_type() == ScalarType::Float)
+    job.way = job.width > 0 ? Way::kSubspace : Way::kGram;
+}
+
+// Those that wait for nothing come first.
+std::vector<std::vector<Job*>> grouped(const std::vector<Job*>& jobs) {
+  std::map<std::tuple<Way, bool, ScalarType, int64_t, int64_t>, std::vector<Job*>> alike;
+  for (Job* job : jobs)
+    alike[{job->way, job->width > kNarrow, job->matrix.scalar_type(), job->rows(), job->cols()}]
+        .push_back(job);
+  std::vector<std::vector<Job*>> groups;
+  for (const auto& [key, members] : alike)
+    for (size_t first = 0; first < members.size(); first += cuda::kMostMatrices) {
+      const size_t end = std::min<size_t>(members.size(), first + cuda::kMostMatrices);
+      groups.emplace_back(members.begin() + static_cast<std::ptrdiff_t>(first),
+                          members.begin() + static_cast<std::ptrdiff_t>(end));
     }
-  }
+  return groups;
+}
 
- private:
-  void by_gram() {
-    const bool tall = rows_ >= cols_;
-    const Tensor flipped = torch::stable::transpose(scaled_, 1, 2);
-    const auto [values, vectors] = eigh(tall ? torch::stable::matmul(flipped, scaled_)
-                                             : torch::stable::matmul(scaled_, flipped));
-    select(values, 0, batch_);
-    const Tensor long_vectors = torch::stable::matmul(torch::stable::transpose(vectors, 1, 2),
-                                                      tall ? flipped : scaled_);  // (B, N, M)
-    const auto long_view = turned(long_vectors, 1, 2), short_view = turned(vectors, 2, 1);
-    finish(0, batch_, tall ? long_view : short_view, tall ? short_view : long_view, nullptr);
+// Goes one way with each of the jobs; returns those that have to go the next one.
+std::vector<Job*> go(const std::vector<Job*>& jobs, const cuda::MatrixFacts* facts, uint64_t seed,
+                     cudaStream_t stream, std::vector<Factors>& factors) {
+  std::vector<Batch> batches;
+  int64_t report_values = 0;
+  for (std::vector<Job*>& group : grouped(jobs)) {
+    batches.emplace_back(std::move(group), facts, seed, stream);
+    report_values += batches.back().report_values();
   }
-
-  void by_svd(int64_t b) {
-    const auto [u, s, vh] = svd(torch::stable::narrow(scaled_, 0, b, 1));
-    const Tensor singular = torch::stable::contiguous(on_host(s));
-    const int64_t count = s.size(1);
-    Tensor ascending = torch::stable::empty({count}, ScalarType::Double);
-    for (int64_t k = 0; k < count; ++k) {
-      const double value = singular.const_data_ptr<double>()[count - 1 - k];
-      ascending.mutable_data_ptr<double>()[k] = value * value;
-    }
-    select(torch::stable::to(ascending, s.device()), b, 1);
-    const Tensor kept = torch::stable::contiguous(s);
-    finish(b, 1, straight(u, 2, 1), straight(vh, 1, 2), kept.const_data_ptr<double>());
+  Tensor reports = empty_like_device(jobs[0]->matrix, {report_values}, ScalarType::Double);
+  double* place = reports.mutable_data_ptr<double>();
+  for (Batch& batch : batches) {
+    batch.solve(place);
+    place += batch.report_values();
   }
-
-  void select(const Tensor& ascending, int64_t first, int64_t count) {
-    const Tensor whole = torch::stable::contiguous(ascending);
-    check_launch(cuda::select_ranks(whole.const_data_ptr<double>(), count, std::min(rows_, cols_),
-                                    states_.const_data_ptr<int>() + first, energy_, rank_,
-                                    ranks_ + first, energies_ + 2 * first,
-                                    unfit_.mutable_data_ptr<int>() + first, gpu_.stream));
+  const Tensor host = on_host(reports);  // waits
+  const double* report = host.const_data_ptr<double>();
+  size_t bad = factors.size();
+  for (const Batch& batch : batches) {
+    bad = std::min(bad, batch.first_not_finite(report));
+    report += batch.report_values();
   }
-
-  void finish(int64_t first, int64_t count, const cuda::ComponentsView& left,
-              const cuda::ComponentsView& right, const double* singular) {
-    const cuda::FinishArgs args{count,
-                                width_,
-                                left,
-                                right,
-                                singular,
-                                rows_ >= cols_,
-                                exponents_.const_data_ptr<int>() + first,
-                                ranks_ + first};
-    check_launch(cuda::finish_factors(args, left_ + first * width_ * rows_, sigma_ + first * width_,
-                                      right_ + first * width_ * cols_, gpu_.stream));
+  STD_TORCH_CHECK(bad == factors.size(), "matrix ", bad, " holds NaN or Inf");
+  std::vector<Job*> left;
+  report = host.const_data_ptr<double>();
+  for (Batch& batch : batches) {
+    for (Job* job : batch.finish(report, factors)) left.push_back(job);
+    report += batch.report_values();
   }
+  return left;
+}
 
-  GpuScope gpu_;
-  int64_t index_;  // of the first matrix in the list
-  int64_t batch_, rows_, cols_, width_;
-  double energy_;
-  int64_t rank_;
-  Tensor exponents_, states_, unfit_;
-  Tensor scaled_;  // (B, P, Q) fp64
-  Scalar *left_, *sigma_, *right_;
-  int64_t* ranks_;
-  double* energies_;
-};
+Factors nothing_of(const Tensor& matrix) {
+  const ScalarType type = matrix.scalar_type();
+  return {empty_like_device(matrix, {0, matrix.size(0)}, type),
+          empty_like_device(matrix, {0}, type),
+          empty_like_device(matrix, {0, matrix.size(1)}, type),
+          torch::stable::empty({0}, ScalarType::Double)};
+}
 
 }  // namespace
 
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
-                                   const std::vector<Wanted>& wanted, const std::vector<Earlier>&,
-                                   int64_t) {
-  std::vector<Factors> factors(matrices.size());
+                                   const std::vector<Wanted>& wanted,
+                                   const std::vector<Earlier>& earlier, int64_t seed) {
+  const GpuScope gpu(matrices[0]);
+  std::vector<Factors> factors;
+  std::vector<Job> jobs;
   for (size_t i = 0; i < matrices.size(); ++i) {
-    const Tensor& matrix = matrices[i];
-    const bool by_rank = wanted[i].by == StopBy::kRank;
-    STD_TORCH_CHECK(by_rank || wanted[i].by == StopBy::kEnergy, "only by energy or rank on CUDA");
-    const int64_t rows = matrix.size(0), cols = matrix.size(1), full = std::min(rows, cols);
-    const int64_t rank =
-        by_rank ? std::min<int64_t>(full, static_cast<int64_t>(wanted[i].limit)) : -1;
-    const int64_t width = by_rank ? rank : full;
-    const auto zeros = [&](std::vector<int64_t> size, ScalarType type) {
-      Tensor tensor = empty_like_device(matrix, std::move(size), type);
-      return torch::stable::zero_(tensor);
-    };
-    const ScalarType type = matrix.scalar_type();
-    Tensor left = zeros({1, width, rows}, type), sigma = zeros({1, width}, type);
-    Tensor right = zeros({1, width, cols}, type), ranks = zeros({1}, ScalarType::Long);
-    Tensor energies = zeros({1, 2}, ScalarType::Double);
-    const Tensor one = torch::stable::unsqueeze(matrix, 0);
-    if (full > 0) {
-      if (type == ScalarType::Float)
-        GpuBatch<float>(one, i, wanted[i].limit, rank, left, sigma, right, ranks, energies)
-            .factorise();
-      else
-        GpuBatch<double>(one, i, wanted[i].limit, rank, left, sigma, right, ranks, energies)
-            .factorise();
-    }
-    Factors& found = factors[i];
-    found.rank = on_host(ranks).const_data_ptr<int64_t>()[0];
-    const Tensor host = on_host(energies);
-    found.captured = host.const_data_ptr<double>()[0];
-    found.total = host.const_data_ptr<double>()[1];
-    const auto cut = [&](const Tensor& batch) {
-      Tensor first = torch::stable::select(batch, 0, 0);
-      return torch::stable::contiguous(torch::stable::narrow(first, 0, 0, found.rank));
-    };
-    found.left = cut(left), found.sigma = cut(sigma), found.right = cut(right);
-    found.shares = torch::stable::empty({0}, ScalarType::Double);
+    factors.push_back(nothing_of(matrices[i]));
+    if (matrices[i].numel() > 0)
+      jobs.push_back({i, torch::stable::contiguous(matrices[i]), wanted[i], earlier[i]});
   }
+  if (jobs.empty()) return factors;
+  const Tensor facts = scan(jobs, static_cast<int64_t>(matrices.size()), gpu.stream);
+  // A share of the energy needs no norm.
+  const StopBy by = wanted[0].by;
+  std::optional<Tensor> known;
+  if (by == StopBy::kError || by == StopBy::kFloor) known = on_host(facts);
+  std::vector<Job*> open;
+  for (Job& job : jobs) {
+    choose_way(job, known ? facts_in(*known)[job.number].squares : 1.0);
+    open.push_back(&job);
+  }
+  while (!open.empty())
+    open = go(open, facts_in(facts), static_cast<uint64_t>(seed), gpu.stream, factors);
   return factors;
 }
 

@@ -7,9 +7,12 @@
 // matrix, M×N the same matrix oriented so that M >= N, K rank, R rows of logits, C classes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+#include "common/half.h"
 #include "common/macros.h"
+#include "common/truncated_svd.h"
 
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -106,26 +109,107 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
-// Batches of B contiguous matrices; pointers are device pointers; nothing waits for the host.
+// Pointers are device pointers. What differs from matrix to matrix, places and goals, travels as an
+// argument of the kernel, for at most kMostMatrices: nothing is copied to the device, and nothing
+// waits for the host.
+
+constexpr int kMostMatrices = 64;
 
 enum class MatrixState : int { kUsable = 0, kZero = 1, kNotFinite = 2 };
 
-// exponents and states (B,): what cpu::scan_matrix says of each matrix of `size` values.
-template <typename Scalar>
-cudaError_t scan_matrices(const Scalar* matrices, int64_t batch, int64_t size, int* exponents,
-                          int* states, cudaStream_t stream);
+// What cpu::scan_matrix says of a matrix. The exponent is 0 where it is not usable, and squares
+// mean something for float matrices only.
+struct MatrixFacts {
+  double squares;
+  int exponent;
+  MatrixState state;
+};
 
-// scaled = matrices · 2^-exponent, in fp64; not transposed.
+// Contiguous matrices; number i is at[i], has size[i] > 0 values, and its facts are
+// facts[index[i]].
 template <typename Scalar>
-cudaError_t scale_matrices(const Scalar* matrices, int64_t batch, int64_t size,
-                           const int* exponents, double* scaled, cudaStream_t stream);
+struct MatrixList {
+  int count;
+  const Scalar* at[kMostMatrices];
+  int64_t size[kMostMatrices];
+  int index[kMostMatrices];
+};
 
-// Ranks (B,) by energy, or by rank where rank >= 0, from ascending eigenvalues (B, count); 0 for a
-// matrix that is not usable. energies (B, 2): captured, total. unfit (B,): 1 where the last kept
-// eigenvalue is at most kGramFloor of the first, so that a full SVD has to do it.
-cudaError_t select_ranks(const double* ascending, int64_t batch, int64_t count, const int* states,
-                         double energy, int64_t rank, int64_t* ranks, double* energies, int* unfit,
-                         cudaStream_t stream);
+// parts (2 · kScanParts · count) is scratch.
+constexpr int kScanParts = 32;
+template <typename Scalar>
+cudaError_t scan_matrices(const MatrixList<Scalar>& matrices, double* parts, MatrixFacts* facts,
+                          cudaStream_t stream);
+
+// scaled (B, size), all of one size: matrices · 2^-exponent, and zeros for what is not finite.
+// coarse, where it is not null: the same in bfloat16.
+template <typename Scalar>
+cudaError_t scale_matrices(const MatrixList<Scalar>& matrices, const MatrixFacts* facts,
+                           double* scaled, BFloat16* coarse, cudaStream_t stream);
+
+// Rows known from earlier matrices: rows[i] at at[i], contiguous, of unit length.
+struct EarlierRows {
+  int count;
+  const float* at[kMostMatrices];
+  int64_t rows[kMostMatrices];
+};
+
+// out (B, width, length): earlier rows, then rows of random signs; so are values that are not of a
+// row of unit length.
+cudaError_t start_rows(const EarlierRows& earlier, int64_t width, int64_t length, uint64_t seed,
+                       BFloat16* out, cudaStream_t stream);
+
+// (B, side, side), one block a matrix. inverses: T, lower triangular, with T·G·Tᵀ = I for
+// G = R·Rᵀ, so that the rows of T·R are orthonormal. A row that hardly leaves the span of those
+// before it becomes zero.
+cudaError_t cholesky_inverse(const double* grams, int64_t batch, int64_t side, double* inverses,
+                             cudaStream_t stream);
+
+// Eigenvalues (B, side), ascending, and eigenvectors in rows (B, side, side), of symmetric matrices
+// without negative eigenvalues; one block a matrix. scratch: jacobi_scratch(side) values a matrix.
+int64_t jacobi_scratch(int64_t side);
+cudaError_t jacobi_eigh(const double* symmetric, int64_t batch, int64_t side, double* scratch,
+                        double* values, double* vectors, cudaStream_t stream);
+
+// Leading components of B matrices, as a solver orders them: ascending energies, as of XᵀX, or
+// descending singular values.
+struct Spectra {
+  const double* values;  // (B, count)
+  int64_t count;
+  bool singular;
+  FEDKD_HD double value(int64_t b, int64_t k) const {
+    const double found = values[b * count + (singular ? k : count - 1 - k)];
+    return found > 0.0 ? found : 0.0;
+  }
+  FEDKD_HD double energy(int64_t b, int64_t k) const {
+    return singular ? value(b, k) * value(b, k) : value(b, k);
+  }
+  FEDKD_HD double sigma(int64_t b, int64_t k) const {
+    return singular ? value(b, k) : sqrt(value(b, k));
+  }
+};
+
+struct SelectArgs {
+  int count;  // matrices
+  int index[kMostMatrices];
+  StopBy by;
+  double limit[kMostMatrices];
+  Spectra spectra;
+  int64_t side;  // components that there are
+  const MatrixFacts* facts;
+};
+
+// One for each matrix, behind it the energies of its components, descending.
+struct Report {
+  double state;  // a MatrixState
+  double rank;   // that is wanted; -1 where it takes more components
+  double unfit;  // 1 where the last of them has at most kGramFloor of the first one's energy
+  double total;  // Σσ² of the whole matrix
+};
+constexpr int64_t kReportHead = sizeof(Report) / sizeof(double);
+
+// reports (B, kReportHead + spectra.count).
+cudaError_t select_ranks(const SelectArgs& args, double* reports, cudaStream_t stream);
 
 // Component k of matrix b; strides may be negative: eigensolvers return ascending order.
 struct ComponentsView {
@@ -137,21 +221,24 @@ struct ComponentsView {
   }
 };
 
+template <typename Scalar>
 struct FinishArgs {
-  int64_t batch, width;  // width: components of the outputs, zeros beyond a matrix's rank
+  int count;  // matrices
+  int index[kMostMatrices];
+  int rank[kMostMatrices];  // components that are wanted; may be none
+  // Component-major: (K, P), (K,), (K, Q).
+  Scalar* left_out[kMostMatrices];
+  Scalar* sigma_out[kMostMatrices];
+  Scalar* right_out[kMostMatrices];
   ComponentsView left, right;
-  // null: one side holds X·V, whose norms are the singular values; else (B, width), both sides
-  // unit.
-  const double* singular;
-  bool left_is_scaled;  // which side, where singular is null
-  const int* exponents;
-  const int64_t* ranks;
+  Spectra spectra;
+  bool left_is_long;  // that of X·V, whose length is only known to be σ where spectra hold energies
+  const MatrixFacts* facts;
 };
 
-// left (B, width, P), sigma (B, width), right (B, width, Q), as cpu::finish_factors makes them.
+// Factors as cpu::finish_factors makes them, with the singular values of the spectra.
 template <typename Scalar>
-cudaError_t finish_factors(const FinishArgs& args, Scalar* left, Scalar* sigma, Scalar* right,
-                           cudaStream_t stream);
+cudaError_t finish_factors(const FinishArgs<Scalar>& args, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

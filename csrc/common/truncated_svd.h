@@ -28,6 +28,55 @@ FEDKD_HD inline int64_t select_rank(const EnergyAt& energy_at, int64_t count, do
   return -1;
 }
 
+// float32 matrices with a shorter side of no more than this, or with less of the energy to lose,
+// get the optimal rank.
+constexpr int64_t kSmallSide = 64;
+constexpr double kFinestShare = 1e-3;
+
+enum class StopBy : int { kEnergy, kRank, kError, kFloor };
+
+// What ends the components of a matrix, in the units of its squares after scaling by 2^-exponent.
+struct Stop {
+  StopBy by;            // kError has become kEnergy
+  double energy = 1.0;  // wanted share of the total
+  int64_t rank = 0;     // wanted by rank
+  double floor = 0.0;   // least σ² that is kept
+
+  FEDKD_HD Stop(StopBy stop, double limit, double total, int exponent, int64_t side)
+      : by(stop == StopBy::kError ? StopBy::kEnergy : stop) {
+    if (stop == StopBy::kEnergy) energy = limit;
+    if (stop == StopBy::kRank)
+      rank = limit < static_cast<double>(side) ? static_cast<int64_t>(limit) : side;
+    if (stop == StopBy::kError) energy = 1.0 - ldexp(limit * limit, -2 * exponent) / total;
+    if (stop == StopBy::kFloor) floor = ldexp(limit * limit, -2 * exponent);
+  }
+
+  // How many of the `count` leading energies (descending) are wanted; -1 where it takes more of
+  // the `side` that there are. `slack` of the total is what they may be off by.
+  template <typename EnergyAt>
+  FEDKD_HD int64_t choose_rank(const EnergyAt& energy_at, int64_t count, double total, int64_t side,
+                               double slack = 0.0) const {
+    if (by == StopBy::kRank) return rank <= count ? rank : -1;
+    if (by == StopBy::kFloor) {
+      int64_t kept = 0;
+      while (kept < count && energy_at(kept) >= floor) ++kept;
+      return kept < count || count == side ? kept : -1;
+    }
+    if (energy <= 0.0) return 0;
+    const double wanted = energy < 1.0 && energy + slack < 1.0 ? energy + slack : 1.0;
+    return select_rank(energy_at, count, total, wanted);
+  }
+};
+
+// A pseudo-random sign for each index, the same for the same seed: splitmix64 (Steele, Lea, Flood
+// 2014).
+FEDKD_HD inline float random_sign(uint64_t seed, int64_t index) {
+  uint64_t bits = seed + static_cast<uint64_t>(index + 1) * 0x9e3779b97f4a7c15u;
+  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+  return (bits ^ (bits >> 31)) >> 63 ? -1.0f : 1.0f;
+}
+
 // value · 2^-exponent, exact, by two factors: 2^-exponent overflows for a subnormal double.
 struct ScaleDown {
   double first, second;

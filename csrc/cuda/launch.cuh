@@ -17,6 +17,10 @@ namespace fedkd_fast::cuda {
 
 // Along each side of a grid; what is beyond, blocks do in turn. Few here, so that they have to.
 constexpr int64_t kMostBlocks = 2;
+// Threads of a block that has a multiprocessor to itself; few here, where each is a real one.
+constexpr int kLargeBlock = 64;
+// Little, so that small matrices already do not fit.
+inline int64_t most_shared_bytes() { return 16 * 1024; }
 
 template <auto kKernel, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -34,10 +38,27 @@ T* dynamic_shared() {
 #else
 
 constexpr int64_t kMostBlocks = 65535;
+constexpr int kLargeBlock = 512;
+constexpr size_t kPlainSharedBytes = 48 * 1024;  // more than that has to be asked for
+
+// That a block of the current device may ask for.
+inline int64_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    return kPlainSharedBytes;
+  return bytes;
+}
 
 template <auto kKernel, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Args&&... args) {
+  if (shared_bytes > kPlainSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   // clang-format off
   kKernel<<<grid, block, shared_bytes, stream>>>(std::forward<Args>(args)...);
   // clang-format on

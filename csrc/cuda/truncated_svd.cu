@@ -1,16 +1,19 @@
-// The parts of truncated_svd around torch's batched GEMM and eigensolver, on CUDA: scan and scale a
-// batch of matrices, choose ranks, finish factors. The algorithm is that of cpu/truncated_svd.cpp.
+// What surrounds the products of truncated_svd on CUDA: matrices are scanned and scaled, first
+// subspaces gathered, ranks chosen, factors finished. The solvers' small problems are in
+// truncated_svd_small.cu, the algorithm in bind_truncated_svd_cuda.cpp.
 //
-// Mapping. scan: one block a matrix, 16 bytes a load, one tree over the block. scale: one thread
-// for 16 bytes of input, blocks over the batch. select: one thread a matrix, its energies added in
-// the order that the CPU adds them, so that equal energies give equal ranks. finish: one block for
-// one component of one matrix: norm and peak in one tree over the block, then both vectors are
-// written. Shared memory: 3 KiB in scan, 6 KiB in finish. fp64 throughout; reductions have a fixed
-// order, so equal inputs give equal bits. Nothing waits for the host.
+// Mapping. scan: up to kScanParts blocks a matrix, 16 bytes a load, one tree over the block, and
+// one thread a matrix that merges its parts in order. scale: one thread for 16 bytes of input,
+// blocks over the batch. start: one thread for 8 values. select: one block a matrix, whose first
+// thread adds the energies in the order that the CPU adds them, so that equal energies give equal
+// ranks. finish: one block for one component of one matrix: norm and peak in one tree over the
+// block, then both vectors are written. Shared memory: 4 KiB in scan, 6 KiB in finish. fp64
+// throughout; reductions have a fixed order, so equal inputs give equal bits.
 
 #include <cfloat>
 #include <cmath>
 
+#include "common/half.h"
 #include "common/truncated_svd.h"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
@@ -20,87 +23,152 @@ namespace fedkd_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kSelectThreads = 64;
+// An entry of a row of unit length is no more than 1, and rounding leaves it below.
+constexpr float kMostOfUnitRow = 2.0f;
+
+// Of one part of a matrix.
+struct ScanPart {
+  double peak;  // largest magnitude; Inf where a value is not finite
+  double squares;
+};
 
 template <typename Scalar>
-__global__ void scan_matrices_kernel(const Scalar* matrices, int64_t size, int* exponents,
-                                     int* states) {
-  __shared__ double largest[kThreads];
-  __shared__ int bad[kThreads];
+__global__ void scan_matrices_kernel(MatrixList<Scalar> matrices, ScanPart* parts) {
+  __shared__ ScanPart found[kThreads];
   constexpr int64_t kStep = Vector<Scalar>::kSize;
-  const Scalar* const matrix = matrices + blockIdx.x * size;
   const int thread = static_cast<int>(threadIdx.x);
-  const bool whole = is_aligned(matrix);
-  const int64_t vectors_end = size / kStep * kStep;
-  double peak = 0.0;
-  bool finite = true;
-  const auto look = [&](Scalar value) {
-    const double magnitude = fabs(static_cast<double>(value));
-    peak = magnitude > peak ? magnitude : peak;
-    finite = finite && magnitude <= DBL_MAX;  // false for NaN and Inf
-  };
-  for (int64_t i = thread * kStep; i < vectors_end; i += kThreads * kStep) {
-    const Vector<Scalar> values = load_vector(matrix + i, whole);
-    for (int j = 0; j < kStep; ++j) look(values.at[j]);
-  }
-  for (int64_t i = vectors_end + thread; i < size; i += kThreads) look(matrix[i]);
-  largest[thread] = peak;
-  bad[thread] = finite ? 0 : 1;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();  // the wider level is written
-    if (thread < width) {
-      const double other = largest[thread + width];
-      largest[thread] = largest[thread] > other ? largest[thread] : other;
-      bad[thread] |= bad[thread + width];
+  for (int b = static_cast<int>(blockIdx.y); b < matrices.count; b += static_cast<int>(gridDim.y)) {
+    const Scalar* const matrix = matrices.at[b];
+    const int64_t size = matrices.size[b];
+    const bool whole = is_aligned(matrix);
+    const int64_t vectors_end = size / kStep * kStep;
+    ScanPart mine{0.0, 0.0};
+    const auto look = [&mine](Scalar value) {
+      const double magnitude = fabs(static_cast<double>(value));
+      const double bounded = magnitude <= DBL_MAX ? magnitude : HUGE_VAL;  // NaN, too
+      mine.peak = bounded > mine.peak ? bounded : mine.peak;
+      mine.squares += magnitude * magnitude;
+    };
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + thread;
+    for (int64_t i = first * kStep; i < vectors_end; i += step * kStep) {
+      const Vector<Scalar> values = load_vector(matrix + i, whole);
+      for (int j = 0; j < kStep; ++j) look(values.at[j]);
     }
+    for (int64_t i = vectors_end + first; i < size; i += step) look(matrix[i]);
+    found[thread] = mine;
+    for (int width = kThreads / 2; width > 0; width /= 2) {
+      __syncthreads();  // the wider level is written
+      if (thread < width) {
+        const ScanPart other = found[thread + width];
+        mine.peak = other.peak > mine.peak ? other.peak : mine.peak;
+        mine.squares += other.squares;
+        found[thread] = mine;
+      }
+    }
+    if (thread == 0) parts[b * kScanParts + blockIdx.x] = mine;
+    __syncthreads();  // the last level has been read
   }
-  if (thread > 0) return;
-  const MatrixState state = bad[0]              ? MatrixState::kNotFinite
-                            : largest[0] == 0.0 ? MatrixState::kZero
-                                                : MatrixState::kUsable;
-  states[blockIdx.x] = static_cast<int>(state);
-  exponents[blockIdx.x] = state == MatrixState::kUsable ? ilogb(largest[0]) : 0;
 }
 
 template <typename Scalar>
-__global__ void scale_matrices_kernel(const Scalar* matrices, int64_t batch, int64_t size,
-                                      const int* exponents, double* scaled) {
+__global__ void merge_scans_kernel(MatrixList<Scalar> matrices, const ScanPart* parts, int count,
+                                   MatrixFacts* facts) {
+  const int b = static_cast<int>(threadIdx.x);
+  if (b >= matrices.count) return;
+  ScanPart whole{0.0, 0.0};
+  for (int part = 0; part < count; ++part) {
+    const ScanPart& one = parts[b * kScanParts + part];
+    whole.peak = one.peak > whole.peak ? one.peak : whole.peak;
+    whole.squares += one.squares;
+  }
+  const MatrixState state = whole.peak > DBL_MAX ? MatrixState::kNotFinite
+                            : whole.peak == 0.0  ? MatrixState::kZero
+                                                 : MatrixState::kUsable;
+  facts[matrices.index[b]] = {whole.squares, state == MatrixState::kUsable ? ilogb(whole.peak) : 0,
+                              state};
+}
+
+template <typename Scalar>
+__global__ void scale_matrices_kernel(MatrixList<Scalar> matrices, int64_t size,
+                                      const MatrixFacts* facts, double* scaled, BFloat16* coarse) {
   constexpr int64_t kStep = Vector<Scalar>::kSize;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStep;
   if (first >= size) return;
-  for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
-    const Scalar* const in = matrices + b * size + first;
+  const bool full = first + kStep <= size;
+  for (int b = static_cast<int>(blockIdx.y); b < matrices.count; b += static_cast<int>(gridDim.y)) {
+    const Scalar* const in = matrices.at[b] + first;
     double* const out = scaled + b * size + first;
-    const ScaleDown scale(exponents[b]);
-    if (first + kStep <= size) {
+    BFloat16* const rough = coarse == nullptr ? nullptr : coarse + b * size + first;
+    const MatrixFacts& fact = facts[matrices.index[b]];
+    const bool finite = fact.state != MatrixState::kNotFinite;
+    const ScaleDown scale(fact.exponent);
+    const auto put = [&](int i, Scalar stored) {
+      const double value = finite ? scale(static_cast<double>(stored)) : 0.0;
+      out[i] = value;
+      if (rough != nullptr) store_value(rough + i, static_cast<float>(value));
+    };
+    if (full) {
       const Vector<Scalar> values = load_vector(in, is_aligned(in));
-      for (int i = 0; i < kStep; ++i) out[i] = scale(static_cast<double>(values.at[i]));
+      for (int i = 0; i < kStep; ++i) put(i, values.at[i]);
     } else {
-      for (int64_t i = 0; first + i < size; ++i) out[i] = scale(static_cast<double>(in[i]));
+      for (int i = 0; first + i < size; ++i) put(i, in[i]);
     }
   }
 }
 
-__global__ void select_ranks_kernel(const double* ascending, int64_t batch, int64_t count,
-                                    const int* states, double energy, int64_t rank, int64_t* ranks,
-                                    double* energies, int* unfit) {
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (b >= batch) return;
-  const double* const values = ascending + b * count;
-  const auto energy_at = [values, count](int64_t k) {
-    const double value = values[count - 1 - k];
-    return value > 0.0 ? value : 0.0;
-  };
-  int64_t kept = 0;
-  double captured = 0.0, total = 0.0;
-  if (states[b] == static_cast<int>(MatrixState::kUsable)) {
-    for (int64_t k = 0; k < count; ++k) total += energy_at(k);
-    kept = rank >= 0 ? (rank < count ? rank : count) : select_rank(energy_at, count, total, energy);
-    for (int64_t k = 0; k < kept; ++k) captured += energy_at(k);
+__global__ void start_rows_kernel(EarlierRows earlier, int64_t size, int64_t length, uint64_t seed,
+                                  BFloat16* out) {
+  constexpr int kStep = Vector<BFloat16>::kSize;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStep;
+  if (first >= size) return;
+  const bool full = first + kStep <= size;
+  for (int b = static_cast<int>(blockIdx.y); b < earlier.count; b += static_cast<int>(gridDim.y)) {
+    const float* const rows = earlier.at[b] + first;
+    const int64_t known = earlier.rows[b] * length - first;
+    const auto entry = [&](int i) {
+      const float value = i < known ? rows[i] : HUGE_VALF;
+      BFloat16 stored;
+      store_value(&stored, fabsf(value) <= kMostOfUnitRow ? value : random_sign(seed, first + i));
+      return stored;
+    };
+    BFloat16* const place = out + b * size + first;
+    if (full) {
+      Vector<BFloat16> row;
+      for (int i = 0; i < kStep; ++i) row.at[i] = entry(i);
+      store_vector(place, row, is_aligned(place));
+    } else {
+      for (int i = 0; first + i < size; ++i) place[i] = entry(i);
+    }
   }
-  ranks[b] = kept;
-  energies[2 * b] = captured;
-  energies[2 * b + 1] = total;
-  unfit[b] = kept > 0 && !(energy_at(kept - 1) > kGramFloor * energy_at(0)) ? 1 : 0;
+}
+
+__global__ void select_ranks_kernel(SelectArgs args, double* reports) {
+  const int64_t count = args.spectra.count;
+  for (int b = static_cast<int>(blockIdx.x); b < args.count; b += static_cast<int>(gridDim.x)) {
+    double* const report = reports + b * (kReportHead + count);
+    const MatrixFacts& fact = args.facts[args.index[b]];
+    const auto energy_at = [&args, b](int64_t k) { return args.spectra.energy(b, k); };
+    for (int64_t k = threadIdx.x; k < count; k += kSelectThreads)
+      report[kReportHead + k] = energy_at(k);
+    if (threadIdx.x > 0) continue;
+    double total = 0.0;
+    int64_t rank = 0;
+    if (fact.state == MatrixState::kUsable) {
+      if (count == args.side)
+        for (int64_t k = 0; k < count; ++k) total += energy_at(k);
+      else
+        total = ldexp(fact.squares, -2 * fact.exponent);
+      const Stop stop(args.by, args.limit[b], total, fact.exponent, args.side);
+      rank = stop.choose_rank(energy_at, count, total, args.side);
+    }
+    const bool unfit = rank > 0 && !(energy_at(rank - 1) > kGramFloor * energy_at(0));
+    report[0] = static_cast<double>(fact.state);
+    report[1] = static_cast<double>(rank);
+    report[2] = unfit ? 1.0 : 0.0;
+    report[3] = total;
+  }
 }
 
 // The better of two candidates for the largest magnitude: the first of equals.
@@ -109,30 +177,22 @@ __device__ bool is_better(double magnitude, int64_t index, double other, int64_t
 }
 
 template <typename Scalar>
-__global__ void finish_factors_kernel(FinishArgs args, Scalar* left, Scalar* sigma, Scalar* right) {
+__global__ void finish_factors_kernel(FinishArgs<Scalar> args) {
   __shared__ double squares[kThreads];
   __shared__ double peaks[kThreads];
   __shared__ int64_t places[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t k = blockIdx.x;
-  for (int64_t b = blockIdx.y; b < args.batch; b += gridDim.y) {
-    Scalar* const left_out = left + (b * args.width + k) * args.left.length;
-    Scalar* const right_out = right + (b * args.width + k) * args.right.length;
-    if (k >= args.ranks[b]) {  // padding
-      for (int64_t i = thread; i < args.left.length; i += kThreads) left_out[i] = Scalar(0);
-      for (int64_t i = thread; i < args.right.length; i += kThreads) right_out[i] = Scalar(0);
-      if (thread == 0) sigma[b * args.width + k] = Scalar(0);
-      continue;
-    }
+  for (int b = static_cast<int>(blockIdx.y); b < args.count; b += static_cast<int>(gridDim.y)) {
+    if (k >= args.rank[b]) continue;
     double sum = 0.0, peak = 0.0;
     int64_t place = args.left.length;
-    const auto add_square = [&](double value) { sum += value * value; };
-    if (args.singular == nullptr && args.left_is_scaled)
-      for (int64_t i = thread; i < args.left.length; i += kThreads)
-        add_square(args.left.at(b, k, i));
-    else if (args.singular == nullptr)
-      for (int64_t i = thread; i < args.right.length; i += kThreads)
-        add_square(args.right.at(b, k, i));
+    const ComponentsView& long_side = args.left_is_long ? args.left : args.right;
+    if (!args.spectra.singular)
+      for (int64_t i = thread; i < long_side.length; i += kThreads) {
+        const double value = long_side.at(b, k, i);
+        sum += value * value;
+      }
     for (int64_t i = thread; i < args.left.length; i += kThreads) {
       const double value = args.left.at(b, k, i);
       if (is_better(fabs(value), i, fabs(peak), place)) {
@@ -156,13 +216,15 @@ __global__ void finish_factors_kernel(FinishArgs args, Scalar* left, Scalar* sig
       }
     }
     __syncthreads();  // the results are there
-    const double norm = args.singular == nullptr ? sqrt(squares[0]) : 1.0;
-    const double value = args.singular == nullptr ? norm : args.singular[b * args.width + k];
+    const double norm = args.spectra.singular ? 1.0 : sqrt(squares[0]);
     const double sign = peaks[0] < 0.0 ? -1.0 : 1.0;
-    const double left_factor = args.left_is_scaled ? sign / norm : sign;
-    const double right_factor = args.left_is_scaled ? sign : sign / norm;
+    const double left_factor = args.left_is_long ? sign / norm : sign;
+    const double right_factor = args.left_is_long ? sign : sign / norm;
+    Scalar* const left_out = args.left_out[b] + k * args.left.length;
+    Scalar* const right_out = args.right_out[b] + k * args.right.length;
     if (thread == 0)
-      sigma[b * args.width + k] = static_cast<Scalar>(ldexp(value, args.exponents[b]));
+      args.sigma_out[b][k] =
+          static_cast<Scalar>(ldexp(args.spectra.sigma(b, k), args.facts[args.index[b]].exponent));
     for (int64_t i = thread; i < args.left.length; i += kThreads)
       left_out[i] = static_cast<Scalar>(args.left.at(b, k, i) * left_factor);
     for (int64_t i = thread; i < args.right.length; i += kThreads)
@@ -173,47 +235,60 @@ __global__ void finish_factors_kernel(FinishArgs args, Scalar* left, Scalar* sig
 }  // namespace
 
 template <typename Scalar>
-cudaError_t scan_matrices(const Scalar* matrices, int64_t batch, int64_t size, int* exponents,
-                          int* states, cudaStream_t stream) {
-  return launch<scan_matrices_kernel<Scalar>>(dim3(static_cast<unsigned>(batch)), dim3(kThreads), 0,
-                                              stream, matrices, size, exponents, states);
+cudaError_t scan_matrices(const MatrixList<Scalar>& matrices, double* parts, MatrixFacts* facts,
+                          cudaStream_t stream) {
+  auto* const found = reinterpret_cast<ScanPart*>(parts);
+  const unsigned blocks = blocks_of(kScanParts);
+  const cudaError_t error = launch<scan_matrices_kernel<Scalar>>(
+      dim3(blocks, blocks_of(matrices.count)), dim3(kThreads), 0, stream, matrices, found);
+  if (error != cudaSuccess) return error;
+  return launch<merge_scans_kernel<Scalar>>(dim3(1), dim3(kMostMatrices), 0, stream, matrices,
+                                            found, static_cast<int>(blocks), facts);
 }
 
 template <typename Scalar>
-cudaError_t scale_matrices(const Scalar* matrices, int64_t batch, int64_t size,
-                           const int* exponents, double* scaled, cudaStream_t stream) {
+cudaError_t scale_matrices(const MatrixList<Scalar>& matrices, const MatrixFacts* facts,
+                           double* scaled, BFloat16* coarse, cudaStream_t stream) {
   constexpr int64_t kBlockValues = kThreads * Vector<Scalar>::kSize;
+  const int64_t size = matrices.size[0];
   const auto blocks = static_cast<unsigned>((size + kBlockValues - 1) / kBlockValues);
-  return launch<scale_matrices_kernel<Scalar>>(dim3(blocks, blocks_of(batch)), dim3(kThreads), 0,
-                                               stream, matrices, batch, size, exponents, scaled);
+  return launch<scale_matrices_kernel<Scalar>>(dim3(blocks, blocks_of(matrices.count)),
+                                               dim3(kThreads), 0, stream, matrices, size, facts,
+                                               scaled, coarse);
 }
 
-cudaError_t select_ranks(const double* ascending, int64_t batch, int64_t count, const int* states,
-                         double energy, int64_t rank, int64_t* ranks, double* energies, int* unfit,
-                         cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((batch + kThreads - 1) / kThreads);
-  return launch<select_ranks_kernel>(dim3(blocks), dim3(kThreads), 0, stream, ascending, batch,
-                                     count, states, energy, rank, ranks, energies, unfit);
+cudaError_t start_rows(const EarlierRows& earlier, int64_t width, int64_t length, uint64_t seed,
+                       BFloat16* out, cudaStream_t stream) {
+  constexpr int64_t kBlockValues = kThreads * Vector<BFloat16>::kSize;
+  const int64_t size = width * length;
+  const auto blocks = static_cast<unsigned>((size + kBlockValues - 1) / kBlockValues);
+  return launch<start_rows_kernel>(dim3(blocks, blocks_of(earlier.count)), dim3(kThreads), 0,
+                                   stream, earlier, size, length, seed, out);
+}
+
+cudaError_t select_ranks(const SelectArgs& args, double* reports, cudaStream_t stream) {
+  return launch<select_ranks_kernel>(dim3(blocks_of(args.count)), dim3(kSelectThreads), 0, stream,
+                                     args, reports);
 }
 
 template <typename Scalar>
-cudaError_t finish_factors(const FinishArgs& args, Scalar* left, Scalar* sigma, Scalar* right,
-                           cudaStream_t stream) {
-  if (args.width == 0) return cudaSuccess;
+cudaError_t finish_factors(const FinishArgs<Scalar>& args, cudaStream_t stream) {
+  int most = 0;
+  for (int b = 0; b < args.count; ++b) most = args.rank[b] > most ? args.rank[b] : most;
+  if (most == 0) return cudaSuccess;
   return launch<finish_factors_kernel<Scalar>>(
-      dim3(static_cast<unsigned>(args.width), blocks_of(args.batch)), dim3(kThreads), 0, stream,
-      args, left, sigma, right);
+      dim3(static_cast<unsigned>(most), blocks_of(args.count)), dim3(kThreads), 0, stream, args);
 }
 
-template cudaError_t scan_matrices<float>(const float*, int64_t, int64_t, int*, int*, cudaStream_t);
-template cudaError_t scan_matrices<double>(const double*, int64_t, int64_t, int*, int*,
+template cudaError_t scan_matrices<float>(const MatrixList<float>&, double*, MatrixFacts*,
+                                          cudaStream_t);
+template cudaError_t scan_matrices<double>(const MatrixList<double>&, double*, MatrixFacts*,
                                            cudaStream_t);
-template cudaError_t scale_matrices<float>(const float*, int64_t, int64_t, const int*, double*,
-                                           cudaStream_t);
-template cudaError_t scale_matrices<double>(const double*, int64_t, int64_t, const int*, double*,
-                                            cudaStream_t);
-template cudaError_t finish_factors<float>(const FinishArgs&, float*, float*, float*, cudaStream_t);
-template cudaError_t finish_factors<double>(const FinishArgs&, double*, double*, double*,
-                                            cudaStream_t);
+template cudaError_t scale_matrices<float>(const MatrixList<float>&, const MatrixFacts*, double*,
+                                           BFloat16*, cudaStream_t);
+template cudaError_t scale_matrices<double>(const MatrixList<double>&, const MatrixFacts*, double*,
+                                            BFloat16*, cudaStream_t);
+template cudaError_t finish_factors<float>(const FinishArgs<float>&, cudaStream_t);
+template cudaError_t finish_factors<double>(const FinishArgs<double>&, cudaStream_t);
 
 }  // namespace fedkd_fast::cuda
