@@ -70,6 +70,7 @@ POWER = 0.75  # σ_k ~ k^-0.75: between single gradients and deltas of many Adam
 DRIFT = 0.2  # the part of an update that is new
 
 Factors = tuple[Tensor, Tensor, Tensor]
+Earlier = list[reference.Subspace]  # of each matrix
 
 
 def updates(batch: int, rows: int, cols: int, seed: int) -> Tensor:
@@ -80,18 +81,23 @@ def updates(batch: int, rows: int, cols: int, seed: int) -> Tensor:
     return (left * torch.arange(1, width + 1).float() ** -POWER) @ right.mT
 
 
-def our_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+def our_svd(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:
     svd = ops.truncated_svd(matrix, energy=ENERGY)
     return svd.U, svd.S, svd.Vh
 
 
-def torch_svd(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+def our_warm_svd(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:
+    found = ops.truncated_svd_list(list(matrix), energy=ENERGY, earlier=earlier)
+    return reference.padded(found, matrix)[:3]
+
+
+def torch_svd(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = max(reference.select_rank(one, ENERGY) for one in s)
     return u[..., :kept], s[..., :kept], vh[..., :kept, :]
 
 
-def gram_eigh(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+def gram_eigh(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:
     values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     s = values.clamp(min=0).sqrt().flip(-1)
     kept = max(reference.select_rank(one, ENERGY) for one in s)
@@ -99,14 +105,15 @@ def gram_eigh(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
     return matrix @ v / s[..., None, :kept], s[..., :kept], v.mT
 
 
-def svd_lowrank_oracle(matrix: Tensor, basis: Tensor, rank: int) -> Factors:
+def svd_lowrank_oracle(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:
     """Told the true rank, which a real caller does not know."""
     u, s, v = torch.svd_lowrank(matrix, q=int(1.25 * rank) + 8, niter=2)
     return u, s, v.mT
 
 
-SVDS: dict[str, Callable[[Tensor, Tensor, int], Factors]] = {
+SVDS: dict[str, Callable[[Tensor, Earlier, int], Factors]] = {
     "ours": our_svd,
+    "ours-warm": our_warm_svd,
     "torch.linalg.svd": torch_svd,
     "gram+eigh": gram_eigh,
     "svd_lowrank-oracle": svd_lowrank_oracle,

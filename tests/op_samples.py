@@ -58,6 +58,20 @@ def losses_and_gradients(losses: Losses) -> list[Tensor]:
     return [*(value.detach() for value in losses.found), *gradients]
 
 
+# Of an earlier matrix with few components, so that a subspace is taken.
+STEEP = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+
+
+def of_low_rank(seed: int) -> list[Tensor]:
+    return [noise(seed, 90, 3) @ noise(seed + 100, 3, 80)]
+
+
+def svd_from_earlier(matrix: Tensor) -> list[Tensor]:
+    earlier = reference.Subspace(matrix.new_empty(0, 90), STEEP)
+    (found,) = ops.truncated_svd_list([matrix], energy=0.9, earlier=[earlier])
+    return [found.sigma.double()]
+
+
 def distill_loss(classes: int) -> Op:
     def sample(seed: int) -> list[Tensor]:
         labels = torch.arange(LOGIT_ROWS) * (seed + 3) % classes
@@ -96,13 +110,19 @@ OPS = {
         lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S.double()],
         torch.finfo(torch.float32).eps,
     ),
+    "truncated_svd from earlier shares": Op(
+        of_low_rank,
+        svd_from_earlier,
+        lambda matrix: [reference.truncated_svd_list([matrix], energy=0.9)[0].sigma.double()],
+        torch.finfo(torch.float32).eps,
+    ),
     "truncated_svd in float64": Op(
         lambda seed: [noise(seed, 3, 40, 24).double()],
         lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S],
         lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S],
     ),
 }
-# truncated_svd waits for the scan that finds NaN.
+# truncated_svd waits for the ranks.
 ASYNCHRONOUS = [name for name in OPS if not name.startswith("truncated_svd")]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.gpu import cases
-from fedkd_fast import ops
+from fedkd_fast import ops, reference
 
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASSES = (7, 64, 1500, 2047)
@@ -23,6 +23,8 @@ COUNTS = (21, 1024)
 BITS = (0, 1, 4, 7, 8, 16)
 PRODUCTS = ((5, 33, 47), (8, 64, 128))
 MATRICES = ((2, 24, 40), (1, 64, 32))
+# With subspaces that fit in shared memory, and that do not.
+LISTED = ((80, 70, 10), (264, 272, 100))
 
 
 def distill_loss(device: torch.device) -> None:
@@ -68,11 +70,22 @@ def truncated_svd(device: torch.device) -> None:
             ops.truncated_svd(matrix.to(dtype), energy=0.9)
 
 
+def truncated_svd_list(device: torch.device) -> None:
+    for rows, cols, rank in LISTED:
+        # Shares that make a subspace of about that rank plausible; noise then needs another way.
+        shares = torch.full((rank,), 1 / rank, dtype=torch.float64)
+        earlier = reference.Subspace(torch.empty(0, max(rows, cols)), shares)
+        matrices = [cases.noise(device, rows, cols, seed=seed) for seed in range(2)]
+        low = cases.noise(device, rows, 3) @ cases.noise(device, 3, cols)
+        ops.truncated_svd_list([*matrices, low], energy=0.9, earlier=[earlier] * 3)
+
+
 RUNS: dict[str, Callable[[torch.device], None]] = {
     "pack_factors": pack_factors,
     "unpack_factors": unpack_factors,
     "reconstruct": reconstruct,
     "truncated_svd": truncated_svd,
+    "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,
 }
 

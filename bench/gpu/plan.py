@@ -1,7 +1,7 @@
 """What the GPU benches measure: for every op its shapes and rivals; needs no torch and no library.
 
 A job is one implementation on one case. `ours…` are ways to call the op: `ours` as a caller does,
-`ours-op` without autograd. `copy` moves as many bytes as the op
+`ours-op` without autograd, `ours-warm` from earlier subspaces. `copy` moves as many bytes as the op
 has to. `bench.gpu.cases` makes the calls.
 """
 
@@ -34,6 +34,8 @@ class Row(NamedTuple):
 
 _WIDTHS = ("4 bits", "8 bits")
 _PACK_IMPLS = ("ours", "eager", "copy", COMPILED)
+# A list of matrices is a (B, P, Q) for each of its shapes: all of a 12-layer BERT.
+_BERT = (48, 768, 768, 12, 3072, 768, 12, 768, 3072)
 TABLE: dict[str, Row] = {
     "pack_factors": Row("pack_factors", shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS),
     "unpack_factors": Row("pack_factors", shapes.PACK + shapes.PACK_LARGE, _WIDTHS, _PACK_IMPLS),
@@ -47,7 +49,13 @@ TABLE: dict[str, Row] = {
         "truncated_svd",
         shapes.SVD,
         ("float32",),
-        ("ours", "torch.linalg.svd", "gram+eigh", "svd_lowrank-oracle"),
+        ("ours", "ours-warm", "torch.linalg.svd", "gram+eigh", "svd_lowrank-oracle"),
+    ),
+    "truncated_svd_list": Row(
+        "truncated_svd",
+        [_BERT],
+        ("float32",),
+        ("ours", "ours-warm", "torch.linalg.svd", "gesvda", "gesvdj"),
     ),
     "distill_loss": Row(
         "distill_loss",

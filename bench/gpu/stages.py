@@ -131,14 +131,19 @@ def bench(place: Place, op: str) -> list[Result]:
 # ---- pytest and compute-sanitizer ----------------------------------------------------------------
 
 
+def test_files(stem: str) -> list[str]:
+    """Name the test files of an op."""
+    return sorted(path.name for path in (CHECKOUT / "tests").glob(f"test_{stem}*.py"))
+
+
 def tests(place: Place, only: str | None) -> Result:
     """Run the tests marked `cuda` of every op, or of one."""
     if importlib.util.find_spec("pytest") is None:
         return failed("pytest is not installed")
     stems = sorted({row.stem for op, row in plan.TABLE.items() if only in (None, op)})
-    chosen = [*(f"tests/test_{stem}.py" for stem in stems), RULES]
+    chosen = [*(f"tests/{name}" for stem in stems for name in test_files(stem)), RULES]
     if only:
-        # All of the stem's own file, and what the rules say of this op.
+        # All of the stem's own files, and what the rules say of this op.
         chosen += ["-k", f"test_{plan.TABLE[only].stem} or {only}"]
     report = place.out / "junit.xml"
     report.unlink(missing_ok=True)
