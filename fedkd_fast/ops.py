@@ -130,8 +130,8 @@ def truncated_svd_list(
     Same input, earlier subspaces and seed give the same bits on one type of machine, for any number
     of threads. Matrices are shared out over threads, the longest first; a row of zeros costs one
     look. Not differentiable. On CUDA the host waits once, for the ranks of all matrices; besides,
-    for the norms where `error` or `floor` is wanted, and inside torch's solvers for each shape whose
-    matrices do not all start from an earlier one.
+    for the norms where `error` or `floor` is wanted, and inside torch's solvers for each shape
+    whose matrices do not all start from an earlier one.
     """
     stop, limits = stop_of(len(matrices), energy, rank, error, floor)
     if not matrices:
