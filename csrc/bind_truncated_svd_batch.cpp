@@ -10,9 +10,9 @@
 namespace fedkd_fast::bind::on_gpu_half {
 namespace {
 
-// One pass would do from a good start. The second makes the start irrelevant, and costs little
+// One would do from a good start. With three the start does not matter, and they cost little
 // beside the eigenproblem.
-constexpr int kPasses = 2;
+constexpr int kPasses = 3;
 
 using torch::stable::matmul;
 

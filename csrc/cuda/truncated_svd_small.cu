@@ -4,15 +4,16 @@
 // A matrix lies in shared memory where it fits, else in the device's, where cache holds it.
 //
 // cholesky_inverse eliminates row by row: behind row j, entry (i, k) holds what is left of G for
-// k >= i, and T, without its scales, for k <= j. All entries of a step are independent, and one
-// barrier parts the steps.
+// k >= i, and T, without its scales, for k <= j. All entries of a step are independent, a warp
+// takes a row, and one barrier parts the steps.
 //
 // jacobi_eigh turns pairs of rows and columns by angles that make their common entry zero (cyclic
 // Jacobi, Golub and Van Loan 8.5.5), half of the side at once: round r pairs index i with -i modulo
 // side - 1, shifted by r, so that every pair meets once in side - 1 rounds. Angles are chosen, a
-// barrier, the 2×2 blocks of A ← J·A·Jᵀ and the pairs of rows of V ← J·V are turned, each by one
-// thread, a barrier. Entries count as zero by the size of their own rows, not of the whole matrix:
-// small eigenvalues have to have vectors that are as orthogonal, in A, as those of large ones.
+// barrier, the 2×2 blocks of A ← J·A·Jᵀ and the pairs of rows of V ← J·V are turned, a warp for a
+// pair of rows, a barrier. Entries count as zero by the size of their own rows, not of the whole
+// matrix: small eigenvalues have to have vectors that are as orthogonal, in A, as those of large
+// ones.
 
 #include <cmath>
 
@@ -22,11 +23,11 @@
 namespace fedkd_fast::cuda {
 namespace {
 
-constexpr int kThreads = kLargeBlock;
+constexpr int kThreads = kLargeBlock, kWarp = 32, kWarps = kThreads / kWarp;
 // Of the squared length of a row: what is left of it outside the span of those before is rounding.
 constexpr double kLeastPivot = 1e-12;
-// An entry is zero below this share of the mean of its two rows' diagonal entries, and below that
-// share of the trace.
+// An entry is zero below this share of the geometric mean of its two rows' diagonal entries, and
+// below that share of the trace.
 constexpr double kZeroCosine = 1e-9, kZeroShare = 1e-17;
 constexpr int kMostSweeps = 16;
 
@@ -34,12 +35,17 @@ __global__ void cholesky_inverse_kernel(const double* grams, int64_t batch, int 
                                         double* inverses) {
   const int64_t size = static_cast<int64_t>(side) * side;
   double* const scales = dynamic_shared<double>();
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     const double* const gram = grams + b * size;
     double* const out = inverses + b * size;
     double* const work = fits ? scales + side : out;
-    for (int64_t e = thread; e < size; e += kThreads) work[e] = gram[e];
+    // Each thread also writes what it copies here, so matrices need no barrier between them.
+    for (int i = warp; i < side; i += kWarps)
+      for (int k = lane; k < side; k += kWarp) {
+        const int64_t e = static_cast<int64_t>(i) * side + k;
+        work[e] = gram[e];
+      }
     for (int j = 0; j < side; ++j) {
       __syncthreads();  // row j is ready
       const double* const row = work + static_cast<int64_t>(j) * side;
@@ -47,21 +53,23 @@ __global__ void cholesky_inverse_kernel(const double* grams, int64_t batch, int 
       const bool own = pivot > kLeastPivot * gram[static_cast<int64_t>(j) * side + j];
       const double inverse = own ? 1.0 / pivot : 0.0;
       if (thread == 0) scales[j] = own ? 1.0 / sqrt(pivot) : 0.0;
-      for (int64_t e = static_cast<int64_t>(j + 1) * side + thread; e < size; e += kThreads) {
-        const int i = static_cast<int>(e / side), k = static_cast<int>(e % side);
+      for (int i = j + 1 + warp; i < side; i += kWarps) {
+        double* const other = work + static_cast<int64_t>(i) * side;
         const double factor = row[i] * inverse;
-        if (k == j)
-          work[e] = -factor;
-        else if (k < j || k >= i)
-          work[e] -= factor * row[k];
+        for (int k = lane; k < side; k += kWarp) {
+          if (k == j)
+            other[k] = -factor;
+          else if (k < j || k >= i)
+            other[k] -= factor * row[k];
+        }
       }
     }
     __syncthreads();  // the scales are there
-    for (int64_t e = thread; e < size; e += kThreads) {
-      const int i = static_cast<int>(e / side), k = static_cast<int>(e % side);
-      out[e] = k < i ? work[e] * scales[i] : k == i ? scales[i] : 0.0;
-    }
-    __syncthreads();  // the scales have been read
+    for (int i = warp; i < side; i += kWarps)
+      for (int k = lane; k < side; k += kWarp) {
+        const int64_t e = static_cast<int64_t>(i) * side + k;
+        out[e] = k < i ? work[e] * scales[i] : k == i ? scales[i] : 0.0;
+      }
   }
 }
 
@@ -69,8 +77,9 @@ __global__ void cholesky_inverse_kernel(const double* grams, int64_t batch, int 
 struct Pair {
   int p, q;
   __device__ Pair(int round, int i, int side) {
-    p = (round + i) % (side - 1);
-    q = i == 0 ? side - 1 : (round + side - 1 - i) % (side - 1);
+    const int turning = side - 1;  // members; the last one stays
+    p = round + i < turning ? round + i : round + i - turning;
+    q = i == 0 ? turning : round >= i ? round - i : round - i + turning;
   }
 };
 
@@ -98,15 +107,17 @@ __global__ void jacobi_eigh_kernel(const double* symmetric, int64_t batch, int s
   const int even = side + side % 2, half = even / 2;  // a row and column of zeros change nothing
   const int64_t size = static_cast<int64_t>(even) * even;
   Turn* const turns = dynamic_shared<Turn>();
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     double* const a = scratch ? scratch + b * 2 * size : reinterpret_cast<double*>(turns + half);
     double* const v = a + size;
-    for (int64_t e = thread; e < size; e += kThreads) {
-      const int i = static_cast<int>(e / even), k = static_cast<int>(e % even);
-      a[e] = i < side && k < side ? symmetric[(b * side + i) * side + k] : 0.0;
-      v[e] = i == k ? 1.0 : 0.0;
-    }
+    // Each thread also reads the vectors that it writes here, so matrices need no barrier between.
+    for (int i = warp; i < even; i += kWarps)
+      for (int k = lane; k < even; k += kWarp) {
+        const int64_t e = static_cast<int64_t>(i) * even + k;
+        a[e] = i < side && k < side ? symmetric[(b * side + i) * side + k] : 0.0;
+        v[e] = i == k ? 1.0 : 0.0;
+      }
     if (thread < kMostSweeps) turns_made[thread] = 0;
     __syncthreads();  // the matrix is there
     double trace = 0.0;
@@ -122,27 +133,28 @@ __global__ void jacobi_eigh_kernel(const double* symmetric, int64_t batch, int s
           if (turn.sine != 0.0) atomicAdd(&turns_made[sweep], 1);
         }
         __syncthreads();  // the angles are there
-        for (int e = thread; e < half * half; e += kThreads) {
-          const int i = e / half, j = e % half;
-          if (turns[i].sine == 0.0 && turns[j].sine == 0.0) continue;
-          const Pair of_rows(round, i, even), of_columns(round, j, even);
-          double* const upper = a + static_cast<int64_t>(of_rows.p) * even;
-          double* const lower = a + static_cast<int64_t>(of_rows.q) * even;
-          double pp = upper[of_columns.p], pq = upper[of_columns.q];
-          double qp = lower[of_columns.p], qq = lower[of_columns.q];
-          turns[i].apply(pp, qp);
-          turns[i].apply(pq, qq);
-          turns[j].apply(pp, pq);
-          turns[j].apply(qp, qq);
-          upper[of_columns.p] = pp, upper[of_columns.q] = pq;
-          lower[of_columns.p] = qp, lower[of_columns.q] = qq;
-        }
-        for (int e = thread; e < half * even; e += kThreads) {
-          const int i = e / even, k = e % even;
-          if (turns[i].sine == 0.0) continue;
-          const Pair pair(round, i, even);
-          turns[i].apply(v[static_cast<int64_t>(pair.p) * even + k],
-                         v[static_cast<int64_t>(pair.q) * even + k]);
+        for (int i = warp; i < half; i += kWarps) {
+          const Pair rows(round, i, even);
+          const Turn turn = turns[i];
+          double* const upper = a + static_cast<int64_t>(rows.p) * even;
+          double* const lower = a + static_cast<int64_t>(rows.q) * even;
+          for (int j = lane; j < half; j += kWarp) {
+            const Turn other = turns[j];
+            if (turn.sine == 0.0 && other.sine == 0.0) continue;
+            const Pair columns(round, j, even);
+            double pp = upper[columns.p], pq = upper[columns.q];
+            double qp = lower[columns.p], qq = lower[columns.q];
+            turn.apply(pp, qp);
+            turn.apply(pq, qq);
+            other.apply(pp, pq);
+            other.apply(qp, qq);
+            upper[columns.p] = pp, upper[columns.q] = pq;
+            lower[columns.p] = qp, lower[columns.q] = qq;
+          }
+          if (turn.sine == 0.0) continue;
+          double* const first = v + static_cast<int64_t>(rows.p) * even;
+          double* const second = v + static_cast<int64_t>(rows.q) * even;
+          for (int k = lane; k < even; k += kWarp) turn.apply(first[k], second[k]);
         }
         __syncthreads();  // the matrix is turned
       }
@@ -159,11 +171,9 @@ __global__ void jacobi_eigh_kernel(const double* symmetric, int64_t batch, int s
       values[b * side + place] = value(i);
     }
     __syncthreads();  // the places are there
-    for (int64_t e = thread; e < static_cast<int64_t>(side) * side; e += kThreads) {
-      const int i = static_cast<int>(e / side), k = static_cast<int>(e % side);
-      vectors[(b * side + places[i]) * side + k] = v[static_cast<int64_t>(i) * even + k];
-    }
-    __syncthreads();  // vectors and places have been read
+    for (int i = warp; i < side; i += kWarps)
+      for (int k = lane; k < side; k += kWarp)
+        vectors[(b * side + places[i]) * side + k] = v[static_cast<int64_t>(i) * even + k];
   }
 }
 
@@ -191,7 +201,8 @@ cudaError_t cholesky_inverse(const double* grams, int64_t batch, int64_t side, d
 
 int64_t jacobi_scratch(int64_t side) {
   const int64_t values = jacobi_values(side);
-  return turns_bytes(side) + bytes_of(values) <= most_shared_bytes() ? 0 : values;
+  constexpr int64_t kOwnBytes = kMostSweeps * sizeof(int);
+  return kOwnBytes + turns_bytes(side) + bytes_of(values) <= most_shared_bytes() ? 0 : values;
 }
 
 cudaError_t jacobi_eigh(const double* symmetric, int64_t batch, int64_t side, double* scratch,
