@@ -164,10 +164,8 @@ __global__ void select_ranks_kernel(SelectArgs args, double* reports) {
       rank = stop.choose_rank(energy_at, count, total, args.side);
     }
     const bool unfit = rank > 0 && !(energy_at(rank - 1) > kGramFloor * energy_at(0));
-    report[0] = static_cast<double>(fact.state);
-    report[1] = static_cast<double>(rank);
-    report[2] = unfit ? 1.0 : 0.0;
-    report[3] = total;
+    *reinterpret_cast<Report*>(report) = {static_cast<double>(fact.state),
+                                          static_cast<double>(rank), unfit ? 1.0 : 0.0, total};
   }
 }
 
