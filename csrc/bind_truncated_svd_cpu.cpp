@@ -16,9 +16,6 @@
 namespace fedkd_fast::bind::on_cpu_half {
 namespace {
 
-// Below this side, and where less of the energy may be lost, fp64 does it.
-constexpr int64_t kSmallSide = 24;
-constexpr double kFinestShare = 1e-3;
 // An energy that exceeds what is wanted by less may be equal to it: of the total, in fp64 and of
 // factors that are rounded to fp32.
 constexpr double kTie = 1e-15, kTieOfRounded = 1e-12;

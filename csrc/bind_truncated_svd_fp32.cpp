@@ -219,8 +219,7 @@ class Solver {
   // or hardly any may be lost, one that has not settled takes 5 % more components than suffice.
   bool is_delicate(const std::vector<double>& energies, int64_t rank) const {
     if (rank == 0) return false;
-    if (rank + kExtraDirections / 2 + rank / 32 > static_cast<int64_t>(energies.size()))
-      return true;
+    if (rank + kExtraDirections / 2 > static_cast<int64_t>(energies.size())) return true;
     const double least = energy_at(energies, rank);
     const double captured = std::accumulate(energies.begin(), energies.begin() + rank, 0.0);
     const bool flat = least * static_cast<double>(rank) > kFlat * captured;

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkd_fast import ops, reference
 from fedkd_fast.reference import Factors, Subspace
 
-# As bind_truncated_svd_cpu.cpp has them.
+# As common/truncated_svd.h has them.
 SMALL_SIDE, FINEST_SHARE = 24, 1e-3
 MOST_EXCESS = 0.05
 # Vectors of n entries in float32: each entry of a product of two carries at most n roundings, of

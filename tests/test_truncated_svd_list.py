@@ -267,6 +267,6 @@ def test_bad_lists() -> None:
 def test_constants_are_those_of_the_kernel() -> None:
     from svd_cases import FINEST_SHARE, SMALL_SIDE
 
-    text = (Path(__file__).parents[1] / "csrc" / "bind_truncated_svd_cpu.cpp").read_text()
+    text = (Path(__file__).parents[1] / "csrc" / "common" / "truncated_svd.h").read_text()
     assert f"kSmallSide = {SMALL_SIDE};" in text
     assert f"kFinestShare = {FINEST_SHARE:.0e};".replace("e-03", "e-3") in text

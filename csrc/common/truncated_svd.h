@@ -30,7 +30,7 @@ FEDKD_HD inline int64_t select_rank(const EnergyAt& energy_at, int64_t count, do
 
 // float32 matrices with a shorter side of no more than this, or with less of the energy to lose,
 // get the optimal rank.
-constexpr int64_t kSmallSide = 64;
+constexpr int64_t kSmallSide = 24;
 constexpr double kFinestShare = 1e-3;
 
 enum class StopBy : int { kEnergy, kRank, kError, kFloor };

@@ -124,13 +124,6 @@ void scale_in_place(float* values, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
-// splitmix64 (Steele, Lea, Flood 2014).
-uint64_t mix(uint64_t bits) {
-  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
-  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
-  return bits ^ (bits >> 31);
-}
-
 FEDKD_CLONES
 float largest_magnitude(const float* values, int64_t count) {
   float most[kLanes] = {};
@@ -192,14 +185,9 @@ void dequantise_rows(const int32_t* sums, int64_t count, int64_t length, const f
   }
 }
 
+FEDKD_CLONES
 void random_signs(uint64_t seed, int64_t count, float* out) {
-  constexpr int64_t kBits = 64;
-  for (int64_t i = 0; i < count; i += kBits) {
-    const uint64_t bits = mix(seed + static_cast<uint64_t>(i / kBits + 1) * 0x9e3779b97f4a7c15u);
-    const int64_t end = std::min(kBits, count - i);
-    for (int64_t j = 0; j < end; ++j)
-      out[i + j] = float_from_bits(0x3f800000u | static_cast<uint32_t>(bits >> j << 31));
-  }
+  for (int64_t i = 0; i < count; ++i) out[i] = random_sign(seed, i);
 }
 
 int64_t predict_rank(const double* energies, int64_t known, int64_t side, double total,
