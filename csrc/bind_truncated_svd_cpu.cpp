@@ -13,6 +13,9 @@
 #include "bind_truncated_svd.h"
 #include "kernels.h"
 
+// Of MKL, where torch was built with it.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace fedkd_fast::bind::on_cpu_half {
 namespace {
 
@@ -223,15 +226,43 @@ Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wa
   return exactly<Scalar>(matrix, scan, wanted);
 }
 
+// torch's libraries use one thread in a parallel region, but MKL, once told a number of threads,
+// plans its factorisations for that many and waits for them for ever.
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+// Does the work of each index, in this order; whoever is free takes the next. Always inside a
+// parallel region and with one thread each, even for one matrix, so that results do not depend on
+// how many there are.
 template <typename Work>
-void share_out(int64_t count, const Work& work) {
-  // Always inside a parallel region, even for one matrix: torch's libraries then use one thread, so
-  // that results do not depend on how many there are. Whoever is free takes the next.
-  std::atomic<int64_t> next = 0;
+void share_out(const std::vector<int64_t>& order, const Work& work) {
+  std::vector<std::string> problems(order.size());
+  std::atomic<size_t> next = 0;
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   torch::stable::parallel_for(0, std::max<int64_t>(threads, 2), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(i);
+    const OneThread one_thread;
+    for (size_t turn = next++; turn < order.size(); turn = next++) {
+      const auto i = static_cast<size_t>(order[turn]);
+      try {
+        work(i);
+      } catch (const std::exception& error) {
+        // An exception does not cross torch's C interface with its words.
+        problems[i] = error.what();
+      }
+    }
   });
+  for (size_t i = 0; i < problems.size(); ++i)
+    STD_TORCH_CHECK(problems[i].empty(), "matrix ", i, ": ", problems[i]);
 }
 
 }  // namespace
@@ -239,14 +270,14 @@ void share_out(int64_t count, const Work& work) {
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
                                    const std::vector<Wanted>& wanted,
                                    const std::vector<Earlier>& earlier, int64_t seed) {
-  const auto count = static_cast<int64_t>(matrices.size());
+  std::vector<int64_t> order(matrices.size());
+  std::iota(order.begin(), order.end(), 0);
   std::vector<Tensor> whole(matrices.size());
   std::vector<Scanned> scans(matrices.size());
-  share_out(count, [&](int64_t i) {
-    const auto index = static_cast<size_t>(i);
-    whole[index] = torch::stable::contiguous(matrices[index]);
-    const Tensor& matrix = whole[index];
-    Scanned& scanned = scans[index];
+  share_out(order, [&](size_t i) {
+    whole[i] = torch::stable::contiguous(matrices[i]);
+    const Tensor& matrix = whole[i];
+    Scanned& scanned = scans[i];
     scanned.used.resize(static_cast<size_t>(matrix.size(0)));
     if (matrix.scalar_type() == ScalarType::Float)
       scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<float>(), matrix.size(0),
@@ -259,8 +290,6 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
     STD_TORCH_CHECK(scans[i].scan.finite, "matrix ", i, " holds NaN or Inf");
 
   // Longest first, so that no thread is left with a long one at the end.
-  std::vector<int64_t> order(matrices.size());
-  std::iota(order.begin(), order.end(), 0);
   const auto cost = [&](int64_t i) {
     const Tensor& matrix = matrices[static_cast<size_t>(i)];
     return matrix.numel() * std::min(matrix.size(0), matrix.size(1));
@@ -268,8 +297,7 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   std::vector<Factors> factors(matrices.size());
-  share_out(count, [&](int64_t turn) {
-    const auto i = static_cast<size_t>(order[static_cast<size_t>(turn)]);
+  share_out(order, [&](size_t i) {
     factors[i] = whole[i].scalar_type() == ScalarType::Float
                      ? factorise<float>(whole[i], scans[i], wanted[i], earlier[i],
                                         static_cast<uint64_t>(seed))

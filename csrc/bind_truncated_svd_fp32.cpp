@@ -253,17 +253,21 @@ class Solver {
     if (width > most_width_) return width;
     subspace.least = energy_at(energies, rank);
     const int64_t known = earlier.basis ? std::min(earlier.basis->size(0), width) : 0;
-    const Tensor rows = torch::stable::contiguous(known > 0 ? first_rows(*earlier.basis, known)
-                                                            : random_rows(0, long_));
-    if (known == 0 ||
-        !std::isfinite(cpu::squared_norm(rows.const_data_ptr<float>(), rows.numel()))) {
-      subspace.start = x_.roughly_to_long(random_rows(width, side_));
-      subspace.passes = passes_from_nothing(energies, rank);
-      return width;
+    if (known > 0) {
+      // Of unit length, whatever they were: they may come from a file.
+      Tensor rows =
+          torch::stable::clone(torch::stable::contiguous(first_rows(*earlier.basis, known)));
+      std::vector<double> norms(static_cast<size_t>(known));
+      cpu::normalise_rows(rows.mutable_data_ptr<float>(), known, long_, norms.data());
+      if (std::isfinite(cpu::squared_norm(rows.const_data_ptr<float>(), rows.numel()))) {
+        subspace.known = known;
+        // Random rows of the long side: that saves one product.
+        subspace.start = stacked(rows, random_rows(width - known, long_));
+        return width;
+      }
     }
-    subspace.known = known;
-    // Random rows of the long side: that saves one product.
-    subspace.start = stacked(rows, random_rows(width - subspace.known, long_));
+    subspace.start = x_.roughly_to_long(random_rows(width, side_));
+    subspace.passes = passes_from_nothing(energies, rank);
     return width;
   }
 

@@ -349,7 +349,8 @@ def decompress(
             `.dtype` serves as a value, for instance the model's own state dict.
         base: the tensors that the frame is a difference to; the result is then base + difference.
         max_bytes: refuse frames that would decode to more; decoding may take some four times that
-            for a moment, where tensors have 16 bits.
+            for a moment, where tensors have 16 bits, and 50 times that where a matrix lists nearly
+            all of its rows of one byte.
         backend: as in `Compressor`.
 
     Returns:

@@ -70,7 +70,7 @@ class ErrorFeedback:
 
 # Of the shorter side: a wider subspace is not where the search for the next one begins.
 MOST_USEFUL_RANK = 0.7
-SHARE_SLACK = 1e-6  # of a rounded spectrum
+SHARE_SLACK = 1e-3  # of a rounded spectrum
 _BASIS_PREFIX, _SHARES_PREFIX = "basis.", "shares."
 
 

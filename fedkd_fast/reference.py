@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -125,7 +126,7 @@ def stop_of(
     if len(given) != 1:
         raise ValueError(f"give exactly one of energy, rank, error and floor, got {given}")
     ((name, limits),) = given.items()
-    each = [float(limits)] * count if isinstance(limits, int | float) else [*map(float, limits)]
+    each = [float(limits)] * count if isinstance(limits, Real) else [*map(float, limits)]
     if len(each) != count:
         raise ValueError(
             f"{name} must have one entry per matrix: {count} matrices, got {len(each)}"
@@ -135,6 +136,8 @@ def stop_of(
             raise ValueError(f"energy must lie in (0, 1], got {limit}")
         if name != "energy" and not (limit >= 0.0 and math.isfinite(limit)):
             raise ValueError(f"{name} must be finite and >= 0, got {limit}")
+        if name == "rank" and limit != int(limit):
+            raise ValueError(f"rank must be a whole number, got {limit}")
     return name, each
 
 
@@ -175,7 +178,8 @@ def _truncated_svd(matrix: Tensor, stop: str, limit: float, budget: int | None) 
         kept = int((s >= limit).sum())
     elif stop == "error":
         # |A - A_K|² < error²
-        share = 1.0 - limit**2 / total
+        ratio = limit / math.sqrt(total)
+        share = 1.0 - ratio * ratio
         kept = select_rank(s, share) if share > 0 else 0
     else:
         kept = select_rank(s, limit)

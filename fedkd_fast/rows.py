@@ -41,6 +41,9 @@ def touched(tensor: Tensor, *, exactly: bool) -> Rows:
         ids, values = tensor.indices()[0], tensor.values()
         if 2 * len(ids) > len(tensor) or math.prod(tensor.shape[1:]) < MIN_ROW:
             return touched(tensor.to_dense(), exactly=exactly)
+        if bool((ids[1:] <= ids[:-1]).any()):
+            # Marked as coalesced, and is not.
+            raise ValueError("indices of a sparse tensor must ascend")
         kept = _nonzero(values, exactly)  # what is listed may be zero
         return Rows(ids[kept], values[kept])
     if tensor.dim() < 2 or len(tensor) < 2 or math.prod(tensor.shape[1:]) < MIN_ROW:

@@ -335,3 +335,11 @@ def test_sparse_tensors_are_updates_alone_and_finite() -> None:
         Compressor().compress({"w": embedding()}, {"w": update})
     with pytest.raises(ValueError, match=r"update\['w'\] holds NaN or Inf"):
         Compressor().compress({"w": update * torch.inf})
+
+
+def test_a_false_mark_of_order_is_refused() -> None:
+    values = torch.ones(2, 16)
+    for ids in ([[50, 3]], [[3, 3]]):
+        update = torch.sparse_coo_tensor(ids, values, (400, 16), is_coalesced=True)
+        with pytest.raises(ValueError, match="indices of a sparse tensor must ascend"):
+            Compressor(codec="raw").compress({"w": update})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,8 @@ def test_warm_and_hinted_starts_keep_every_promise(shape: tuple[int, int], energ
         Subspace(torch.zeros(5, 120), torch.tensor([0.3, 0.2], dtype=torch.float64)),
         Subspace(torch.ones(5, 120), torch.tensor([0.3, 0.2], dtype=torch.float64)),
         Subspace(torch.full((5, 120), 1e38), torch.tensor([1.0], dtype=torch.float64)),
+        Subspace(torch.full((5, 120), 3e38), torch.tensor([0.3, 0.2], dtype=torch.float64)),
+        Subspace(torch.full((5, 120), 1e-40), torch.tensor([0.3, 0.2], dtype=torch.float64)),
         Subspace(torch.zeros(0, 0), torch.tensor([torch.nan], dtype=torch.float64)),
         Subspace(torch.zeros(0, 0), torch.tensor([0.1, 0.4], dtype=torch.float64)),
         Subspace(torch.zeros(0, 0), torch.tensor([-1.0], dtype=torch.float64)),
@@ -156,9 +160,43 @@ def test_warm_and_hinted_starts_keep_every_promise(shape: tuple[int, int], energ
     ],
 )
 def test_a_useless_start_costs_no_promise(start: Subspace) -> None:
-    matrix = powerlaw(120, 100)
-    (factors,) = ops.truncated_svd_list([matrix], energy=0.9, earlier=[start])
-    assert problems(matrix, 0.9, factors) == []
+    for matrix in (powerlaw(120, 100), powerlaw(300, 200)):
+        length = matrix.shape[0]
+        basis = start.basis.repeat(1, 3)[:, :length].contiguous() if length > 120 else start.basis
+        known = Subspace(basis, start.shares)
+        (factors,) = ops.truncated_svd_list([matrix], energy=0.9, earlier=[known])
+        assert problems(matrix, 0.9, factors) == []
+
+
+CALL_AFTER_SETTING_THREADS = """
+import torch
+torch.set_num_threads({threads})
+from fedkd_fast import ops
+matrices = [torch.randn(300, 400), torch.randn(500, 200)] * 2
+for energy in (0.5, 0.9, 0.9999):
+    ops.truncated_svd_list(matrices, energy=energy)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_number_of_threads_may_be_set_first(threads: int) -> None:
+    # MKL then keeps that number for itself, and a factorisation among other threads waits for it.
+    script = CALL_AFTER_SETTING_THREADS.format(threads=threads)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1.0, 1e150])
+def test_absolute_stops_at_any_scale_of_float64(scale: float) -> None:
+    matrix = powerlaw(40, 30).double() * scale
+    singular = torch.linalg.svdvals(matrix)
+    floor = float(singular[9] + singular[10]) / 2
+    assert ops.truncated_svd_list([matrix], floor=floor)[0].rank == 10
+    rest = float((singular[10:] / scale).norm()) * scale
+    assert ops.truncated_svd_list([matrix], error=rest * 1.01)[0].rank == 10
 
 
 def test_threads_do_not_matter() -> None:
@@ -243,6 +281,8 @@ def test_bad_lists() -> None:
     known = ops.truncated_svd_list([matrix], energy=0.9)[0].subspace()
     with pytest.raises(ValueError, match="energy must have one entry per matrix: 1 matr"):
         ops.truncated_svd_list([matrix], energy=[0.9, 0.8])
+    with pytest.raises(ValueError, match="rank must be a whole number, got 2.5"):
+        ops.truncated_svd_list([matrix], rank=2.5)
     with pytest.raises(ValueError, match="floor must be finite and >= 0, got inf"):
         ops.truncated_svd_list([matrix], floor=math.inf)
     with pytest.raises(ValueError, match="earlier must have one entry per matrix"):

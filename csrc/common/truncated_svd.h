@@ -47,8 +47,10 @@ struct Stop {
     if (stop == StopBy::kEnergy) energy = limit;
     if (stop == StopBy::kRank)
       rank = limit < static_cast<double>(side) ? static_cast<int64_t>(limit) : side;
-    if (stop == StopBy::kError) energy = 1.0 - ldexp(limit * limit, -2 * exponent) / total;
-    if (stop == StopBy::kFloor) floor = ldexp(limit * limit, -2 * exponent);
+    // Scaled before it is squared: the square of a float64 may be out of range.
+    const double scaled = ldexp(limit, -exponent);
+    if (stop == StopBy::kError) energy = 1.0 - scaled * scaled / total;
+    if (stop == StopBy::kFloor) floor = scaled * scaled;
   }
 
   // How many of the `count` leading energies (descending) are wanted; -1 where it takes more of
