@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -126,7 +125,7 @@ def stop_of(
     if len(given) != 1:
         raise ValueError(f"give exactly one of energy, rank, error and floor, got {given}")
     ((name, limits),) = given.items()
-    each = [float(limits)] * count if isinstance(limits, Real) else [*map(float, limits)]
+    each = [*map(float, limits)] if isinstance(limits, Sequence) else [float(limits)] * count
     if len(each) != count:
         raise ValueError(
             f"{name} must have one entry per matrix: {count} matrices, got {len(each)}"
