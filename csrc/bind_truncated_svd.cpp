@@ -49,7 +49,8 @@ Earlier checked_earlier(const Tensor& matrix, const Tensor& basis, const Tensor&
   STD_TORCH_CHECK(shares.is_cpu(), "shares must be on the CPU");
   const Tensor spectrum = torch::stable::contiguous(shares);
   if (makes_sense(spectrum)) earlier.shares = spectrum;
-  STD_TORCH_CHECK(basis.dim() == 2, "basis must have 2 dimensions, got shape ", shape_text(basis));
+  STD_TORCH_CHECK(basis.dim() == 2, "basis ", index, " must have 2 dimensions, got shape ",
+                  shape_text(basis));
   if (basis.size(0) == 0) return earlier;
   const int64_t length = std::max(matrix.size(0), matrix.size(1));
   STD_TORCH_CHECK(basis.size(1) == length, "basis ", index, " must have shape (L, ", length,
@@ -77,6 +78,29 @@ int64_t Goal::choose(const std::vector<double>& energies, double total, int64_t 
                      static_cast<int64_t>(energies.size()), total, side, slack);
 }
 
+int64_t Goal::predict(const std::vector<double>& energies, int64_t known, double total,
+                      int64_t side) const {
+  if (by == StopBy::kRank) return rank;
+  if (by == StopBy::kEnergy) return cpu::predict_rank(energies.data(), known, side, total, energy);
+  const int64_t kept = choose(energies, total, side);
+  return kept >= 0 ? kept : std::min(side, 2 * static_cast<int64_t>(energies.size()));
+}
+
+int64_t width_for(int64_t rank, double oversampling) {
+  constexpr int64_t kExtraDirections = 8, kStep = 8;
+  const auto wanted =
+      static_cast<int64_t>(oversampling * static_cast<double>(rank)) + kExtraDirections;
+  return (wanted + kStep - 1) / kStep * kStep;
+}
+
+Factors empty_factors(const Tensor& matrix, int64_t rank) {
+  const ScalarType type = matrix.scalar_type();
+  return {empty_like_device(matrix, {rank, matrix.size(0)}, type),
+          empty_like_device(matrix, {rank}, type),
+          empty_like_device(matrix, {rank, matrix.size(1)}, type),
+          torch::stable::empty({0}, ScalarType::Double)};
+}
+
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
            Tensor, Tensor>
 truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
@@ -98,7 +122,8 @@ truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
   std::vector<Earlier> earlier;
   for (size_t i = 0; i < count; ++i) {
     check_matrix(matrices[i], i);
-    check_same_device(matrices[0], "matrix 0", matrices[i], "a matrix");
+    check_same_device(matrices[0], "matrix 0", matrices[i],
+                      ("matrix " + std::to_string(i)).c_str());
     check_limit(by, limits[i], i);
     wanted.push_back({by, limits[i], budgets_bytes[i]});
     earlier.push_back(checked_earlier(matrices[i], bases[i], shares[i], i));

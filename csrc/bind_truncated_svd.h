@@ -29,7 +29,14 @@ struct Goal : Stop {
   // As choose_rank, of all energies that are there.
   int64_t choose(const std::vector<double>& energies, double total, int64_t side,
                  double slack = 0.0) const;
+  // The rank that is wanted, judged by the first `known` energies of a spectrum of `side`.
+  int64_t predict(const std::vector<double>& energies, int64_t known, double total,
+                  int64_t side) const;
 };
+
+// How wide a subspace is that is to find components of this rank: by the factor more, because the
+// last ones converge slowly and the rank may grow, and a few besides.
+int64_t width_for(int64_t rank, double oversampling);
 
 // Of one matrix; component-major. Without factors where they do not pay: rank is then beyond what
 // pays, and left, sigma and right have no rows.
@@ -39,6 +46,9 @@ struct Factors {
   int64_t rank = 0;
   double captured = 0.0, total = 0.0;  // sums of σ², in one unit
 };
+
+// With room for `rank` components, and no spectrum.
+Factors empty_factors(const Tensor& matrix, int64_t rank);
 
 // Leading factors before they are dressed: unit rows of the long and the short side, and norms.
 // The long side is that of Q where both are equal.

@@ -70,6 +70,7 @@ void Batch::solve(double* reports) {
   cuda::SelectArgs args{};
   args.count = static_cast<int>(count_);
   args.by = jobs_[0]->wanted.by;
+  args.slack = jobs_[0]->matrix.scalar_type() == ScalarType::Float ? kTieOfRounded : kTie;
   for (size_t b = 0; b < jobs_.size(); ++b) {
     args.index[b] = static_cast<int>(jobs_[b]->number);
     args.limit[b] = jobs_[b]->wanted.limit;
@@ -178,6 +179,7 @@ int64_t Batch::settle(const Job& job, const double* report, Factors& found) cons
   if (way_ != Way::kFull && (rank < 0 || (pays && head.unfit != 0.0))) return -1;
   if (rank < 0) rank = components_;
   const int64_t kept = pays ? rank : 0;
+  found = empty_factors(job.matrix, kept);
   found.rank = rank;
   found.total = head.total;
   found.captured = std::accumulate(energies, energies + kept, 0.0);
@@ -186,9 +188,6 @@ int64_t Batch::settle(const Job& job, const double* report, Factors& found) cons
     std::transform(energies, energies + components_, found.shares.mutable_data_ptr<double>(),
                    [&](double energy) { return energy / head.total; });
   }
-  found.left = empty_like_device(job.matrix, {kept, rows_}, job.matrix.scalar_type());
-  found.sigma = empty_like_device(job.matrix, {kept}, job.matrix.scalar_type());
-  found.right = empty_like_device(job.matrix, {kept, cols_}, job.matrix.scalar_type());
   return kept;
 }
 

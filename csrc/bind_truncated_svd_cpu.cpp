@@ -19,9 +19,6 @@ extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 namespace fedkd_fast::bind::on_cpu_half {
 namespace {
 
-// An energy that exceeds what is wanted by less may be equal to it: of the total, in fp64 and of
-// factors that are rounded to fp32.
-constexpr double kTie = 1e-15, kTieOfRounded = 1e-12;
 // Squares of numbers within these powers of two stay inside fp32.
 constexpr int kSafeExponent = 24;
 
@@ -30,14 +27,6 @@ Tensor rows_like(const Tensor& like, int64_t rows, int64_t length, ScalarType ty
 }
 
 // ---- fp64 ---------------------------------------------------------------------------------------
-
-template <typename Scalar>
-Factors empty_factors(const Tensor& matrix, int64_t rank) {
-  const ScalarType type = matrix.scalar_type();
-  return {rows_like(matrix, rank, matrix.size(0), type), empty_like_device(matrix, {rank}, type),
-          rows_like(matrix, rank, matrix.size(1), type),
-          empty_like_device(matrix, {0}, ScalarType::Double)};
-}
 
 Tensor shares_of(const Tensor& like, const std::vector<double>& energies, double total) {
   Tensor shares =
@@ -68,7 +57,7 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
                            const VectorsView& long_vectors, const VectorsView& short_vectors,
                            const double* singular) {
     const bool pays = rank <= goal.most_rank;
-    Factors factors = empty_factors<Scalar>(matrix, pays ? rank : 0);
+    Factors factors = empty_factors(matrix, pays ? rank : 0);
     cpu::finish_factors<Scalar>(long_vectors, short_vectors, singular, pays ? rank : 0,
                                 scan.exponent, transposed,
                                 factors.left.template mutable_data_ptr<Scalar>(),
@@ -114,19 +103,6 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
 
 // ---- fp32 ---------------------------------------------------------------------------------------
 
-// The energy that is left, the side and the digits decide whether fp32 will do.
-bool fp32_will_do(const Goal& goal, int64_t rows, int64_t cols, double total) {
-  if (std::min(rows, cols) <= kSmallSide) return false;
-  switch (goal.by) {
-    case StopBy::kRank:
-      return false;
-    case StopBy::kFloor:
-      return goal.floor > kFinestShare / static_cast<double>(std::min(rows, cols)) * total;
-    default:
-      return goal.energy > 0.0 && 1.0 - goal.energy >= kFinestShare;
-  }
-}
-
 // Ids of rows that are not zero, where leaving the others out is worth a copy.
 std::vector<int64_t> used_rows(const std::vector<uint8_t>& used) {
   std::vector<int64_t> ids;
@@ -156,7 +132,7 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
   if (!solved) return std::nullopt;
   Found& found = *solved;
 
-  Factors factors = empty_factors<float>(matrix, 0);
+  Factors factors = empty_factors(matrix, 0);
   factors.shares = shares_of(matrix, found.energies, total);
   factors.rank = found.rank;
   factors.total = total;
@@ -207,17 +183,14 @@ template <typename Scalar>
 Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wanted,
                   const Earlier& earlier, uint64_t seed) {
   const MatrixScan& scan = scanned.scan;
-  if (scan.zero) {
-    Factors factors = empty_factors<Scalar>(matrix, 0);
-    return factors;
-  }
+  if (scan.zero) return empty_factors(matrix, 0);
   if constexpr (std::is_same_v<Scalar, float>) {
     const int exponent = std::abs(scan.exponent) <= kSafeExponent ? 0 : scan.exponent;
     const double total = std::ldexp(scan.squares, -2 * exponent);
     const std::vector<int64_t> ids = used_rows(scanned.used);
     const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
     const Goal goal(wanted, total, exponent, matrix.size(0), matrix.size(1));
-    if (fp32_will_do(goal, rows, matrix.size(1), total)) {
+    if (goal.leaves_room(total, std::min(rows, matrix.size(1)))) {
       const std::optional<Factors> factors =
           quickly(matrix, goal, ids, exponent, total, earlier, seed);
       if (factors) return *factors;

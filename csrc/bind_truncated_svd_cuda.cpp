@@ -25,10 +25,7 @@
 namespace fedkd_fast::bind::on_gpu_half {
 namespace {
 
-// A subspace has this many directions more than the rank that is expected, and these besides: the
-// last ones converge slowly, and the rank may grow.
 constexpr double kOversampling = 1.15;
-constexpr int64_t kExtraDirections = 8, kWidthStep = 8;
 // Of the short side; beyond, all eigenvectors are cheaper.
 constexpr double kMostDirections = 0.5;
 // Small problems up to this side stay in shared memory, so wider ones get batches of their own.
@@ -65,27 +62,15 @@ const cuda::MatrixFacts* facts_in(const Tensor& tensor) {
 // the optimal rank is promised, where nothing is known, and where it would be too wide.
 int64_t width_of(const Job& job, double squares) {
   const int64_t side = job.side();
-  if (job.matrix.scalar_type() != ScalarType::Float || side <= kSmallSide || !job.earlier.shares ||
-      !(squares > 0.0))
+  if (job.matrix.scalar_type() != ScalarType::Float || !job.earlier.shares || !(squares > 0.0))
     return 0;
   const Goal goal(job.wanted, squares, 0, job.rows(), job.cols());
+  if (!goal.leaves_room(squares, side)) return 0;
   const double* shares = job.earlier.shares->const_data_ptr<double>();
   std::vector<double> energies(shares, shares + job.earlier.shares->size(0));
   for (double& energy : energies) energy *= squares;
-  const auto known = static_cast<int64_t>(energies.size());
-  int64_t rank = 0;
-  if (goal.by == StopBy::kRank) return 0;
-  if (goal.by == StopBy::kFloor) {
-    if (goal.floor <= kFinestShare / static_cast<double>(side) * squares) return 0;
-    rank = goal.choose(energies, squares, side);
-    if (rank < 0) rank = 2 * known;
-  } else {
-    if (goal.energy <= 0.0 || 1.0 - goal.energy < kFinestShare) return 0;
-    rank = cpu::predict_rank(energies.data(), known, side, squares, goal.energy);
-  }
-  const auto wanted =
-      static_cast<int64_t>(kOversampling * static_cast<double>(rank)) + kExtraDirections;
-  const int64_t width = (wanted + kWidthStep - 1) / kWidthStep * kWidthStep;
+  const int64_t rank = goal.predict(energies, static_cast<int64_t>(energies.size()), squares, side);
+  const int64_t width = width_for(rank, kOversampling);
   return static_cast<double>(width) <= kMostDirections * static_cast<double>(side) ? width : 0;
 }
 
@@ -143,14 +128,6 @@ std::vector<Job*> go(const std::vector<Job*>& jobs, const cuda::MatrixFacts* fac
   return left;
 }
 
-Factors nothing_of(const Tensor& matrix) {
-  const ScalarType type = matrix.scalar_type();
-  return {empty_like_device(matrix, {0, matrix.size(0)}, type),
-          empty_like_device(matrix, {0}, type),
-          empty_like_device(matrix, {0, matrix.size(1)}, type),
-          torch::stable::empty({0}, ScalarType::Double)};
-}
-
 }  // namespace
 
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
@@ -160,7 +137,7 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
   std::vector<Factors> factors;
   std::vector<Job> jobs;
   for (size_t i = 0; i < matrices.size(); ++i) {
-    factors.push_back(nothing_of(matrices[i]));
+    factors.push_back(empty_factors(matrices[i], 0));
     if (matrices[i].numel() > 0)
       jobs.push_back({i, torch::stable::contiguous(matrices[i]), wanted[i], earlier[i]});
   }

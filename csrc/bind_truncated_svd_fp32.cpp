@@ -30,11 +30,8 @@ namespace {
 // What rounding in fp32 can make of an energy, as a share of the total: products of vectors that
 // are orthogonal to a few eps. K is chosen for that much more.
 constexpr double kEnergySlack = 5e-6;
-// A subspace has this many directions more than the rank that is expected, and these besides: the
-// last ones converge slowly, and the rank may grow.
 constexpr double kOversampling = 1.08;
-constexpr int64_t kExtraDirections = 8;
-constexpr int64_t kWidthStep = 8;
+constexpr int64_t kFewestSpare = 4;  // directions beyond those that are wanted
 // Shares of the short side beyond which all eigenvectors are cheaper: where the long side is about
 // as long, and where it is at least twice that.
 constexpr double kMostDirections = 0.58, kMostDirectionsOfTall = 0.68;
@@ -60,12 +57,6 @@ bool multiplies_int8() {
 #else
   return false;
 #endif
-}
-
-int64_t width_for(int64_t rank, int64_t side) {
-  const auto wanted =
-      static_cast<int64_t>(kOversampling * static_cast<double>(rank)) + kExtraDirections;
-  return std::min(side, (wanted + kWidthStep - 1) / kWidthStep * kWidthStep);
 }
 
 // ---- products -----------------------------------------------------------------------------------
@@ -173,7 +164,7 @@ class Solver {
       const int64_t rank = goal_.choose(subspace.energies, total_, side_, kEnergySlack);
       if (rank >= 0 && !settled && is_delicate(subspace.energies, rank)) {
         settled = true;
-        width = std::max(width, width_for(rank, side_));
+        width = std::max(width, width_of(rank));
         if (width <= most_width_) widen(subspace, width);
         continue;
       }
@@ -182,8 +173,8 @@ class Solver {
         decompose(subspace, true);
         return finish(subspace, rank);
       }
-      width =
-          std::max(width + width / 8, width_for(predict(subspace.energies, width * 4 / 5), side_));
+      width = std::max(width + width / 8,
+                       width_of(goal_.predict(subspace.energies, width * 4 / 5, total_, side_)));
       if (width <= most_width_) widen(subspace, width);
     }
     return by_gram();
@@ -204,22 +195,13 @@ class Solver {
     return more > 0 ? stacked(rows, x_.roughly_to_long(random_rows(more, side_))) : rows;
   }
 
-  // The rank that is wanted, judged by the first energies of a spectrum.
-  int64_t predict(const std::vector<double>& energies, int64_t known) const {
-    const auto count = static_cast<int64_t>(energies.size());
-    if (goal_.by == StopBy::kRank) return goal_.rank;
-    if (goal_.by == StopBy::kFloor) {
-      const int64_t kept = goal_.choose(energies, total_, side_);
-      return kept >= 0 ? kept : std::min(side_, 2 * count);
-    }
-    return cpu::predict_rank(energies.data(), known, side_, total_, goal_.energy);
-  }
+  int64_t width_of(int64_t rank) const { return std::min(side_, width_for(rank, kOversampling)); }
 
   // Where nearly the whole subspace is wanted, or energies hardly fall up to the last one wanted,
   // or hardly any may be lost, one that has not settled takes 5 % more components than suffice.
   bool is_delicate(const std::vector<double>& energies, int64_t rank) const {
     if (rank == 0) return false;
-    if (rank + kExtraDirections / 2 > static_cast<int64_t>(energies.size())) return true;
+    if (rank + kFewestSpare > static_cast<int64_t>(energies.size())) return true;
     const double least = energy_at(energies, rank);
     const double captured = std::accumulate(energies.begin(), energies.begin() + rank, 0.0);
     const bool flat = least * static_cast<double>(rank) > kFlat * captured;
@@ -248,8 +230,8 @@ class Solver {
     const double* shares = earlier.shares->const_data_ptr<double>();
     std::vector<double> energies(shares, shares + earlier.shares->size(0));
     for (double& energy : energies) energy *= total_;
-    const int64_t rank = predict(energies, earlier.shares->size(0));
-    const int64_t width = width_for(rank, side_);
+    const int64_t rank = goal_.predict(energies, earlier.shares->size(0), total_, side_);
+    const int64_t width = width_of(rank);
     if (width > most_width_) return width;
     subspace.least = energy_at(energies, rank);
     const int64_t known = earlier.basis ? std::min(earlier.basis->size(0), width) : 0;
@@ -279,8 +261,9 @@ class Solver {
     subspace.images = x_.roughly_to_long(subspace.basis);
     decompose(subspace, false);
     // The last of them have not converged.
-    const int64_t rank = predict(subspace.energies, std::max<int64_t>(1, width * 3 / 5));
-    const int64_t wanted = width_for(rank, side_);
+    const int64_t rank =
+        goal_.predict(subspace.energies, std::max<int64_t>(1, width * 3 / 5), total_, side_);
+    const int64_t wanted = width_of(rank);
     if (wanted > most_width_) return wanted;
     subspace.passes = passes_from_nothing(subspace.energies, rank);
     widen(subspace, wanted);

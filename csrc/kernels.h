@@ -98,7 +98,8 @@ void scatter_columns(const float* rows, int64_t count, const int64_t* ids, int64
 // K×Q), signs as by fix_signs. Two kinds of input:
 //   singular == nullptr: long_vectors = X·V, whose norms times 2^exponent are the singular values;
 //   singular != nullptr: unit long_vectors, and singular values still to be scaled by 2^exponent.
-// `transposed` says that the matrix was P < Q, that is, that long_vectors belong to the right side.
+// `transposed` says that the matrix was P <= Q, that is, that long_vectors belong to the right
+// side.
 template <typename Scalar>
 void finish_factors(const VectorsView& long_vectors, const VectorsView& short_vectors,
                     const double* singular, int64_t rank, int exponent, bool transposed,
@@ -194,6 +195,7 @@ struct SelectArgs {
   int index[kMostMatrices];
   StopBy by;
   double limit[kMostMatrices];
+  double slack;  // of the total: what the energies have to exceed those wanted by
   Spectra spectra;
   int64_t side;  // components that there are
   const MatrixFacts* facts;

@@ -170,8 +170,12 @@ def _checked_subspace(name: str, basis: Tensor | None, shares: Tensor | None) ->
     for kind, value, dtype in (("basis", basis, torch.bfloat16), ("shares", shares, torch.float64)):
         if value is None:
             raise ValueError(f"subspace {name!r} lacks its {kind}")
-        if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-            raise TypeError(f"{kind} of subspace {name!r} must be a {dtype} tensor, got {value!r}")
+        usable = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not usable or value.device.type != "cpu" or value.dtype != dtype:
+            raise TypeError(
+                f"{kind} of subspace {name!r} must be a dense {dtype} tensor on the CPU, "
+                f"got {value!r}"
+            )
     assert basis is not None and shares is not None
     if basis.dim() != 2 or not bool(torch.isfinite(basis).all()):
         raise ValueError(

@@ -128,10 +128,11 @@ def truncated_svd_list(
         RuntimeError: another dtype or shape, different devices, or NaN or Inf; names the matrix.
 
     Same input, earlier subspaces and seed give the same bits on one type of machine, for any number
-    of threads. Matrices are shared out over threads, the longest first; a row of zeros costs one
-    look. Not differentiable. On CUDA the host waits once, for the ranks of all matrices; besides,
-    for the norms where `error` or `floor` is wanted, and inside torch's solvers for each shape
-    whose matrices do not all start from an earlier one.
+    of threads. Matrices are shared out over threads, the longest first; where at least half of the
+    rows of a float32 matrix are zero, the others alone are iterated on. A singular value beyond the
+    range of the result's dtype is inf. Not differentiable. On CUDA the host waits once, for the
+    ranks of all matrices; besides, for the norms where `error` or `floor` is wanted, and inside
+    torch's solvers for each shape whose matrices do not all start from an earlier one.
     """
     stop, limits = stop_of(len(matrices), energy, rank, error, floor)
     if not matrices:

@@ -188,8 +188,10 @@ def half_state(**halves: torch.Tensor) -> dict[str, torch.Tensor]:
     [
         ({"w": torch.ones(1)}, ValueError, r"must hold only basis\.\* and shares\.\*, got 'w'"),
         ({"basis.w": torch.eye(2).bfloat16()}, ValueError, "subspace 'w' lacks its shares"),
-        (half_state(basis=torch.eye(2)), TypeError, "must be a torch.bfloat16 tensor"),
-        (half_state(shares=torch.ones(2)), TypeError, "must be a torch.float64 tensor"),
+        (half_state(basis=torch.eye(2)), TypeError, "must be a dense torch.bfloat16 tensor"),
+        (half_state(basis=torch.eye(2).bfloat16().to_sparse()), TypeError, "must be a dense"),
+        (half_state(shares=torch.ones(2).double().to("meta")), TypeError, "on the CPU"),
+        (half_state(shares=torch.ones(2)), TypeError, "must be a dense torch.float64 tensor"),
         (half_state(basis=torch.zeros(3).bfloat16()), ValueError, "must be a finite matrix"),
         (half_state(basis=torch.full((2, 2), torch.nan).bfloat16()), ValueError, "finite matrix"),
         (half_state(shares=torch.tensor([0.1, 0.2]).double()), ValueError, "must descend"),
@@ -214,7 +216,7 @@ def test_a_refused_state_leaves_the_state_alone() -> None:
     before = compressor.state_dict()
     assert set(before) == {"feedback.w", "cache.basis.w", "cache.shares.w"}
     bad = {f"cache.{key}": value for key, value in half_state(basis=torch.ones(3)).items()}
-    with pytest.raises(TypeError, match="basis of subspace 'w' must be a torch.bfloat16"):
+    with pytest.raises(TypeError, match="basis of subspace 'w' must be a dense torch.bfloat16"):
         compressor.load_state_dict({"feedback.w": torch.ones(3, 3), **bad})
     after = compressor.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

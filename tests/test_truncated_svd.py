@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from svd_cases import SMALL_SIDE, most_rank
+from svd_cases import SMALL_SIDE, Case, build, lost_share, most_rank
 
 from fedkd_fast import ops, reference
 
@@ -89,6 +89,14 @@ def test_strict_inequality_at_a_tie(device: torch.device) -> None:
     matrix = torch.eye(4)
     assert int(factorise(device, matrix, energy=0.5).rank) == 3
     assert int(reference.truncated_svd(matrix, energy=0.5).rank) == 3
+
+
+def test_a_tie_that_rounding_decides_counts_as_a_miss(device: torch.device) -> None:
+    for seed in range(190, 200):
+        matrix, _ = build(Case(2, 2, "flat", 0.5, 0.01, "cold", seed))
+        (factors,) = ops.truncated_svd_list([matrix.to(device)], energy=0.5)
+        left, sigma, right = (part.cpu() for part in factors[:3])
+        assert lost_share(matrix, factors._replace(left=left, sigma=sigma, right=right)) < 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
+
+import pytest
 
 import fedkd_fast._C as _C
-from fedkd_fast.wire import DTYPES, Entry, Frame, Mode, rows_parts
+from fedkd_fast import wire
+from fedkd_fast.wire import DTYPES, Entry, Frame, Mode, WireError, rows_parts
 
 HEADER_BYTES = 64
 ITEMSIZE = dict(zip(DTYPES, (4, 8, 2, 2, 1, 2, 4, 8, 1, 1), strict=True))
@@ -135,6 +139,12 @@ def rows_in_all_modes() -> list[Entry]:
         Entry("emb.w", "float32", (9, 1, 5), Mode.ROWS, 3, rows_payload(4, 1, [2, 0, 0], packed)),
         Entry("emb.x", "float64", (400, 2), Mode.ROWS, 2, rows_payload(5, 2, [128, 200], dense)),
     ]
+
+
+def assert_refused(build: Callable[[], bytes], match: str) -> None:
+    """Check that a frame is refused for what is wrong with it, not for its size."""
+    with pytest.raises(WireError, match=match):
+        wire.decode(build(), max_bytes=2**63 - 1)
 
 
 def assert_invariants(frame: Frame, max_bytes: int) -> None:

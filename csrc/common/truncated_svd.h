@@ -33,6 +33,10 @@ FEDKD_HD inline int64_t select_rank(const EnergyAt& energy_at, int64_t count, do
 constexpr int64_t kSmallSide = 24;
 constexpr double kFinestShare = 1e-3;
 
+// An energy that exceeds what is wanted by less may be equal to it: of the total, in fp64 and of
+// factors that are rounded to fp32.
+constexpr double kTie = 1e-15, kTieOfRounded = 1e-12;
+
 enum class StopBy : int { kEnergy, kRank, kError, kFloor };
 
 // What ends the components of a matrix, in the units of its squares after scaling by 2^-exponent.
@@ -51,6 +55,13 @@ struct Stop {
     const double scaled = ldexp(limit, -exponent);
     if (stop == StopBy::kError) energy = 1.0 - scaled * scaled / total;
     if (stop == StopBy::kFloor) floor = scaled * scaled;
+  }
+
+  // Whether a float32 matrix may be iterated on, which may take more than the optimal rank.
+  FEDKD_HD bool leaves_room(double total, int64_t side) const {
+    if (side <= kSmallSide || by == StopBy::kRank) return false;
+    if (by == StopBy::kFloor) return floor > kFinestShare / static_cast<double>(side) * total;
+    return energy > 0.0 && 1.0 - energy >= kFinestShare;
   }
 
   // How many of the `count` leading energies (descending) are wanted; -1 where it takes more of

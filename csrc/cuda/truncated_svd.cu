@@ -161,7 +161,7 @@ __global__ void select_ranks_kernel(SelectArgs args, double* reports) {
       else
         total = ldexp(fact.squares, -2 * fact.exponent);
       const Stop stop(args.by, args.limit[b], total, fact.exponent, args.side);
-      rank = stop.choose_rank(energy_at, count, total, args.side);
+      rank = stop.choose_rank(energy_at, count, total, args.side, args.slack);
     }
     const bool unfit = rank > 0 && !(energy_at(rank - 1) > kGramFloor * energy_at(0));
     *reinterpret_cast<Report*>(report) = {static_cast<double>(fact.state),
