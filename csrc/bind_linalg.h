@@ -43,13 +43,6 @@ inline std::pair<Tensor, Tensor> eigh(const Tensor& symmetric) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-inline Tensor eigvalsh(const Tensor& symmetric) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(symmetric),
-                                    torch::stable::detail::from(std::string("L"))};
-  call_torch("aten::linalg_eigvalsh", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 inline std::tuple<Tensor, Tensor, Tensor> svd(const Tensor& matrix) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(matrix),
                                     torch::stable::detail::from(false),
@@ -88,27 +81,16 @@ inline Tensor solve_lower(const Tensor& lower, const Tensor& rows) {
   return torch::stable::contiguous(mT(torch::stable::detail::to<Tensor>(stack[0])));
 }
 
-// Eigenvalues that stand ascending: descending, none below zero.
-template <typename Real>
-std::vector<double> descending(const Tensor& values) {
-  const Real* data = values.const_data_ptr<Real>();
-  std::vector<double> found(static_cast<size_t>(values.size(0)));
-  for (size_t k = 0; k < found.size(); ++k)
-    found[k] = std::max(static_cast<double>(data[found.size() - 1 - k]), 0.0);
-  return found;
-}
-
-// (count, L) fp32: eigenvectors that stand ascending in columns, as rows, the last one first.
+// (count, L): eigenvectors that stand ascending in columns, as rows, the last one first.
 template <typename Real>
 Tensor leading_rows(const Tensor& vectors, int64_t count) {
   const int64_t side = vectors.size(0);
   const Real* data = vectors.const_data_ptr<Real>();
-  Tensor rows = empty_like_device(vectors, {count, side}, ScalarType::Float);
-  float* out = rows.mutable_data_ptr<float>();
+  Tensor rows = empty_like_device(vectors, {count, side}, vectors.scalar_type());
+  Real* out = rows.mutable_data_ptr<Real>();
   for (int64_t k = 0; k < count; ++k) {
     const Real* column = data + (side - 1 - k) * vectors.stride(1);
-    for (int64_t i = 0; i < side; ++i)
-      out[k * side + i] = static_cast<float>(column[i * vectors.stride(0)]);
+    for (int64_t i = 0; i < side; ++i) out[k * side + i] = column[i * vectors.stride(0)];
   }
   return rows;
 }

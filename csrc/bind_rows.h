@@ -14,6 +14,8 @@ constexpr int64_t kGramBlocks = 4;  // of a symmetric product, which is 5/8 of t
 // |U·Uᵀ - I| that Newton-Schulz steps mend: each squares it. Beyond, fp64 takes over.
 constexpr float kMostSkew = 1e-2f, kLittleSkew = 1e-6f;
 constexpr int kMostSteps = 2;
+// Of unit rows; below, Cholesky in fp64 leaves more of fp32's rounding than QR.
+constexpr double kLeastPivot = 0.02;
 
 inline Tensor stacked(const Tensor& upper, const Tensor& lower) {
   const int64_t length = upper.size(1);
@@ -29,36 +31,41 @@ inline Tensor first_rows(const Tensor& rows, int64_t count) {
   return torch::stable::narrow(const_cast<Tensor&>(rows), 0, 0, count);
 }
 
-inline Tensor orthonormal(const Tensor& rows) {
-  return torch::stable::contiguous(mT(qr(mT(rows))));
-}
-
 // rows · rowsᵀ, of which only the lower triangle means something.
-inline Tensor lower_gram(const Tensor& rows) {
+template <typename Real = float>
+Tensor lower_gram(const Tensor& rows) {
   const int64_t width = rows.size(0);
   if (width < kGramBlocks * kGramBlocks) return mm(rows, mT(rows));
-  Tensor gram = empty_like_device(rows, {width, width}, ScalarType::Float);
-  float* const out = gram.mutable_data_ptr<float>();
-  std::fill_n(out, width * width, 0.0f);
+  Tensor gram = empty_like_device(rows, {width, width}, rows.scalar_type());
+  Real* const out = gram.mutable_data_ptr<Real>();
+  std::fill_n(out, width * width, Real(0));
   for (int64_t block = 0; block < kGramBlocks; ++block) {
     const int64_t first = width * block / kGramBlocks, end = width * (block + 1) / kGramBlocks;
     const Tensor part = mm(torch::stable::narrow(const_cast<Tensor&>(rows), 0, first, end - first),
                            mT(first_rows(rows, end)));
-    const float* from = part.const_data_ptr<float>();
+    const Real* from = part.const_data_ptr<Real>();
     for (int64_t i = first; i < end; ++i, from += end) std::copy_n(from, end, out + i * width);
   }
   return gram;
 }
 
-// Orthonormal enough to go on from, by Cholesky, which does not care how long the rows are; where
-// it fails, by QR.
-inline Tensor nearly_orthonormal(const Tensor& rows) {
+// An orthonormal basis of the rows' span, by Cholesky: RRᵀ = LLᵀ, L⁻¹R; where that fails, by QR. It
+// is as good as RRᵀ is exact over the least pivot's square. In fp64 that is as good as fp32 can
+// hold, down to the least pivot that is taken; in fp32 good enough to go on from.
+template <typename Real>
+Tensor orthonormal(const Tensor& rows) {
   const int64_t width = rows.size(0), length = rows.size(1);
   Tensor unit = torch::stable::clone(rows);
   std::vector<double> norms(static_cast<size_t>(width));
   cpu::normalise_rows(unit.mutable_data_ptr<float>(), width, length, norms.data());
-  const auto [lower, failed] = cholesky(lower_gram(unit));
-  return failed ? orthonormal(rows) : solve_lower(lower, unit);
+  constexpr bool fine = std::is_same_v<Real, double>;
+  const auto [lower, failed] =
+      cholesky(lower_gram<Real>(fine ? torch::stable::to(unit, ScalarType::Double) : unit));
+  bool sure = !failed;
+  for (int64_t i = 0; sure && fine && i < width; ++i)
+    sure = lower.template const_data_ptr<Real>()[i * (width + 1)] > kLeastPivot;
+  if (!sure) return torch::stable::contiguous(mT(qr(mT(rows))));
+  return solve_lower(fine ? torch::stable::to(lower, ScalarType::Float) : lower, unit);
 }
 
 // U ← U - (UUᵀ - I)·U/2 for unit rows that are nearly orthogonal; false where they are not.

@@ -60,10 +60,10 @@ struct Found {
 };
 
 namespace on_cpu_half {
-// In fp32, of a matrix without rows of zeros whose squares are safe, and whose sum is `total`;
-// nothing where fp32 lacks the digits.
-std::optional<Found> solve_in_fp32(const Tensor& matrix, double total, const Goal& goal,
-                                   const Earlier& earlier, uint64_t seed);
+// In fp32, of a matrix whose squares are safe, and whose sum is `total`; `largest` has the largest
+// magnitude of each of its rows. Nothing where fp32 lacks the digits.
+std::optional<Found> solve_in_fp32(const Tensor& matrix, const float* largest, double total,
+                                   const Goal& goal, const Earlier& earlier, uint64_t seed);
 
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
                                    const std::vector<Wanted>& wanted,

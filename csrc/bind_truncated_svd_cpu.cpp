@@ -9,7 +9,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "bind_linalg.h"
+#include "bind_eigen.h"
+#include "bind_rows.h"
 #include "bind_truncated_svd.h"
 #include "kernels.h"
 
@@ -71,19 +72,18 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
   };
 
   if constexpr (std::is_same_v<Scalar, float>) {
-    const auto [values, vectors] = eigh(mm(mT(tall), tall));
-    const std::vector<double> energies = descending<double>(values);
+    const Tridiagonal<double> eigen(lower_gram<double>(mT(tall)));
+    const std::vector<double> energies = eigen.energies();
     const int64_t rank = goal.choose(energies, total, side, kTieOfRounded);
     if (rank >= 0 && rank <= goal.most_rank &&
         (rank == 0 || energies[static_cast<size_t>(rank - 1)] > kGramFloor * energies[0])) {
-      const Tensor leading =
-          torch::stable::narrow(const_cast<Tensor&>(vectors), 1, side - rank, rank);
-      const Tensor long_vectors = mm(tall, leading);
-      const auto turned = [rank](const Tensor& tensor) {
-        return VectorsView{tensor.const_data_ptr<double>() + (rank - 1) * tensor.stride(1),
-                           tensor.size(0), tensor.stride(0), -tensor.stride(1)};
+      const Tensor leading = eigen.exact_rows(rank);
+      const Tensor long_vectors = mm(leading, mT(tall));
+      const auto rows_of = [](const Tensor& tensor) {
+        return VectorsView{tensor.const_data_ptr<double>(), tensor.size(1), tensor.stride(1),
+                           tensor.stride(0)};
       };
-      return dressed(energies, rank, turned(long_vectors), turned(leading), nullptr);
+      return dressed(energies, rank, rows_of(long_vectors), rows_of(leading), nullptr);
     }
     if (rank > goal.most_rank) return dressed(energies, rank, {}, {}, nullptr);
   }
@@ -104,22 +104,26 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
 // ---- fp32 ---------------------------------------------------------------------------------------
 
 // Ids of rows that are not zero, where leaving the others out is worth a copy.
-std::vector<int64_t> used_rows(const std::vector<uint8_t>& used) {
+std::vector<int64_t> used_rows(const std::vector<float>& largest) {
   std::vector<int64_t> ids;
-  const auto count = std::count(used.begin(), used.end(), uint8_t{1});
-  if (2 * static_cast<size_t>(count) > used.size()) return ids;
-  ids.reserve(static_cast<size_t>(count));
-  for (size_t i = 0; i < used.size(); ++i)
-    if (used[i]) ids.push_back(static_cast<int64_t>(i));
+  const auto unused = static_cast<size_t>(std::count(largest.begin(), largest.end(), 0.0f));
+  if (2 * unused < largest.size()) return ids;
+  ids.reserve(largest.size() - unused);
+  for (size_t i = 0; i < largest.size(); ++i)
+    if (largest[i] != 0.0f) ids.push_back(static_cast<int64_t>(i));
   return ids;
 }
 
 std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
-                               const std::vector<int64_t>& ids, int exponent, double total,
-                               const Earlier& earlier, uint64_t seed) {
+                               const std::vector<float>& largest, const std::vector<int64_t>& ids,
+                               int exponent, double total, const Earlier& earlier, uint64_t seed) {
   const int64_t cols = matrix.size(1);
   const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
   Tensor work = matrix;
+  std::vector<float> largest_of_work(static_cast<size_t>(rows));
+  for (size_t i = 0; i < largest_of_work.size(); ++i)
+    largest_of_work[i] =
+        std::ldexp(largest[ids.empty() ? i : static_cast<size_t>(ids[i])], -exponent);
   if (!ids.empty() || exponent != 0) {
     work = rows_like(matrix, rows, cols, ScalarType::Float);
     cpu::gather_rows(matrix.const_data_ptr<float>(), cols, ids.empty() ? nullptr : ids.data(), rows,
@@ -128,7 +132,8 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
   Earlier known = earlier;
   // Vectors with an entry for each row, but not for these rows.
   if (known.basis && known.basis->size(1) != std::max(rows, cols)) known.basis.reset();
-  std::optional<Found> solved = solve_in_fp32(work, total, goal, known, seed);
+  std::optional<Found> solved =
+      solve_in_fp32(work, largest_of_work.data(), total, goal, known, seed);
   if (!solved) return std::nullopt;
   Found& found = *solved;
 
@@ -176,7 +181,7 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
 
 struct Scanned {
   MatrixScan scan;
-  std::vector<uint8_t> used;
+  std::vector<float> largest;  // magnitude of each row, of float32 matrices
 };
 
 template <typename Scalar>
@@ -187,12 +192,12 @@ Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wa
   if constexpr (std::is_same_v<Scalar, float>) {
     const int exponent = std::abs(scan.exponent) <= kSafeExponent ? 0 : scan.exponent;
     const double total = std::ldexp(scan.squares, -2 * exponent);
-    const std::vector<int64_t> ids = used_rows(scanned.used);
+    const std::vector<int64_t> ids = used_rows(scanned.largest);
     const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
     const Goal goal(wanted, total, exponent, matrix.size(0), matrix.size(1));
     if (goal.leaves_room(total, std::min(rows, matrix.size(1)))) {
       const std::optional<Factors> factors =
-          quickly(matrix, goal, ids, exponent, total, earlier, seed);
+          quickly(matrix, goal, scanned.largest, ids, exponent, total, earlier, seed);
       if (factors) return *factors;
     }
   }
@@ -251,13 +256,15 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
     whole[i] = torch::stable::contiguous(matrices[i]);
     const Tensor& matrix = whole[i];
     Scanned& scanned = scans[i];
-    scanned.used.resize(static_cast<size_t>(matrix.size(0)));
-    if (matrix.scalar_type() == ScalarType::Float)
-      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<float>(), matrix.size(0),
-                                      matrix.size(1), scanned.used.data());
-    else
-      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<double>(), matrix.size(0),
-                                      matrix.size(1), scanned.used.data());
+    const int64_t rows = matrix.size(0), cols = matrix.size(1);
+    if (matrix.scalar_type() == ScalarType::Float) {
+      scanned.largest.resize(static_cast<size_t>(rows));
+      scanned.scan =
+          cpu::scan_matrix(matrix.const_data_ptr<float>(), rows, cols, scanned.largest.data());
+    } else {
+      std::vector<double> largest(static_cast<size_t>(rows));
+      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<double>(), rows, cols, largest.data());
+    }
   });
   for (size_t i = 0; i < scans.size(); ++i)
     STD_TORCH_CHECK(scans[i].scan.finite, "matrix ", i, " holds NaN or Inf");

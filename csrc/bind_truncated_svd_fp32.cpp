@@ -8,11 +8,11 @@
 //   of each factor: levels of one step a row, where the machine multiplies int8. A start from the
 //   long-side vectors of an earlier matrix is worth half a pass more than one from its short side:
 //   Xᵀ·U, then one whole pass. A cold start predicts its width from a narrow sketch.
-// * Gram: XᵀX and all of its eigenvectors, where the subspace would be more than half of them. eigh
-//   mixes vectors of small σ by eps·σ₁²/σ²; a Newton-Schulz step makes them orthogonal again.
+// * Gram: XᵀX and its leading eigenvectors, where the subspace would be about half of them. Its
+//   rounding mixes images of small σ; a Newton-Schulz step makes them orthogonal again.
 //
 // Cost for width L: three products of 2·M·N·L operations in int8 and one in fp32, two
-// orthonormalisations of about 4·N·L², one eigenproblem of side L, 2·M·L² for its matrix and
+// orthonormalisations of about 2.5·N·L², one eigenproblem of side L, 1.25·M·L² for its matrix and
 // 2·(M+N)·L·K for the vectors. Components are rows here, as they leave: (L, M) and (L, N).
 
 #include <algorithm>
@@ -20,6 +20,8 @@
 #include <numeric>
 #include <utility>
 
+#include "bind_eigen.h"
+#include "bind_products.h"
 #include "bind_rows.h"
 #include "bind_truncated_svd.h"
 #include "kernels.h"
@@ -32,97 +34,26 @@ namespace {
 constexpr double kEnergySlack = 5e-6;
 constexpr double kOversampling = 1.08;
 constexpr int64_t kFewestSpare = 4;  // directions beyond those that are wanted
-// Shares of the short side beyond which all eigenvectors are cheaper: where the long side is about
-// as long, and where it is at least twice that.
-constexpr double kMostDirections = 0.58, kMostDirectionsOfTall = 0.68;
-// A short side up to which all eigenvectors are cheaper than a sketch, and than a subspace of more
-// than this share of it.
-constexpr int64_t kLittleSide = 128;
-constexpr double kMostDirectionsOfLittle = 0.3;
+// Shares of the short side beyond which all eigenvectors are cheaper, from an earlier matrix and
+// from nothing, for short sides up to these.
+struct Limit {
+  int64_t side;
+  double warm, cold;
+};
+constexpr Limit kMostDirections[] = {
+    {64, 0.0, 0.0}, {128, 0.4, 0.0}, {224, 0.4, 0.2}, {512, 0.5, 0.25}, {INT64_MAX, 0.5, 0.4}};
 constexpr int64_t kSketchShare = 12, kLeastSketch = 16;
 // XᵀX - shift·I converges faster where the shift lies among the energies that are not wanted.
 constexpr double kShift = 0.2;  // of the least energy that is wanted
 // An earlier basis that holds less than this share of what is wanted gets a second pass.
-constexpr double kGoodStart = 0.45;
+constexpr double kGoodStart = 0.6;
 constexpr int kMostWidenings = 4;
+// Of the mean energy: what rounding does to XᵀX does not show in images of larger ones.
+constexpr double kSureEnergy = 0.03;
 // The least energy wanted, in means of those wanted, and the share of energy that call for a second
 // round.
 constexpr double kFlat = 0.25, kRatherFlat = 0.1, kDelicateEnergy = 0.99;
 constexpr int64_t kFewComponents = 8;  // whose least energy is never far from their mean
-
-bool multiplies_int8() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool able = __builtin_cpu_supports("avx512vnni") != 0;
-  return able;
-#else
-  return false;
-#endif
-}
-
-// ---- products -----------------------------------------------------------------------------------
-
-// Products with a matrix X, M×N, and its transpose: exact ones in fp32, and coarse ones.
-class Products {
- public:
-  explicit Products(const Tensor& matrix)
-      : matrix_(matrix),
-        transposed_(matrix.size(0) <= matrix.size(1)),
-        coarse_(multiplies_int8() && matrix.size(0) < kMostInt8Terms &&
-                matrix.size(1) < kMostInt8Terms) {
-    if (!coarse_) return;
-    const int64_t rows = matrix.size(0), cols = matrix.size(1);
-    levels_ = empty_like_device(matrix, {rows, cols}, ScalarType::Char);
-    row_steps_.resize(static_cast<size_t>(rows));
-    ones_.assign(static_cast<size_t>(std::max(rows, cols)), 1.0f);
-    cpu::quantise_rows(matrix.const_data_ptr<float>(), rows, cols, ones_.data(),
-                       static_cast<int8_t*>(levels_->mutable_data_ptr()), row_steps_.data());
-  }
-
-  int64_t long_side() const { return std::max(matrix_.size(0), matrix_.size(1)); }
-  int64_t short_side() const { return std::min(matrix_.size(0), matrix_.size(1)); }
-
-  // rows (L, N) · Xᵀ
-  Tensor to_long(const Tensor& rows) const { return mm(rows, transposed_ ? matrix_ : mT(matrix_)); }
-  // XᵀX, its lower triangle.
-  Tensor gram() const { return lower_gram(transposed_ ? matrix_ : mT(matrix_)); }
-
-  Tensor roughly_to_long(const Tensor& rows) const { return rough(rows, transposed_, nullptr, 0); }
-  // rows (L, M) · X - shift · basis
-  Tensor roughly_to_short(const Tensor& rows, const Tensor* basis = nullptr,
-                          float shift = 0.0f) const {
-    return rough(rows, !transposed_, basis, shift);
-  }
-
- private:
-  // rows · matrix where they are as long as its columns, rows · matrixᵀ otherwise.
-  Tensor rough(const Tensor& rows, bool along_columns, const Tensor* basis, float shift) const {
-    const int64_t count = rows.size(0);
-    if (!coarse_) {
-      Tensor out = mm(rows, along_columns ? matrix_ : mT(matrix_));
-      if (basis)
-        cpu::subtract_scaled(out.mutable_data_ptr<float>(), basis->const_data_ptr<float>(), shift,
-                             out.numel());
-      return out;
-    }
-    Tensor levels = empty_like_device(rows, {count, rows.size(1)}, ScalarType::Char);
-    std::vector<float> steps(static_cast<size_t>(count));
-    cpu::quantise_rows(rows.const_data_ptr<float>(), count, rows.size(1),
-                       along_columns ? row_steps_.data() : ones_.data(),
-                       static_cast<int8_t*>(levels.mutable_data_ptr()), steps.data());
-    const Tensor sums = int_mm(levels, along_columns ? *levels_ : mT(*levels_));
-    Tensor out = empty_like_device(rows, {count, sums.size(1)}, ScalarType::Float);
-    cpu::dequantise_rows(static_cast<const int32_t*>(sums.const_data_ptr()), count, sums.size(1),
-                         steps.data(), along_columns ? ones_.data() : row_steps_.data(),
-                         basis ? basis->const_data_ptr<float>() : nullptr, shift,
-                         out.mutable_data_ptr<float>());
-    return out;
-  }
-
-  const Tensor matrix_;
-  const bool transposed_, coarse_;
-  std::optional<Tensor> levels_;  // int8: matrix ≈ diag(row_steps) · levels
-  std::vector<float> row_steps_, ones_;
-};
 
 // ---- the solver ---------------------------------------------------------------------------------
 
@@ -134,33 +65,33 @@ struct Subspace {
   Tensor basis;        // (L, N), orthonormal
   Tensor images;       // (L, M): X·basis
   std::vector<double> energies;
-  Tensor vectors;  // (L, L), ascending columns
+  std::optional<Tridiagonal<double>> eigen;  // of images·imagesᵀ
 };
 
 class Solver {
  public:
-  Solver(const Tensor& matrix, double total, const Goal& goal, uint64_t seed)
-      : x_(matrix),
+  Solver(const Tensor& matrix, const float* largest, double total, const Goal& goal, uint64_t seed)
+      : x_(matrix, largest),
         total_(total),
         goal_(goal),
         seed_(seed),
         long_(x_.long_side()),
         side_(x_.short_side()),
-        tall_(long_ >= 2 * side_),
-        most_width_(static_cast<int64_t>((side_ <= kLittleSide ? kMostDirectionsOfLittle
-                                          : tall_              ? kMostDirectionsOfTall
-                                                               : kMostDirections) *
-                                         static_cast<double>(side_))) {}
+        tall_(long_ >= 2 * side_) {}
 
-  std::optional<Found> solve(const Earlier& earlier) const {
-    if (side_ <= kLittleSide && !earlier.shares) return by_gram();
+  std::optional<Found> solve(const Earlier& earlier) {
+    const Limit* limit = kMostDirections;
+    while (side_ > limit->side) ++limit;
+    const double share = earlier.shares ? limit->warm : limit->cold;
+    if (share == 0.0) return by_gram();
+    most_width_ = static_cast<int64_t>(share * static_cast<double>(side_));
     Subspace subspace;
     int64_t width = start(earlier, subspace);
     bool settled = false;
     for (int widening = 0; width <= most_width_ && widening < kMostWidenings; ++widening) {
       refine(subspace);
       subspace.images = x_.to_long(subspace.basis);
-      decompose(subspace, tall_);
+      decompose(subspace);
       const int64_t rank = goal_.choose(subspace.energies, total_, side_, kEnergySlack);
       if (rank >= 0 && !settled && is_delicate(subspace.energies, rank)) {
         settled = true;
@@ -168,11 +99,7 @@ class Solver {
         if (width <= most_width_) widen(subspace, width);
         continue;
       }
-      if (rank >= 0) {
-        if (const auto found = finish(subspace, rank)) return found;
-        decompose(subspace, true);
-        return finish(subspace, rank);
-      }
+      if (rank >= 0) return finish(subspace, rank);
       width = std::max(width + width / 8,
                        width_of(goal_.predict(subspace.energies, width * 4 / 5, total_, side_)));
       if (width <= most_width_) widen(subspace, width);
@@ -225,7 +152,7 @@ class Solver {
   }
 
   // What the first pass starts from; returns how wide it is, or has to be.
-  int64_t start(const Earlier& earlier, Subspace& subspace) const {
+  int64_t start(const Earlier& earlier, Subspace& subspace) {
     if (!earlier.shares) return sketch(subspace);
     const double* shares = earlier.shares->const_data_ptr<double>();
     std::vector<double> energies(shares, shares + earlier.shares->size(0));
@@ -233,6 +160,7 @@ class Solver {
     const int64_t rank = goal_.predict(energies, earlier.shares->size(0), total_, side_);
     const int64_t width = width_of(rank);
     if (width > most_width_) return width;
+    x_.prepare();
     subspace.least = energy_at(energies, rank);
     const int64_t known = earlier.basis ? std::min(earlier.basis->size(0), width) : 0;
     if (known > 0) {
@@ -254,12 +182,13 @@ class Solver {
   }
 
   // A narrow subspace after one pass shows how fast the energies fall.
-  int64_t sketch(Subspace& subspace) const {
+  int64_t sketch(Subspace& subspace) {
+    x_.prepare();
     const int64_t width = std::min(side_, std::max(kLeastSketch, side_ / kSketchShare));
     const Tensor images = x_.roughly_to_long(random_rows(width, side_));
-    subspace.basis = orthonormal(x_.roughly_to_short(images));
+    subspace.basis = orthonormal<float>(x_.roughly_to_short(images));
     subspace.images = x_.roughly_to_long(subspace.basis);
-    decompose(subspace, false);
+    decompose(subspace);
     // The last of them have not converged.
     const int64_t rank =
         goal_.predict(subspace.energies, std::max<int64_t>(1, width * 3 / 5), total_, side_);
@@ -283,28 +212,18 @@ class Solver {
       if (goal_.by == StopBy::kEnergy && captured < kGoodStart * goal_.energy * total_) passes = 2;
       least = std::min(least, cpu::squared_norm(data + (subspace.known - 1) * side_, side_));
     }
-    Tensor basis = nearly_orthonormal(rows);
+    Tensor basis = orthonormal<float>(rows);
     for (int pass = 0; pass < passes; ++pass) {
-      const Tensor images = x_.roughly_to_long(basis);
-      const Tensor next = x_.roughly_to_short(images, &basis, static_cast<float>(kShift * least));
-      basis = pass + 1 < passes ? nearly_orthonormal(next) : orthonormal(next);
+      const Tensor next = x_.roughly_around(basis, static_cast<float>(kShift * least));
+      basis = pass + 1 < passes ? orthonormal<float>(next) : orthonormal<double>(next);
     }
     subspace.basis = basis;
   }
 
-  // In fp64, or in fp32 and straightened afterwards, which is cheaper where the images are short.
-  void decompose(Subspace& subspace, bool finely) const {
-    const Tensor gram = lower_gram(subspace.images);
-    const auto [values, vectors] =
-        eigh(finely ? torch::stable::to(gram, ScalarType::Double) : gram);
-    subspace.energies = finely ? descending<double>(values) : descending<float>(values);
-    subspace.vectors = vectors;
-  }
-
-  Tensor order(const Subspace& subspace, int64_t count) const {
-    return subspace.vectors.scalar_type() == ScalarType::Double
-               ? leading_rows<double>(subspace.vectors, count)
-               : leading_rows<float>(subspace.vectors, count);
+  // In fp64: fp32 would mix the images of small σ.
+  void decompose(Subspace& subspace) const {
+    subspace.eigen.emplace(lower_gram(subspace.images));
+    subspace.energies = subspace.eigen->energies();
   }
 
   void widen(Subspace& subspace, int64_t width) const {
@@ -313,7 +232,10 @@ class Solver {
     // Beyond what is known, energies may be far below the last one that is.
     subspace.least =
         width <= count + count / 4 ? energy_at(subspace.energies, subspace.known) : 0.0;
-    subspace.start = extended(mm(order(subspace, subspace.known), subspace.images), width);
+    Tensor rows = mm(subspace.eigen->rows(subspace.known), subspace.images);
+    std::vector<double> norms(static_cast<size_t>(subspace.known));
+    cpu::normalise_rows(rows.mutable_data_ptr<float>(), subspace.known, long_, norms.data());
+    subspace.start = extended(rows, width);
   }
 
   // The leading `rank` components, or nothing where fp32 cannot vouch for them.
@@ -324,14 +246,12 @@ class Solver {
     if (rank == 0 || rank > goal_.most_rank) return found;
     const auto count = static_cast<int64_t>(found.energies.size());
     for (;; ++found.rank) {
-      const Tensor turn = order(subspace, found.rank);
+      const Tensor turn = subspace.eigen->rows(found.rank);
       found.long_rows = mm(turn, subspace.images);
       found.short_rows = mm(turn, subspace.basis);
       if (normalise(found)) break;
       if (found.rank == count) return std::nullopt;
     }
-    const bool fine = subspace.vectors.scalar_type() == ScalarType::Double;
-    if (!fine && !straighten(found.long_rows)) return std::nullopt;
     return found;
   }
 
@@ -346,42 +266,44 @@ class Solver {
   }
 
   std::optional<Found> by_gram() const {
+    return tall_ ? by_gram_in<double>() : by_gram_in<float>();
+  }
+
+  template <typename Real>
+  std::optional<Found> by_gram_in() const {
     Found found;
-    const Tensor gram = x_.gram();
-    if (goal_.most_rank < side_) {
-      found.energies = descending<float>(eigvalsh(gram));
-      found.rank = goal_.choose(found.energies, total_, side_, kEnergySlack);
-      if (found.rank > goal_.most_rank) return found;
-    }
-    const auto [values, vectors] = eigh(gram);
-    found.energies = descending<float>(values);
+    const Tridiagonal<Real> eigen(x_.gram());
+    found.energies = eigen.energies();
     found.rank = goal_.choose(found.energies, total_, side_, kEnergySlack);
     if (found.rank < 0) return std::nullopt;
     if (found.rank == 0 || found.rank > goal_.most_rank) return found;
     for (;; ++found.rank) {
-      found.short_rows = leading_rows<float>(vectors, found.rank);
+      found.short_rows = eigen.rows(found.rank);
       found.long_rows = x_.to_long(found.short_rows);
       if (normalise(found)) break;
       if (found.rank == side_) return std::nullopt;
     }
-    if (!straighten(found.long_rows)) return std::nullopt;
+    const bool sure =
+        std::is_same_v<Real, double> &&
+        energy_at(found.energies, found.rank) * static_cast<double>(side_) > kSureEnergy * total_;
+    if (!sure && !straighten(found.long_rows)) return std::nullopt;
     return found;
   }
 
-  const Products x_;
+  Products x_;
   const double total_;
   const Goal goal_;
   const uint64_t seed_;
   const int64_t long_, side_;
   const bool tall_;
-  const int64_t most_width_;
+  int64_t most_width_ = 0;
 };
 
 }  // namespace
 
-std::optional<Found> solve_in_fp32(const Tensor& matrix, double total, const Goal& goal,
-                                   const Earlier& earlier, uint64_t seed) {
-  return Solver(matrix, total, goal, seed).solve(earlier);
+std::optional<Found> solve_in_fp32(const Tensor& matrix, const float* largest, double total,
+                                   const Goal& goal, const Earlier& earlier, uint64_t seed) {
+  return Solver(matrix, largest, total, goal, seed).solve(earlier);
 }
 
 }  // namespace fedkd_fast::bind::on_cpu_half

@@ -30,7 +30,6 @@ struct MatrixScan {
 };
 
 // Vectors of one length; component k of vector entry i is data[i · row_stride + k · col_stride].
-// Strides may be negative: eigensolvers return ascending order.
 struct VectorsView {
   const double* data;
   int64_t length;
@@ -42,9 +41,9 @@ namespace cpu {
 
 // Matrices are contiguous, row-major. Scalar is float or double.
 
-// used (rows): 1 for a row that is not all zero.
+// largest (rows): the largest magnitude of each row.
 template <typename Scalar>
-MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, uint8_t* used);
+MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, Scalar* largest);
 
 // out (count×cols): the rows of a matrix that `ids` names (null: the first ones), times
 // 2^-exponent, which is exact.
@@ -59,11 +58,18 @@ double squared_norm(const float* values, int64_t count);
 double squared_norm(const double* values, int64_t count);
 
 // Rows (count×length), entry j of each times factors[j], become levels in -127..127 of a step of
-// their own: row · factors ≈ levels · steps[row]. A row of zeros has step 0.
+// their own: row · factors ≈ levels · steps[row]. A row of zeros has step 0. `factors` may be null
+// for ones; `largest`, where it is not null, has the largest magnitude of each row · factors.
 void quantise_rows(const float* rows, int64_t count, int64_t length, const float* factors,
-                   int8_t* levels, float* steps);
+                   const float* largest, int8_t* levels, float* steps);
 
-// out[k][j] = sums[k][j] · steps[k] · factors[j] - shift · basis[k][j]; basis may be null.
+// Sums of products of levels, row k in steps of steps[k], become levels again, and `steps` theirs:
+// as quantise_rows of sums · steps.
+void requantise_rows(const int32_t* sums, int64_t count, int64_t length, const float* factors,
+                     int8_t* levels, float* steps);
+
+// out[k][j] = sums[k][j] · steps[k] · factors[j] - shift · basis[k][j]; factors and basis may be
+// null.
 void dequantise_rows(const int32_t* sums, int64_t count, int64_t length, const float* steps,
                      const float* factors, const float* basis, float shift, float* out);
 
@@ -104,6 +110,32 @@ template <typename Scalar>
 void finish_factors(const VectorsView& long_vectors, const VectorsView& short_vectors,
                     const double* singular, int64_t rank, int exponent, bool transposed,
                     Scalar* left, Scalar* sigma, Scalar* right);
+
+// ---- of truncated_svd: eigenvalues and eigenvectors of a symmetric matrix
+// --------------------------
+
+// Rows of a symmetric matrix are padded to a multiple of this, with zeros.
+constexpr int64_t kSymmetricPad = 16;
+
+// A (side×stride) = Q·T·Qᵀ with T tridiagonal: `diagonal` (side) and `beside` it (side - 1). The
+// first product is H_{side-1} of Q = H_{side-1} ⋯ H_1, H_i = I - taus[i]·v_i·v_iᵀ: row i of the
+// matrix becomes v_i, zeros from column i on, and taus[0] = 0.
+template <typename Real>
+void tridiagonalise(Real* matrix, int64_t side, int64_t stride, Real* taus, double* diagonal,
+                    double* beside);
+
+// factor (count×count) T, upper triangular, of H_1⋯H_count = I - Vᵀ·T·V, from products = V·Vᵀ.
+template <typename Real>
+void reflector_factor(const Real* products, const Real* taus, int64_t count, Real* factor);
+
+// All eigenvalues, descending, each to a few eps of the largest.
+void tridiagonal_values(const double* diagonal, const double* beside, int64_t side, double* values);
+
+// rows (count×side): unit eigenvectors of these values. Two of them are orthogonal to about
+// eps · |T| / the distance of their values.
+template <typename Real>
+void tridiagonal_vectors(const double* diagonal, const double* beside, int64_t side,
+                         const double* values, int64_t count, Real* rows);
 
 }  // namespace cpu
 

@@ -92,6 +92,12 @@ def test_wire_codec_survives_mutations_under_sanitizers() -> None:
     assert re.match(r"300000 mutations, \d{4,} accepted", done.stdout)
 
 
+@pytest.mark.parametrize("build", ["plain", "address"])
+def test_eigenvalues_and_vectors_of_symmetric_matrices(build: str) -> None:
+    done = run(f"eigen_{build}")
+    assert done.returncode == 0 and done.stdout == "0 broken promises\n", done.stdout + done.stderr
+
+
 def test_simt_builds_every_kernel_file() -> None:
     listed = (ROOT / "tests/native/CMakeLists.txt").read_text()
     sources = [path.name for path in (ROOT / "csrc/cuda").glob("*.cu")]

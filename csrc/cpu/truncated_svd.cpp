@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "common/half.h"
 #include "common/truncated_svd.h"
@@ -45,12 +46,12 @@ uint32_t scan_row(const float* row, int64_t cols, double* parts) {
   return *std::max_element(most, most + kLanes);
 }
 
-MatrixScan scan(const float* matrix, int64_t rows, int64_t cols, uint8_t* used) {
+MatrixScan scan(const float* matrix, int64_t rows, int64_t cols, float* largest) {
   uint32_t most = 0;
   double parts[kLanes] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const uint32_t magnitude = scan_row(matrix + i * cols, cols, parts);
-    used[i] = magnitude != 0;
+    largest[i] = float_from_bits(magnitude);
     most = std::max(most, magnitude);
   }
   const bool finite = most < 0x7f800000u;
@@ -58,8 +59,8 @@ MatrixScan scan(const float* matrix, int64_t rows, int64_t cols, uint8_t* used) 
   return {finite, most == 0, exponent, sum_lanes(parts)};
 }
 
-MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, uint8_t* used) {
-  double largest = 0.0;
+MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, double* largest) {
+  double peak = 0.0;
   bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
     double most = 0.0;
@@ -68,11 +69,11 @@ MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, uint8_t* used)
       most = magnitude > most ? magnitude : most;
       finite &= magnitude <= std::numeric_limits<double>::max();  // false for NaN and Inf
     }
-    used[i] = most > 0.0;
-    largest = std::max(largest, most);
+    largest[i] = most;
+    peak = std::max(peak, most);
   }
-  const bool zero = finite && largest == 0.0;
-  return {finite, zero, finite && !zero ? std::ilogb(largest) : 0, 0.0};
+  const bool zero = finite && peak == 0.0;
+  return {finite, zero, finite && !zero ? std::ilogb(peak) : 0, 0.0};
 }
 
 FEDKD_CLONES
@@ -89,7 +90,21 @@ double sum_squares(const float* values, int64_t count) {
 }
 
 FEDKD_CLONES
+float largest_magnitude(const float* values, int64_t count) {
+  float most[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float magnitude = std::abs(values[i + lane]);
+      most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
+    }
+  for (; i < count; ++i) most[0] = std::max(most[0], std::abs(values[i]));
+  return *std::max_element(most, most + kLanes);
+}
+
+FEDKD_CLONES
 float largest_product(const float* row, const float* factors, int64_t count) {
+  if (factors == nullptr) return largest_magnitude(row, count);
   float most[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
@@ -110,12 +125,20 @@ inline int8_t nearest_level(float value) {
 FEDKD_CLONES
 void quantise_row(const float* row, const float* factors, float inverse, int64_t count,
                   int8_t* levels) {
+  if (factors == nullptr) {
+    for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * inverse);
+    return;
+  }
   for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * factors[j] * inverse);
 }
 
 FEDKD_CLONES
 void dequantise_row(const int32_t* sums, float step, const float* factors, int64_t count,
                     float* out) {
+  if (factors == nullptr) {
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<float>(sums[j]) * step;
+    return;
+  }
   for (int64_t j = 0; j < count; ++j) out[j] = static_cast<float>(sums[j]) * step * factors[j];
 }
 
@@ -124,24 +147,11 @@ void scale_in_place(float* values, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
-FEDKD_CLONES
-float largest_magnitude(const float* values, int64_t count) {
-  float most[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float magnitude = std::abs(values[i + lane]);
-      most[lane] = most[lane] > magnitude ? most[lane] : magnitude;
-    }
-  for (; i < count; ++i) most[0] = std::max(most[0], std::abs(values[i]));
-  return *std::max_element(most, most + kLanes);
-}
-
 }  // namespace
 
 template <typename Scalar>
-MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, uint8_t* used) {
-  return scan(matrix, rows, cols, used);
+MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, Scalar* largest) {
+  return scan(matrix, rows, cols, largest);
 }
 
 void gather_rows(const float* matrix, int64_t cols, const int64_t* ids, int64_t count, int exponent,
@@ -166,14 +176,23 @@ double squared_norm(const double* values, int64_t count) {
 }
 
 void quantise_rows(const float* rows, int64_t count, int64_t length, const float* factors,
-                   int8_t* levels, float* steps) {
+                   const float* largest, int8_t* levels, float* steps) {
   for (int64_t k = 0; k < count; ++k) {
     const float* row = rows + k * length;
-    const float step = largest_product(row, factors, length) / kMostLevel;
+    const float step = (largest ? largest[k] : largest_product(row, factors, length)) / kMostLevel;
     // The inverse of less is beyond fp32, and next to other rows that much is nothing.
     steps[k] = step >= kLeastStep ? step : 0.0f;
     quantise_row(row, factors, step >= kLeastStep ? 1.0f / step : 0.0f, length,
                  levels + k * length);
+  }
+}
+
+void requantise_rows(const int32_t* sums, int64_t count, int64_t length, const float* factors,
+                     int8_t* levels, float* steps) {
+  std::vector<float> row(static_cast<size_t>(length));
+  for (int64_t k = 0; k < count; ++k) {
+    dequantise_row(sums + k * length, steps[k], factors, length, row.data());
+    quantise_rows(row.data(), 1, length, nullptr, nullptr, levels + k * length, steps + k);
   }
 }
 
@@ -291,8 +310,8 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
   }
 }
 
-template MatrixScan scan_matrix<float>(const float*, int64_t, int64_t, uint8_t*);
-template MatrixScan scan_matrix<double>(const double*, int64_t, int64_t, uint8_t*);
+template MatrixScan scan_matrix<float>(const float*, int64_t, int64_t, float*);
+template MatrixScan scan_matrix<double>(const double*, int64_t, int64_t, double*);
 template void widen_matrix<float>(const float*, int64_t, int, double*);
 template void widen_matrix<double>(const double*, int64_t, int, double*);
 template void finish_factors<float>(const VectorsView&, const VectorsView&, const double*, int64_t,
