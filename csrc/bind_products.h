@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "bind_rows.h"
@@ -10,31 +11,36 @@
 
 namespace fedkd_fast::bind {
 
-inline bool multiplies_int8() {
+// Whether products with the matrix may run in int8, which is only worth it with VNNI.
+inline bool multiplies_int8(const Tensor& matrix) {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool able = __builtin_cpu_supports("avx512vnni") != 0;
-  return able;
 #else
-  return false;
+  constexpr bool able = false;
 #endif
+  return able && matrix.size(0) < kMostInt8Terms && matrix.size(1) < kMostInt8Terms;
 }
 
 // Products with a matrix X, M×N, and its transpose: exact ones in fp32, and coarse ones.
 class Products {
  public:
-  Products(const Tensor& matrix, const float* largest)
+  // largest: the largest magnitude of each row. levels, where they are known: the rows in steps of
+  // level_step(largest).
+  Products(const Tensor& matrix, const float* largest, std::optional<Tensor> levels)
       : matrix_(matrix),
         transposed_(matrix.size(0) <= matrix.size(1)),
-        coarse_(multiplies_int8() && matrix.size(0) < kMostInt8Terms &&
-                matrix.size(1) < kMostInt8Terms),
-        largest_(largest) {}
+        coarse_(multiplies_int8(matrix)),
+        largest_(largest),
+        levels_(std::move(levels)) {}
 
   // To be called once before anything is multiplied roughly.
   void prepare() {
     if (!coarse_) return;
     const int64_t rows = matrix_.size(0), cols = matrix_.size(1);
-    levels_ = empty_like_device(matrix_, {rows, cols}, ScalarType::Char);
     row_steps_.resize(static_cast<size_t>(rows));
+    std::transform(largest_, largest_ + rows, row_steps_.begin(), level_step);
+    if (levels_) return;
+    levels_ = empty_like_device(matrix_, {rows, cols}, ScalarType::Char);
     cpu::quantise_rows(matrix_.const_data_ptr<float>(), rows, cols, nullptr, largest_,
                        static_cast<int8_t*>(levels_->mutable_data_ptr()), row_steps_.data());
   }

@@ -10,7 +10,10 @@
 
 namespace fedkd_fast::bind {
 
-constexpr int64_t kGramBlocks = 4;  // of a symmetric product, which is 5/8 of the work then
+// Blocks of a symmetric product, from widths on where smaller products are as fast as large ones:
+// with n of them it is (n+1)/2n of the work.
+constexpr int64_t kFewGramBlocks = 4, kWideForFew = 112;
+constexpr int64_t kManyGramBlocks = 8, kWideForMany = 512;
 // |U·Uᵀ - I| that Newton-Schulz steps mend: each squares it. Beyond, fp64 takes over.
 constexpr float kMostSkew = 1e-2f, kLittleSkew = 1e-6f;
 constexpr int kMostSteps = 2;
@@ -35,12 +38,13 @@ inline Tensor first_rows(const Tensor& rows, int64_t count) {
 template <typename Real = float>
 Tensor lower_gram(const Tensor& rows) {
   const int64_t width = rows.size(0);
-  if (width < kGramBlocks * kGramBlocks) return mm(rows, mT(rows));
+  if (width < kWideForFew) return mm(rows, mT(rows));
+  const int64_t blocks = width < kWideForMany ? kFewGramBlocks : kManyGramBlocks;
   Tensor gram = empty_like_device(rows, {width, width}, rows.scalar_type());
   Real* const out = gram.mutable_data_ptr<Real>();
   std::fill_n(out, width * width, Real(0));
-  for (int64_t block = 0; block < kGramBlocks; ++block) {
-    const int64_t first = width * block / kGramBlocks, end = width * (block + 1) / kGramBlocks;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = width * block / blocks, end = width * (block + 1) / blocks;
     const Tensor part = mm(torch::stable::narrow(const_cast<Tensor&>(rows), 0, first, end - first),
                            mT(first_rows(rows, end)));
     const Real* from = part.const_data_ptr<Real>();

@@ -59,11 +59,13 @@ struct Found {
   std::vector<double> norms;     // (K)
 };
 
+class Products;
+
 namespace on_cpu_half {
-// In fp32, of a matrix whose squares are safe, and whose sum is `total`; `largest` has the largest
-// magnitude of each of its rows. Nothing where fp32 lacks the digits.
-std::optional<Found> solve_in_fp32(const Tensor& matrix, const float* largest, double total,
-                                   const Goal& goal, const Earlier& earlier, uint64_t seed);
+// In fp32, of the matrix behind the products, whose squares are safe, and whose sum is `total`.
+// Nothing where fp32 lacks the digits.
+std::optional<Found> solve_in_fp32(Products matrix, double total, const Goal& goal,
+                                   const Earlier& earlier, uint64_t seed);
 
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
                                    const std::vector<Wanted>& wanted,

@@ -10,7 +10,7 @@
 #include <numeric>
 
 #include "bind_eigen.h"
-#include "bind_rows.h"
+#include "bind_products.h"
 #include "bind_truncated_svd.h"
 #include "kernels.h"
 
@@ -103,6 +103,30 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
 
 // ---- fp32 ---------------------------------------------------------------------------------------
 
+struct NotFinite : std::exception {
+  const char* what() const noexcept override { return " holds NaN or Inf"; }
+};
+
+struct Scanned {
+  MatrixScan scan;
+  std::vector<float> largest;    // magnitude of each row, of float32 matrices
+  std::optional<Tensor> levels;  // as Products takes them, where it may use them
+
+  explicit Scanned(const Tensor& matrix) {
+    const int64_t rows = matrix.size(0), cols = matrix.size(1);
+    if (matrix.scalar_type() == ScalarType::Double) {
+      std::vector<double> unused(static_cast<size_t>(rows));
+      scan = cpu::scan_matrix(matrix.const_data_ptr<double>(), rows, cols, unused.data());
+      return;
+    }
+    largest.resize(static_cast<size_t>(rows));
+    if (multiplies_int8(matrix) && std::min(rows, cols) > kSmallSide)
+      levels = rows_like(matrix, rows, cols, ScalarType::Char);
+    scan = cpu::scan_matrix(matrix.const_data_ptr<float>(), rows, cols, largest.data(),
+                            levels ? static_cast<int8_t*>(levels->mutable_data_ptr()) : nullptr);
+  }
+};
+
 // Ids of rows that are not zero, where leaving the others out is worth a copy.
 std::vector<int64_t> used_rows(const std::vector<float>& largest) {
   std::vector<int64_t> ids;
@@ -114,26 +138,26 @@ std::vector<int64_t> used_rows(const std::vector<float>& largest) {
   return ids;
 }
 
-std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
-                               const std::vector<float>& largest, const std::vector<int64_t>& ids,
-                               int exponent, double total, const Earlier& earlier, uint64_t seed) {
+std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal, Scanned scanned,
+                               const std::vector<int64_t>& ids, int exponent, double total,
+                               const Earlier& earlier, uint64_t seed) {
   const int64_t cols = matrix.size(1);
   const int64_t rows = ids.empty() ? matrix.size(0) : static_cast<int64_t>(ids.size());
   Tensor work = matrix;
-  std::vector<float> largest_of_work(static_cast<size_t>(rows));
-  for (size_t i = 0; i < largest_of_work.size(); ++i)
-    largest_of_work[i] =
-        std::ldexp(largest[ids.empty() ? i : static_cast<size_t>(ids[i])], -exponent);
+  std::vector<float>& largest = scanned.largest;
   if (!ids.empty() || exponent != 0) {
     work = rows_like(matrix, rows, cols, ScalarType::Float);
     cpu::gather_rows(matrix.const_data_ptr<float>(), cols, ids.empty() ? nullptr : ids.data(), rows,
                      exponent, work.mutable_data_ptr<float>());
+    for (size_t i = 0; i < static_cast<size_t>(rows); ++i)
+      largest[i] = std::ldexp(largest[ids.empty() ? i : static_cast<size_t>(ids[i])], -exponent);
+    scanned.levels.reset();
   }
   Earlier known = earlier;
   // Vectors with an entry for each row, but not for these rows.
   if (known.basis && known.basis->size(1) != std::max(rows, cols)) known.basis.reset();
-  std::optional<Found> solved =
-      solve_in_fp32(work, largest_of_work.data(), total, goal, known, seed);
+  std::optional<Found> solved = solve_in_fp32(
+      Products(work, largest.data(), std::move(scanned.levels)), total, goal, known, seed);
   if (!solved) return std::nullopt;
   Found& found = *solved;
 
@@ -179,15 +203,12 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal,
   return factors;
 }
 
-struct Scanned {
-  MatrixScan scan;
-  std::vector<float> largest;  // magnitude of each row, of float32 matrices
-};
-
 template <typename Scalar>
-Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wanted,
-                  const Earlier& earlier, uint64_t seed) {
-  const MatrixScan& scan = scanned.scan;
+Factors factorise(const Tensor& matrix, const Wanted& wanted, const Earlier& earlier,
+                  uint64_t seed) {
+  Scanned scanned(matrix);
+  const MatrixScan scan = scanned.scan;
+  if (!scan.finite) throw NotFinite();
   if (scan.zero) return empty_factors(matrix, 0);
   if constexpr (std::is_same_v<Scalar, float>) {
     const int exponent = std::abs(scan.exponent) <= kSafeExponent ? 0 : scan.exponent;
@@ -197,7 +218,7 @@ Factors factorise(const Tensor& matrix, const Scanned& scanned, const Wanted& wa
     const Goal goal(wanted, total, exponent, matrix.size(0), matrix.size(1));
     if (goal.leaves_room(total, std::min(rows, matrix.size(1)))) {
       const std::optional<Factors> factors =
-          quickly(matrix, goal, scanned.largest, ids, exponent, total, earlier, seed);
+          quickly(matrix, goal, std::move(scanned), ids, exponent, total, earlier, seed);
       if (factors) return *factors;
     }
   }
@@ -233,14 +254,16 @@ void share_out(const std::vector<int64_t>& order, const Work& work) {
       const auto i = static_cast<size_t>(order[turn]);
       try {
         work(i);
+      } catch (const NotFinite& error) {
+        problems[i] = error.what();
       } catch (const std::exception& error) {
         // An exception does not cross torch's C interface with its words.
-        problems[i] = error.what();
+        problems[i] = std::string(": ") + error.what();
       }
     }
   });
   for (size_t i = 0; i < problems.size(); ++i)
-    STD_TORCH_CHECK(problems[i].empty(), "matrix ", i, ": ", problems[i]);
+    STD_TORCH_CHECK(problems[i].empty(), "matrix ", i, problems[i]);
 }
 
 }  // namespace
@@ -248,41 +271,22 @@ void share_out(const std::vector<int64_t>& order, const Work& work) {
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
                                    const std::vector<Wanted>& wanted,
                                    const std::vector<Earlier>& earlier, int64_t seed) {
-  std::vector<int64_t> order(matrices.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::vector<Tensor> whole(matrices.size());
-  std::vector<Scanned> scans(matrices.size());
-  share_out(order, [&](size_t i) {
-    whole[i] = torch::stable::contiguous(matrices[i]);
-    const Tensor& matrix = whole[i];
-    Scanned& scanned = scans[i];
-    const int64_t rows = matrix.size(0), cols = matrix.size(1);
-    if (matrix.scalar_type() == ScalarType::Float) {
-      scanned.largest.resize(static_cast<size_t>(rows));
-      scanned.scan =
-          cpu::scan_matrix(matrix.const_data_ptr<float>(), rows, cols, scanned.largest.data());
-    } else {
-      std::vector<double> largest(static_cast<size_t>(rows));
-      scanned.scan = cpu::scan_matrix(matrix.const_data_ptr<double>(), rows, cols, largest.data());
-    }
-  });
-  for (size_t i = 0; i < scans.size(); ++i)
-    STD_TORCH_CHECK(scans[i].scan.finite, "matrix ", i, " holds NaN or Inf");
-
   // Longest first, so that no thread is left with a long one at the end.
   const auto cost = [&](int64_t i) {
     const Tensor& matrix = matrices[static_cast<size_t>(i)];
     return matrix.numel() * std::min(matrix.size(0), matrix.size(1));
   };
+  std::vector<int64_t> order(matrices.size());
+  std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   std::vector<Factors> factors(matrices.size());
   share_out(order, [&](size_t i) {
-    factors[i] = whole[i].scalar_type() == ScalarType::Float
-                     ? factorise<float>(whole[i], scans[i], wanted[i], earlier[i],
-                                        static_cast<uint64_t>(seed))
-                     : factorise<double>(whole[i], scans[i], wanted[i], earlier[i],
-                                         static_cast<uint64_t>(seed));
+    const Tensor matrix = torch::stable::contiguous(matrices[i]);
+    const auto random = static_cast<uint64_t>(seed);
+    factors[i] = matrix.scalar_type() == ScalarType::Float
+                     ? factorise<float>(matrix, wanted[i], earlier[i], random)
+                     : factorise<double>(matrix, wanted[i], earlier[i], random);
   });
   return factors;
 }

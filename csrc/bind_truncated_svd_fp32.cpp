@@ -70,8 +70,8 @@ struct Subspace {
 
 class Solver {
  public:
-  Solver(const Tensor& matrix, const float* largest, double total, const Goal& goal, uint64_t seed)
-      : x_(matrix, largest),
+  Solver(Products matrix, double total, const Goal& goal, uint64_t seed)
+      : x_(std::move(matrix)),
         total_(total),
         goal_(goal),
         seed_(seed),
@@ -301,9 +301,9 @@ class Solver {
 
 }  // namespace
 
-std::optional<Found> solve_in_fp32(const Tensor& matrix, const float* largest, double total,
-                                   const Goal& goal, const Earlier& earlier, uint64_t seed) {
-  return Solver(matrix, largest, total, goal, seed).solve(earlier);
+std::optional<Found> solve_in_fp32(Products matrix, double total, const Goal& goal,
+                                   const Earlier& earlier, uint64_t seed) {
+  return Solver(std::move(matrix), total, goal, seed).solve(earlier);
 }
 
 }  // namespace fedkd_fast::bind::on_cpu_half

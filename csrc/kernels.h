@@ -41,9 +41,11 @@ namespace cpu {
 
 // Matrices are contiguous, row-major. Scalar is float or double.
 
-// largest (rows): the largest magnitude of each row.
-template <typename Scalar>
-MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, Scalar* largest);
+// largest (rows): the largest magnitude of each row. levels (rows×cols), where it is not null: the
+// rows in steps of level_step(largest); those of zeros are left as they are.
+MatrixScan scan_matrix(const float* matrix, int64_t rows, int64_t cols, float* largest,
+                       int8_t* levels);
+MatrixScan scan_matrix(const double* matrix, int64_t rows, int64_t cols, double* largest);
 
 // out (count×cols): the rows of a matrix that `ids` names (null: the first ones), times
 // 2^-exponent, which is exact.

@@ -81,6 +81,14 @@ struct Stop {
   }
 };
 
+// The step of levels in -127..127 for values up to this magnitude; 0 where its inverse is beyond
+// fp32: next to other values that much is nothing.
+constexpr float kMostLevel = 127.0f, kLeastStep = 0x1p-120f;
+FEDKD_HD inline float level_step(float largest) {
+  const float step = largest / kMostLevel;
+  return step >= kLeastStep ? step : 0.0f;
+}
+
 // A pseudo-random sign for each index, the same for the same seed: splitmix64 (Steele, Lea, Flood
 // 2014).
 FEDKD_HD inline float random_sign(uint64_t seed, int64_t index) {

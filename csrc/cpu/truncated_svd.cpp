@@ -19,7 +19,7 @@ namespace cpu {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr float kMostLevel = 127.0f, kLeastStep = 0x1p-120f;
+constexpr uint32_t kNotFinite = 0x7f800000u;  // the least magnitude of NaN and Inf
 
 double sum_lanes(const double* parts) {
   double total = 0.0;
@@ -46,20 +46,43 @@ uint32_t scan_row(const float* row, int64_t cols, double* parts) {
   return *std::max_element(most, most + kLanes);
 }
 
-MatrixScan scan(const float* matrix, int64_t rows, int64_t cols, float* largest) {
+// To the nearest: adding 1.5 · 2^23 leaves the integer in the low bits.
+inline int8_t nearest_level(float value) {
+  constexpr float kMagic = 12582912.0f;
+  return static_cast<int8_t>(static_cast<int32_t>(bits_from_float(value + kMagic)) - 0x4b400000);
+}
+
+FEDKD_CLONES
+void quantise_row(const float* row, const float* factors, float step, int64_t count,
+                  int8_t* levels) {
+  const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  if (factors == nullptr) {
+    for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * inverse);
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * factors[j] * inverse);
+}
+
+}  // namespace
+
+MatrixScan scan_matrix(const float* matrix, int64_t rows, int64_t cols, float* largest,
+                       int8_t* levels) {
   uint32_t most = 0;
   double parts[kLanes] = {};
   for (int64_t i = 0; i < rows; ++i) {
     const uint32_t magnitude = scan_row(matrix + i * cols, cols, parts);
     largest[i] = float_from_bits(magnitude);
+    // While the row is in the cache.
+    if (levels && magnitude > 0 && magnitude < kNotFinite)
+      quantise_row(matrix + i * cols, nullptr, level_step(largest[i]), cols, levels + i * cols);
     most = std::max(most, magnitude);
   }
-  const bool finite = most < 0x7f800000u;
+  const bool finite = most < kNotFinite;
   const int exponent = finite && most ? std::ilogb(float_from_bits(most)) : 0;
   return {finite, most == 0, exponent, sum_lanes(parts)};
 }
 
-MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, double* largest) {
+MatrixScan scan_matrix(const double* matrix, int64_t rows, int64_t cols, double* largest) {
   double peak = 0.0;
   bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
@@ -75,6 +98,8 @@ MatrixScan scan(const double* matrix, int64_t rows, int64_t cols, double* larges
   const bool zero = finite && peak == 0.0;
   return {finite, zero, finite && !zero ? std::ilogb(peak) : 0, 0.0};
 }
+
+namespace {
 
 FEDKD_CLONES
 void scale_row(const float* in, int64_t count, double scale, float* out) {
@@ -116,22 +141,6 @@ float largest_product(const float* row, const float* factors, int64_t count) {
   return *std::max_element(most, most + kLanes);
 }
 
-// To the nearest: adding 1.5 · 2^23 leaves the integer in the low bits.
-inline int8_t nearest_level(float value) {
-  constexpr float kMagic = 12582912.0f;
-  return static_cast<int8_t>(static_cast<int32_t>(bits_from_float(value + kMagic)) - 0x4b400000);
-}
-
-FEDKD_CLONES
-void quantise_row(const float* row, const float* factors, float inverse, int64_t count,
-                  int8_t* levels) {
-  if (factors == nullptr) {
-    for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * inverse);
-    return;
-  }
-  for (int64_t j = 0; j < count; ++j) levels[j] = nearest_level(row[j] * factors[j] * inverse);
-}
-
 FEDKD_CLONES
 void dequantise_row(const int32_t* sums, float step, const float* factors, int64_t count,
                     float* out) {
@@ -148,11 +157,6 @@ void scale_in_place(float* values, int64_t count, float factor) {
 }
 
 }  // namespace
-
-template <typename Scalar>
-MatrixScan scan_matrix(const Scalar* matrix, int64_t rows, int64_t cols, Scalar* largest) {
-  return scan(matrix, rows, cols, largest);
-}
 
 void gather_rows(const float* matrix, int64_t cols, const int64_t* ids, int64_t count, int exponent,
                  float* out) {
@@ -179,11 +183,8 @@ void quantise_rows(const float* rows, int64_t count, int64_t length, const float
                    const float* largest, int8_t* levels, float* steps) {
   for (int64_t k = 0; k < count; ++k) {
     const float* row = rows + k * length;
-    const float step = (largest ? largest[k] : largest_product(row, factors, length)) / kMostLevel;
-    // The inverse of less is beyond fp32, and next to other rows that much is nothing.
-    steps[k] = step >= kLeastStep ? step : 0.0f;
-    quantise_row(row, factors, step >= kLeastStep ? 1.0f / step : 0.0f, length,
-                 levels + k * length);
+    steps[k] = level_step(largest ? largest[k] : largest_product(row, factors, length));
+    quantise_row(row, factors, steps[k], length, levels + k * length);
   }
 }
 
@@ -310,8 +311,6 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
   }
 }
 
-template MatrixScan scan_matrix<float>(const float*, int64_t, int64_t, float*);
-template MatrixScan scan_matrix<double>(const double*, int64_t, int64_t, double*);
 template void widen_matrix<float>(const float*, int64_t, int, double*);
 template void widen_matrix<double>(const double*, int64_t, int, double*);
 template void finish_factors<float>(const VectorsView&, const VectorsView&, const double*, int64_t,

@@ -44,7 +44,11 @@ void scan_and_scale(int64_t rows, int64_t cols) {
       cuda::scale_matrices(list, facts.data(), there.data(), coarse.data(), nullptr) == cudaSuccess;
   for (int b = 0; b < kBatch; ++b) {
     std::vector<Scalar> largest(static_cast<size_t>(rows));
-    const MatrixScan scan = cpu::scan_matrix(list.at[b], rows, cols, largest.data());
+    MatrixScan scan;
+    if constexpr (std::is_same_v<Scalar, float>)
+      scan = cpu::scan_matrix(list.at[b], rows, cols, largest.data(), nullptr);
+    else
+      scan = cpu::scan_matrix(list.at[b], rows, cols, largest.data());
     const cuda::MatrixFacts& fact = facts[static_cast<size_t>(list.index[b])];
     right &= scan.finite == (fact.state != cuda::MatrixState::kNotFinite) &&
              scan.zero == (fact.state == cuda::MatrixState::kZero);
