@@ -53,23 +53,23 @@ Tensor lower_gram(const Tensor& rows) {
   return gram;
 }
 
-// An orthonormal basis of the rows' span, by Cholesky: RRᵀ = LLᵀ, L⁻¹R; where that fails, by QR. It
-// is as good as RRᵀ is exact over the least pivot's square. In fp64 that is as good as fp32 can
-// hold, down to the least pivot that is taken; in fp32 good enough to go on from.
+// An orthonormal basis of the span of rows, which are normalised where they are: RRᵀ = LLᵀ, L⁻¹R;
+// where that fails, by QR. It is as good as RRᵀ is exact, over the square of the least pivot: in
+// fp64 as good as fp32 can hold, down to the least pivot that is taken; in fp32 good enough to go
+// on from.
 template <typename Real>
-Tensor orthonormal(const Tensor& rows) {
+Tensor orthonormal(Tensor rows) {
   const int64_t width = rows.size(0), length = rows.size(1);
-  Tensor unit = torch::stable::clone(rows);
   std::vector<double> norms(static_cast<size_t>(width));
-  cpu::normalise_rows(unit.mutable_data_ptr<float>(), width, length, norms.data());
+  cpu::normalise_rows(rows.mutable_data_ptr<float>(), width, length, norms.data());
   constexpr bool fine = std::is_same_v<Real, double>;
   const auto [lower, failed] =
-      cholesky(lower_gram<Real>(fine ? torch::stable::to(unit, ScalarType::Double) : unit));
+      cholesky(lower_gram<Real>(fine ? torch::stable::to(rows, ScalarType::Double) : rows));
   bool sure = !failed;
   for (int64_t i = 0; sure && fine && i < width; ++i)
     sure = lower.template const_data_ptr<Real>()[i * (width + 1)] > kLeastPivot;
   if (!sure) return torch::stable::contiguous(mT(qr(mT(rows))));
-  return solve_lower(fine ? torch::stable::to(lower, ScalarType::Float) : lower, unit);
+  return solve_lower(fine ? torch::stable::to(lower, ScalarType::Float) : lower, rows);
 }
 
 // U ← U - (UUᵀ - I)·U/2 for unit rows that are nearly orthogonal; false where they are not.

@@ -51,8 +51,9 @@ constexpr int kMostWidenings = 4;
 // Of the mean energy: what rounding does to XᵀX does not show in images of larger ones.
 constexpr double kSureEnergy = 0.03;
 // The least energy wanted, in means of those wanted, and the share of energy that call for a second
-// round.
+// round; and the flatness at which iterating does not tell the components apart.
 constexpr double kFlat = 0.25, kRatherFlat = 0.1, kDelicateEnergy = 0.99;
+constexpr double kHopelesslyFlat = 0.5;
 constexpr int64_t kFewComponents = 8;  // whose least energy is never far from their mean
 
 // ---- the solver ---------------------------------------------------------------------------------
@@ -93,10 +94,12 @@ class Solver {
       subspace.images = x_.to_long(subspace.basis);
       decompose(subspace);
       const int64_t rank = goal_.choose(subspace.energies, total_, side_, kEnergySlack);
+      if (rank >= 0 && flatness(subspace.energies, rank) > kHopelesslyFlat) return by_gram();
       if (rank >= 0 && !settled && is_delicate(subspace.energies, rank)) {
         settled = true;
         width = std::max(width, width_of(rank));
         if (width <= most_width_) widen(subspace, width);
+        subspace.passes = 2;
         continue;
       }
       if (rank >= 0) return finish(subspace, rank);
@@ -129,10 +132,14 @@ class Solver {
   bool is_delicate(const std::vector<double>& energies, int64_t rank) const {
     if (rank == 0) return false;
     if (rank + kFewestSpare > static_cast<int64_t>(energies.size())) return true;
-    const double least = energy_at(energies, rank);
+    return flatness(energies, rank) > kFlat || goal_.energy > kDelicateEnergy;
+  }
+
+  // The least of the energies that are wanted, in means of those; of few it says nothing.
+  static double flatness(const std::vector<double>& energies, int64_t rank) {
+    if (rank < kFewComponents) return 0.0;
     const double captured = std::accumulate(energies.begin(), energies.begin() + rank, 0.0);
-    const bool flat = least * static_cast<double>(rank) > kFlat * captured;
-    return (rank >= kFewComponents && flat) || goal_.energy > kDelicateEnergy;
+    return energy_at(energies, rank) * static_cast<double>(rank) / captured;
   }
 
   // The energy of component `rank`, counted from 1; 0 where it is not among them.

@@ -143,6 +143,20 @@ def test_warm_and_hinted_starts_keep_every_promise(shape: tuple[int, int], energ
         assert not same(warm, cold)
 
 
+def test_products_beyond_the_range_of_int8_run_in_fp32() -> None:
+    # As on machines that do not multiply int8: 32-bit sums of more terms could overflow.
+    rows, cols = 133_300, 136
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(rows, 20, generator=generator) * 0.85 ** torch.arange(20)
+    matrix = left @ torch.randn(20, cols, generator=generator)
+    matrix += 0.1 * torch.randn(rows, cols, generator=generator)
+    known = ops.truncated_svd_list([drifted(matrix)], energy=0.9)[0].subspace()
+    for start in (None, known):
+        (factors,) = ops.truncated_svd_list([matrix], energy=0.9, earlier=[start])
+        assert 5 < factors.rank < 20
+        assert problems(matrix, 0.9, factors) == []
+
+
 @pytest.mark.parametrize(
     "start",
     [
