@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "bind_linalg.h"

@@ -33,7 +33,8 @@ class Products {
         largest_(largest),
         levels_(std::move(levels)) {}
 
-  // To be called once before anything is multiplied roughly.
+  // To be called once before anything is multiplied roughly. Levels of rows of zeros may be
+  // anything: their step is 0.
   void prepare() {
     if (!coarse_) return;
     const int64_t rows = matrix_.size(0), cols = matrix_.size(1);

@@ -15,7 +15,7 @@ namespace fedkd_fast::bind {
 constexpr int64_t kFewGramBlocks = 4, kWideForFew = 112;
 constexpr int64_t kManyGramBlocks = 8, kWideForMany = 512;
 // |U·Uᵀ - I| that Newton-Schulz steps mend: each squares it. Beyond, fp64 takes over.
-constexpr float kMostSkew = 1e-2f, kLittleSkew = 1e-6f;
+constexpr float kMostSkew = 1e-2f, kLittleSkew = 2e-6f;
 constexpr int kMostSteps = 2;
 // Of unit rows; below, Cholesky in fp64 leaves more of fp32's rounding than QR.
 constexpr double kLeastPivot = 0.02;

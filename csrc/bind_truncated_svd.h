@@ -62,6 +62,9 @@ struct Found {
 class Products;
 
 namespace on_cpu_half {
+// Matrices with a shorter side of no more than this are never iterated on.
+constexpr int64_t kGramSide = 64;
+
 // In fp32, of the matrix behind the products, whose squares are safe, and whose sum is `total`.
 // Nothing where fp32 lacks the digits.
 std::optional<Found> solve_in_fp32(Products matrix, double total, const Goal& goal,

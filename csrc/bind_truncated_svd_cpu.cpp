@@ -112,7 +112,7 @@ struct Scanned {
   std::vector<float> largest;    // magnitude of each row, of float32 matrices
   std::optional<Tensor> levels;  // as Products takes them, where it may use them
 
-  explicit Scanned(const Tensor& matrix) {
+  Scanned(const Tensor& matrix, const Wanted& wanted) {
     const int64_t rows = matrix.size(0), cols = matrix.size(1);
     if (matrix.scalar_type() == ScalarType::Double) {
       std::vector<double> unused(static_cast<size_t>(rows));
@@ -120,7 +120,9 @@ struct Scanned {
       return;
     }
     largest.resize(static_cast<size_t>(rows));
-    if (multiplies_int8(matrix) && std::min(rows, cols) > kSmallSide)
+    const bool iterates = wanted.by != StopBy::kRank &&
+                          (wanted.by != StopBy::kEnergy || 1.0 - wanted.limit >= kFinestShare);
+    if (iterates && multiplies_int8(matrix) && std::min(rows, cols) > kGramSide)
       levels = rows_like(matrix, rows, cols, ScalarType::Char);
     scan = cpu::scan_matrix(matrix.const_data_ptr<float>(), rows, cols, largest.data(),
                             levels ? static_cast<int8_t*>(levels->mutable_data_ptr()) : nullptr);
@@ -206,7 +208,7 @@ std::optional<Factors> quickly(const Tensor& matrix, const Goal& goal, Scanned s
 template <typename Scalar>
 Factors factorise(const Tensor& matrix, const Wanted& wanted, const Earlier& earlier,
                   uint64_t seed) {
-  Scanned scanned(matrix);
+  Scanned scanned(matrix, wanted);
   const MatrixScan scan = scanned.scan;
   if (!scan.finite) throw NotFinite();
   if (scan.zero) return empty_factors(matrix, 0);

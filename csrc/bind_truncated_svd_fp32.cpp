@@ -8,8 +8,9 @@
 //   of each factor: levels of one step a row, where the machine multiplies int8. A start from the
 //   long-side vectors of an earlier matrix is worth half a pass more than one from its short side:
 //   Xᵀ·U, then one whole pass. A cold start predicts its width from a narrow sketch.
-// * Gram: XᵀX and its leading eigenvectors, where the subspace would be about half of them. Its
-//   rounding mixes images of small σ; a Newton-Schulz step makes them orthogonal again.
+// * Gram: XᵀX and its leading eigenvectors, where the subspace would be more than a share of them,
+//   and for short sides. Its rounding mixes images of small σ: where that may show, a Newton-Schulz
+//   step makes them orthogonal again.
 //
 // Cost for width L: three products of 2·M·N·L operations in int8 and one in fp32, two
 // orthonormalisations of about 2.5·N·L², one eigenproblem of side L, 1.25·M·L² for its matrix and
@@ -40,16 +41,22 @@ struct Limit {
   int64_t side;
   double warm, cold;
 };
-constexpr Limit kMostDirections[] = {
-    {64, 0.0, 0.0}, {128, 0.4, 0.0}, {224, 0.4, 0.2}, {512, 0.5, 0.25}, {INT64_MAX, 0.5, 0.4}};
+constexpr Limit kMostDirections[] = {{kGramSide, 0.0, 0.0},
+                                     {128, 0.4, 0.0},
+                                     {224, 0.4, 0.2},
+                                     {512, 0.5, 0.25},
+                                     {INT64_MAX, 0.5, 0.4}};
 constexpr int64_t kSketchShare = 12, kLeastSketch = 16;
 // XᵀX - shift·I converges faster where the shift lies among the energies that are not wanted.
 constexpr double kShift = 0.2;  // of the least energy that is wanted
 // An earlier basis that holds less than this share of what is wanted gets a second pass.
 constexpr double kGoodStart = 0.6;
 constexpr int kMostWidenings = 4;
-// Of the mean energy: what rounding does to XᵀX does not show in images of larger ones.
-constexpr double kSureEnergy = 0.03;
+// Of the largest energy: rounding of XᵀX, about an eps of that, does not show in images of larger
+// ones.
+constexpr double kSureEnergy = 0.1;
+// By how much the rank may exceed the smallest that suffices.
+constexpr double kMostExcess = 0.05;
 // The least energy wanted, in means of those wanted, and the share of energy that call for a second
 // round; and the flatness at which iterating does not tell the components apart.
 constexpr double kFlat = 0.25, kRatherFlat = 0.1, kDelicateEnergy = 0.99;
@@ -81,6 +88,13 @@ class Solver {
         tall_(long_ >= 2 * side_) {}
 
   std::optional<Found> solve(const Earlier& earlier) {
+    std::optional<Found> found = attempt(earlier);
+    if (found && is_too_wide(*found)) return std::nullopt;
+    return found;
+  }
+
+ private:
+  std::optional<Found> attempt(const Earlier& earlier) {
     const Limit* limit = kMostDirections;
     while (side_ > limit->side) ++limit;
     const double share = earlier.shares ? limit->warm : limit->cold;
@@ -110,7 +124,13 @@ class Solver {
     return by_gram();
   }
 
- private:
+  // Whether the slack for rounding is worth more components than the rank may have too many.
+  bool is_too_wide(const Found& found) const {
+    const int64_t least = goal_.choose(found.energies, total_, side_);
+    return least >= 0 && static_cast<double>(found.rank - least) >
+                             std::max(1.0, kMostExcess * static_cast<double>(least));
+  }
+
   Tensor random_rows(int64_t rows, int64_t length) const {
     Tensor out = empty_like_device(anchor(), {rows, length}, ScalarType::Float);
     cpu::random_signs(seed_ + static_cast<uint64_t>(rows), rows * length,
@@ -290,9 +310,8 @@ class Solver {
       if (normalise(found)) break;
       if (found.rank == side_) return std::nullopt;
     }
-    const bool sure =
-        std::is_same_v<Real, double> &&
-        energy_at(found.energies, found.rank) * static_cast<double>(side_) > kSureEnergy * total_;
+    const bool sure = std::is_same_v<Real, double> &&
+                      energy_at(found.energies, found.rank) > kSureEnergy * found.energies.front();
     if (!sure && !straighten(found.long_rows)) return std::nullopt;
     return found;
   }

@@ -113,8 +113,8 @@ void finish_factors(const VectorsView& long_vectors, const VectorsView& short_ve
                     const double* singular, int64_t rank, int exponent, bool transposed,
                     Scalar* left, Scalar* sigma, Scalar* right);
 
-// ---- of truncated_svd: eigenvalues and eigenvectors of a symmetric matrix
-// --------------------------
+// ---- truncated_svd: symmetric eigenproblems -----------------------------------------------------
+// The largest entry of a matrix is far from the ends of the range of Real.
 
 // Rows of a symmetric matrix are padded to a multiple of this, with zeros.
 constexpr int64_t kSymmetricPad = 16;

@@ -143,6 +143,33 @@ def test_warm_and_hinted_starts_keep_every_promise(shape: tuple[int, int], energ
         assert not same(warm, cold)
 
 
+def test_images_of_small_values_beside_a_large_one_are_orthogonal() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for rows, cols, energy in ((80, 40, 0.99), (192, 64, 0.998), (400, 150, 0.998)):
+        matrix = torch.randn(rows, cols, generator=generator)
+        matrix[:, :2] += torch.randn(rows, 1, generator=generator) * math.sqrt(cols) / 0.3
+        (factors,) = ops.truncated_svd_list([matrix], energy=energy)
+        assert problems(matrix, energy, factors) == []
+        identity = torch.eye(factors.rank, dtype=torch.float64)
+        for vectors in (factors.left.double(), factors.right.double()):
+            assert float((vectors @ vectors.T - identity).abs().max()) < 4e-6
+
+
+def test_slack_for_rounding_does_not_cost_components() -> None:
+    # A flat tail: 5e-6 of the energy are several of its components.
+    generator = torch.Generator().manual_seed(6)
+    side, few, energy = 600, 5, 0.999
+    sigma = torch.full((side,), ((1 - 0.998999) / (side - few)) ** 0.5, dtype=torch.float64)
+    sigma[:few] = (0.998999 / few) ** 0.5
+    left, right = (
+        torch.linalg.qr(torch.randn(side, side, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    matrix = ((left * sigma) @ right).float()
+    (factors,) = ops.truncated_svd_list([matrix], energy=energy)
+    assert problems(matrix, energy, factors) == []
+
+
 def test_products_beyond_the_range_of_int8_run_in_fp32() -> None:
     # As on machines that do not multiply int8: 32-bit sums of more terms could overflow.
     rows, cols = 133_300, 136

@@ -104,7 +104,8 @@ FEDKD_INLINE Real reflect(Real* x, int64_t count, double* beta) {
   const double rest = dot(x, x, count - 1), last = static_cast<double>(x[count - 1]);
   x[count - 1] = Real(1);
   *beta = last;
-  if (rest == 0.0) return Real(0);
+  // Squares of less have lost their digits, and beside the rest of the matrix it is nothing.
+  if (rest < 0x1p-960) return Real(0);
   *beta = last > 0.0 ? -std::sqrt(rest + last * last) : std::sqrt(rest + last * last);
   const double inverse = 1.0 / (last - *beta);
   for (int64_t j = 0; j < count - 1; ++j)

@@ -219,6 +219,22 @@ int main() {
   check_values({"diagonal", mixed, Values(50, 0.0), sorted});
   // One huge value beside small ones, which are known to eps of the huge one.
   check_values({"one huge", {1e8, 1, 2, 3}, {1e-3, 0.5, 0.25, 0}});
+  // A row whose squares are beyond the range: it must not spoil the others.
+  for (const double tiny : {1e-150, 1e-156, 1e-160, 1e-162, 1e-300}) {
+    constexpr int64_t kSide = 4, kStride = kSymmetricPad;
+    std::vector<double> matrix(kSide * kStride, 0.0), taus(kSide), diagonal(kSide), beside(kSide);
+    for (int64_t i = 0; i < kSide; ++i)
+      for (int64_t j = 0; j < kSide; ++j)
+        matrix[static_cast<size_t>(i * kStride + j)] = i == 3 || j == 3
+                                                           ? tiny * static_cast<double>(i + j)
+                                                           : 1.0 / static_cast<double>(i + j + 1);
+    double squares = 0.0, left = 0.0;
+    for (const double value : matrix) squares += value * value;
+    tridiagonalise(matrix.data(), kSide, kStride, taus.data(), diagonal.data(), beside.data());
+    for (size_t i = 0; i < kSide; ++i)
+      left += diagonal[i] * diagonal[i] + (i + 1 < kSide ? 2 * beside[i] * beside[i] : 0.0);
+    expect(std::abs(left - squares) <= 1e-14, "a tiny row", left - squares);
+  }
   // No answer, but an end, and it says so.
   for (const double bad :
        {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
