@@ -1,8 +1,8 @@
 // truncated_svd on the CPU: one matrix per thread, each by the cheapest way that is sure.
 //
-// Most go to bind_truncated_svd_fp32.cpp. In fp64, by XᵀX and eigh, or by a full SVD where fp64
-// lacks the digits, go small matrices, float64, a wanted rank, and energies that leave less than
-// kFinestShare: their rank is the optimum.
+// Most go to bind_truncated_svd_fp32.cpp. In fp64, by XᵀX and its eigenvectors, or by a full SVD
+// where fp64 lacks the digits, go small matrices, float64, a wanted rank, and energies that leave
+// less than kFinestShare: their rank is the optimum.
 
 #include <algorithm>
 #include <atomic>

@@ -16,10 +16,3 @@
 #else
 #define FEDKD_CLONES
 #endif
-
-// Into each of those functions, with its instructions.
-#if defined(__GNUC__)
-#define FEDKD_INLINE inline __attribute__((always_inline))
-#else
-#define FEDKD_INLINE inline
-#endif

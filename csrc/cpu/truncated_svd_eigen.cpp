@@ -11,12 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/vectors.h"
 #include "kernels.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors are never passed between functions that are not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace fedkd_fast {
 namespace cpu {

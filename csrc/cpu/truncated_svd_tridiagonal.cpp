@@ -9,12 +9,8 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/vectors.h"
 #include "kernels.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors are never passed between functions that are not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace fedkd_fast {
 namespace cpu {
