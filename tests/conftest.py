@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "simt":
         if request.node.get_closest_marker("many_blocks"):
             pytest.skip("thousands of blocks take minutes on CPU threads")
-        monkeypatch.setattr(ops, "_native", simt_ops())
+        monkeypatch.setattr(ops._library, "native", simt_ops())
         return torch.device("cpu")
     return torch.device(request.param)
 
@@ -38,7 +38,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture
 def runs_on_threads(device: torch.device) -> bool:
     """Whether `device` is `simt`."""
-    return ops._native is not torch.ops.fedkd_fast
+    return ops._library.native is not torch.ops.fedkd_fast
 
 
 @pytest.fixture

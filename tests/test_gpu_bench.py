@@ -115,7 +115,7 @@ def test_a_library_is_used_from_a_copy(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "fedkd_fast").glob("*.so")] == [library.name]
     program = "from fedkd_fast import ops; from bench.gpu import worker; print(ops.__file__)"
     done = place(tmp_path).python("-c", program, limit_s=120)
-    assert done == Finished(0, f"{tmp_path / 'fedkd_fast' / 'ops.py'}\n")
+    assert done == Finished(0, f"{tmp_path / 'fedkd_fast' / 'ops' / '__init__.py'}\n")
     assert stages.describe(place(tmp_path))["outcome"] == stages.PASSED
 
 

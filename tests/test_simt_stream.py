@@ -44,7 +44,7 @@ def engine() -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def on_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ops, "_native", simt_ops())
+    monkeypatch.setattr(ops._library, "native", simt_ops())
     yield
     engine().simt_ignore()
 

@@ -1,0 +1,19 @@
+"""The one door to the native ops: typed wrappers, fake kernels and autograd, a file for each op.
+
+Every op has a specification of the same name in `fedkd_fast.reference` and a kernel of the same
+name behind ``torch.ops.fedkd_fast``. Nothing here falls back to the specification: a missing binary
+is an ImportError that names the command that mends it.
+"""
+
+from fedkd_fast.ops._distill_loss import distill_loss
+from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
+from fedkd_fast.ops._truncated_svd import truncated_svd, truncated_svd_list
+
+__all__ = [
+    "distill_loss",
+    "pack_factors",
+    "reconstruct",
+    "truncated_svd",
+    "truncated_svd_list",
+    "unpack_factors",
+]
