@@ -1,8 +1,8 @@
 """The mutual distillation loss, values and both gradients, against eager torch and torch.compile.
 
 `ours` and its rivals run forward and backward through autograd; `ours-op` is the native call alone,
-which computes the same values and gradients; `copy` reads and writes as many bytes as the loss has
-to: both logits in, both gradients out.
+which computes the same values and gradients into buffers; `copy` reads and writes as many bytes as
+the loss has to: both logits in, both gradients out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from peers import (
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import DISTILL
 from torch import Tensor
+
+from fedkd_fast import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,9 +48,10 @@ def test_distill_loss(
         benchmark(lambda: target.copy_(source))
     elif impl == "ours-op":
         with torch.no_grad():
-            *_, grad_mentor, grad_mentee = native_distill_loss(mentor, mentee, labels)
-            check_against_truth(mentor, mentee, labels, grad_mentor, grad_mentee)
-            benchmark(lambda: native_distill_loss(mentor, mentee, labels))
+            out = ops.distill_buffers(mentor)
+            gradients = native_distill_loss(mentor, mentee, labels, out)
+            check_against_truth(mentor, mentee, labels, *gradients)
+            benchmark(lambda: native_distill_loss(mentor, mentee, labels, out))
     else:
         losses = {"ours": our_losses, "eager": eager_losses}.get(impl) or torch.compile(
             eager_losses, dynamic=False

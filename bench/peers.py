@@ -16,10 +16,10 @@ from fedkd_fast.reference import DENOMINATOR_FLOOR
 # A gradient is at most about 2, times 1 / R; torch's own kernels round bfloat16 several times.
 GRADIENT_ROUNDINGS = 16
 
-Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def eager_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def eager_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> Tensor:
     """Write the loss the way one does in torch, with each log-softmax computed once."""
     log_t, log_s = mentor.log_softmax(1), mentee.log_softmax(1)
     ce_t = functional.nll_loss(log_t, labels, reduction="none")
@@ -27,30 +27,31 @@ def eager_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor
     kl_t = functional.kl_div(log_t, log_s.detach(), reduction="none", log_target=True).sum(1)
     kl_s = functional.kl_div(log_s, log_t.detach(), reduction="none", log_target=True).sum(1)
     weight = 1 / (ce_t + ce_s).detach().clamp(min=DENOMINATOR_FLOOR)
-    return (ce_t + kl_t * weight).mean(), (ce_s + kl_s * weight).mean()
+    return (ce_t + kl_t * weight).mean() + (ce_s + kl_s * weight).mean()
 
 
-def our_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.distill_loss(mentor, mentee, labels)[:2]
+def our_losses(mentor: Tensor, mentee: Tensor, labels: Tensor) -> Tensor:
+    return ops.distill_loss(mentor, mentee, labels).total
 
 
-def native_distill_loss(mentor: Tensor, mentee: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def native_distill_loss(
+    mentor: Tensor, mentee: Tensor, labels: Tensor, out: ops.DistillBuffers
+) -> tuple[Tensor, Tensor]:
     """Call the kernel alone, which computes values and gradients without autograd."""
-    result: tuple[Tensor, ...] = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, -100)
-    return result
+    ops.distill_loss_out(mentor, mentee, labels, out)
+    return out.grad_mentor, out.grad_mentee
 
 
 def train_step(losses: Losses, mentor: Tensor, mentee: Tensor, labels: Tensor) -> None:
     mentor.grad = mentee.grad = None
-    mentor_loss, mentee_loss = losses(mentor, mentee, labels)
-    (mentor_loss + mentee_loss).backward()
+    losses(mentor, mentee, labels).backward()
 
 
 def true_gradients(mentor: Tensor, mentee: Tensor, labels: Tensor) -> list[Tensor]:
     """Both gradients of the specification, in float64."""
     with torch.enable_grad():
         wide = [logits.detach().double().requires_grad_() for logits in (mentor, mentee)]
-        train_step(lambda *inputs: reference.distill_loss(*inputs)[:2], wide[0], wide[1], labels)
+        train_step(lambda *inputs: reference.distill_loss(*inputs).total, wide[0], wide[1], labels)
     return [logits.grad for logits in wide if logits.grad is not None]
 
 

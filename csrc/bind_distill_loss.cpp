@@ -1,9 +1,23 @@
 // distill_loss: both losses, row statistics and both gradients in one call.
 
+#include <memory>
+
 #include "bind_torch.h"
 
 namespace fedkd_fast::bind {
 namespace {
+
+// What `summary` holds, in the dtype of the arithmetic. Gradients still have to be multiplied by
+// the pending scale.
+constexpr int64_t kSummary = 8;  // total, losses, tasks, divergences (mentor, mentee), the scale
+
+// Doubles that gradients need which wait for the mean of D: DistillMeans, then the states. The
+// caller keeps them, so that kernels still in the stream read no memory that died with the call.
+constexpr int64_t kMeans = sizeof(DistillMeans) / sizeof(double);
+int64_t workspace_size(int64_t rows, ScalarType real, bool waits) {
+  if (!waits) return 0;
+  return kMeans + kRowStates * rows / (real == ScalarType::Double ? 1 : 2);
+}
 
 LogitType logit_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -20,8 +34,22 @@ LogitType logit_type(const Tensor& logits) {
   }
 }
 
-void check_distill_loss(const Tensor& mentor_logits, const Tensor& mentee_logits,
-                        const Tensor& labels) {
+ScalarType real_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// One value a row, in the dtype of the arithmetic.
+void check_row_values(const std::optional<Tensor>& values, const char* name, const Tensor& logits) {
+  if (!values) return;
+  STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == logits.size(0), name,
+                  " must have one entry per row of logits, ", logits.size(0), ", got shape ",
+                  shape_text(*values));
+  STD_TORCH_CHECK(values->scalar_type() == real_type(logits), name,
+                  " must be float64 for float64 logits and float32 otherwise");
+  check_same_device(logits, "mentor_logits", *values, name);
+}
+
+void check_logits(const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels) {
   STD_TORCH_CHECK(mentor_logits.dim() == 2, "mentor_logits must have shape (R, C), got ",
                   shape_text(mentor_logits));
   STD_TORCH_CHECK(mentee_logits.dim() == 2 && mentee_logits.size(0) == mentor_logits.size(0) &&
@@ -40,39 +68,137 @@ void check_distill_loss(const Tensor& mentor_logits, const Tensor& mentee_logits
   check_same_device(mentor_logits, "mentor_logits", labels, "labels");
 }
 
+void check_mode(const DistillMode& mode) {
+  STD_TORCH_CHECK(mode.temperature > 0.0 && std::isfinite(mode.temperature),
+                  "temperature must be positive and finite, got ", mode.temperature);
+  STD_TORCH_CHECK(mode.smoothing >= 0.0 && mode.smoothing < 1.0,
+                  "smoothing must lie in [0, 1), got ", mode.smoothing);
+  for (const auto& [value, name] :
+       {std::pair(mode.task, "task"), std::pair(mode.divergence, "divergence")})
+    STD_TORCH_CHECK(value >= 0.0 && std::isfinite(value), name,
+                    " must be finite and at least 0, got ", value);
+  STD_TORCH_CHECK(mode.joint || !mode.into_targets, "into_targets must be false unless joint");
+}
+
+// Elements that a tensor spans in memory, of the size it has.
+int64_t span_bytes(const Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return (last + 1) * tensor.element_size();
+}
+
+void check_out(const Tensor& out, const char* name, const Tensor& logits, std::vector<int64_t> size,
+               ScalarType type) {
+  bool fits = out.dim() == static_cast<int64_t>(size.size()) && out.scalar_type() == type &&
+              out.is_contiguous();
+  for (size_t dim = 0; fits && dim < size.size(); ++dim)
+    fits = out.size(static_cast<int64_t>(dim)) == size[dim];
+  STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype, or is not contiguous: its shape is ",
+                  shape_text(out));
+  check_same_device(logits, "mentor_logits", out, name);
+}
+
+// A gradient may lie exactly on the logits of its own model, whose rows then follow each other.
+void check_gradient_out(const Tensor& out, const char* name, const Tensor& own,
+                        const Tensor& peer) {
+  check_out(out, name, own, {own.size(0), own.size(1)}, own.scalar_type());
+  const auto* const place = static_cast<const char*>(out.const_data_ptr());
+  for (const Tensor* logits : {&own, &peer}) {
+    const auto* const other = static_cast<const char*>(logits->const_data_ptr());
+    const bool apart = place + span_bytes(out) <= other || other + span_bytes(*logits) <= place;
+    STD_TORCH_CHECK(apart || (logits == &own && place == other && own.is_contiguous()), name,
+                    " must not overlap the logits, unless it is those of its own model");
+  }
+}
+
 Tensor with_unit_columns(const Tensor& logits) {
   return logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
 }
 
-void store_mean(const Tensor& scalar, double value) {
-  if (scalar.scalar_type() == ScalarType::Double)
-    *scalar.mutable_data_ptr<double>() = value;
+std::optional<Tensor> in_order(const std::optional<Tensor>& values) {
+  return values ? std::optional(torch::stable::contiguous(*values)) : std::nullopt;
+}
+
+template <typename Real>
+void store_summary(const DistillMeans& means, double pending_scale, Real* summary) {
+  const double mentor = means.task[0] + means.divergence[0];
+  const double mentee = means.task[1] + means.divergence[1];
+  const double values[kSummary] = {mentor + mentee,     mentor,        mentee,
+                                   means.task[0],       means.task[1], means.divergence[0],
+                                   means.divergence[1], pending_scale};
+  for (int64_t i = 0; i < kSummary; ++i) summary[i] = static_cast<Real>(values[i]);
+}
+
+void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary) {
+  const cpu::LabelScan scan = cpu::scan_labels(args);
+  STD_TORCH_CHECK(scan.first_bad_label < 0, "labels must lie in [0, ", args.classes,
+                  ") or equal ignore_index ", args.ignore_index, ", got ",
+                  args.labels[scan.first_bad_label * args.label_stride], " in row ",
+                  scan.first_bad_label);
+  STD_TORCH_CHECK(scan.first_bad_weight < 0,
+                  "sample_weight must be finite and at least 0, which it is not in row ",
+                  scan.first_bad_weight);
+  // float16 keeps its range: divided by many rows here, a gradient would underflow before the
+  // factor of a gradient scaler reaches it in backward.
+  const bool divide = args.type != LogitType::kFloat16 && scan.weight > 0.0;
+  if (divide) args.gradient_scale = 1.0 / scan.weight;
+  const int64_t grain = row_grain(args.classes), scratch = cpu::distill_loss_scratch(args);
+  torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
+    constexpr size_t kLine = 64;
+    size_t room = static_cast<size_t>(scratch) * sizeof(float) + kLine;
+    const std::unique_ptr<float[]> buffer(scratch ? new float[room / sizeof(float)] : nullptr);
+    void* aligned = buffer.get();
+    std::align(kLine, room - kLine, aligned, room);
+    cpu::distill_loss(args, static_cast<float*>(aligned), begin, end);
+  });
+  const DistillMeans means = cpu::mean_distill_loss(args);
+  if (kept != nullptr) *kept = means;
+  if (args.states != nullptr)
+    torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
+      cpu::distill_loss_gradients(args, means, begin, end);
+    });
+  const double pending_scale = divide ? 1.0 : means.inverse_weight;
+  if (summary.scalar_type() == ScalarType::Double)
+    store_summary(means, pending_scale, summary.mutable_data_ptr<double>());
   else
-    *scalar.mutable_data_ptr<float>() = static_cast<float>(value);
+    store_summary(means, pending_scale, summary.mutable_data_ptr<float>());
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Tensor& mentor_logits,
-                                                                        const Tensor& mentee_logits,
-                                                                        const Tensor& labels,
-                                                                        int64_t ignore_index) {
-  check_distill_loss(mentor_logits, mentee_logits, labels);
+void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
+                      const Tensor& labels, const std::optional<Tensor>& sample_weight,
+                      const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
+                      bool batch, bool attached, bool joint, bool into_targets, double task,
+                      double divergence, double temperature, double smoothing, bool gradients,
+                      const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
+                      const Tensor& grad_mentee, const Tensor& workspace) {
+  check_logits(mentor_logits, mentee_logits, labels);
+  check_row_values(sample_weight, "sample_weight", mentor_logits);
+  check_row_values(denominator_grad, "denominator_grad", mentor_logits);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
-  const ScalarType type = mentor_logits.scalar_type();
-  const ScalarType real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType real = real_type(mentor_logits);
+  check_out(summary, "summary", mentor_logits, {kSummary}, real);
+  check_out(statistics, "statistics", mentor_logits, {5, rows}, real);
+  check_out(workspace, "workspace", mentor_logits, {workspace_size(rows, real, batch && gradients)},
+            ScalarType::Double);
+  if (gradients) {
+    check_gradient_out(grad_mentor, "grad_mentor", mentor_logits, mentee_logits);
+    check_gradient_out(grad_mentee, "grad_mentee", mentee_logits, mentor_logits);
+  }
   const Tensor mentor = with_unit_columns(mentor_logits), mentee = with_unit_columns(mentee_logits);
-  const Tensor mentor_loss = empty_like_device(mentor_logits, {}, real);
-  const Tensor mentee_loss = empty_like_device(mentor_logits, {}, real);
-  const Tensor pending_scale = empty_like_device(mentor_logits, {}, real);
-  const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
-  const Tensor grad_mentor = empty_like_device(mentor_logits, {rows, classes}, type);
-  const Tensor grad_mentee = empty_like_device(mentor_logits, {rows, classes}, type);
+  const std::optional<Tensor> weights = in_order(sample_weight), pulls = in_order(denominator_grad);
   DistillLossArgs args;
   args.type = logit_type(mentor_logits);
+  args.mode = {batch, attached, joint, into_targets, task, divergence, temperature, smoothing};
+  check_mode(args.mode);
   args.mentor_logits = mentor.const_data_ptr();
   args.mentee_logits = mentee.const_data_ptr();
   args.labels = labels.const_data_ptr<int64_t>();
+  args.weights = weights ? weights->const_data_ptr() : nullptr;
+  args.denominator_grad = pulls ? pulls->const_data_ptr() : nullptr;
   args.rows = rows;
   args.classes = classes;
   args.mentor_stride = mentor.stride(0);
@@ -81,35 +207,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Te
   args.ignore_index = ignore_index;
   args.gradient_scale = 1.0;
   args.statistics = statistics.mutable_data_ptr();
-  args.grad_mentor = grad_mentor.mutable_data_ptr();
-  args.grad_mentee = grad_mentee.mutable_data_ptr();
+  const bool waits = batch && gradients;
+  auto* const means = waits ? static_cast<DistillMeans*>(workspace.mutable_data_ptr()) : nullptr;
+  args.states = waits ? means + 1 : nullptr;
+  args.grad_mentor = gradients ? grad_mentor.mutable_data_ptr() : nullptr;
+  args.grad_mentee = gradients ? grad_mentee.mutable_data_ptr() : nullptr;
 #ifdef FEDKD_FAST_HAS_CUDA
   if (on_gpu(mentor_logits)) {
     // A bad label makes its row NaN: to raise for it would stall the stream.
     const GpuScope gpu(mentor_logits);
-    check_launch(cuda::distill_loss(args, mentor_loss.mutable_data_ptr(),
-                                    mentee_loss.mutable_data_ptr(),
-                                    pending_scale.mutable_data_ptr(), gpu.stream));
-    return {mentor_loss, mentee_loss, pending_scale, statistics, grad_mentor, grad_mentee};
+    check_launch(cuda::distill_loss(args, means, summary.mutable_data_ptr(), gpu.stream));
+    return;
   }
 #endif
-  const cpu::LabelScan scan = cpu::scan_labels(args);
-  STD_TORCH_CHECK(scan.first_bad < 0, "labels must lie in [0, ", classes,
-                  ") or equal ignore_index ", ignore_index, ", got ",
-                  args.labels[scan.first_bad * args.label_stride], " in row ", scan.first_bad);
-  // float16 keeps its range: divided by many rows here, a gradient would underflow before the
-  // factor of a gradient scaler reaches it in backward.
-  const bool divide = type != ScalarType::Half && scan.counted > 0;
-  if (divide) args.gradient_scale = 1.0 / static_cast<double>(scan.counted);
-  torch::stable::parallel_for(0, rows, row_grain(classes), [&](int64_t begin, int64_t end) {
-    cpu::distill_loss(args, begin, end);
-  });
-  double means[3];
-  cpu::mean_distill_loss(args, means);
-  store_mean(mentor_loss, means[0]);
-  store_mean(mentee_loss, means[1]);
-  store_mean(pending_scale, divide ? 1.0 : means[2]);
-  return {mentor_loss, mentee_loss, pending_scale, statistics, grad_mentor, grad_mentee};
+  run_on_cpu(args, means, summary);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
+    const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
+    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
+    int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
+    double divergence, double temperature, double smoothing, bool gradients) {
+  check_logits(mentor_logits, mentee_logits, labels);
+  const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
+  const ScalarType type = mentor_logits.scalar_type(), real = real_type(mentor_logits);
+  const Tensor summary = empty_like_device(mentor_logits, {kSummary}, real);
+  const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
+  const std::vector<int64_t> size{gradients ? rows : 0, classes};
+  const Tensor grad_mentor = empty_like_device(mentor_logits, size, type);
+  const Tensor grad_mentee = empty_like_device(mentor_logits, size, type);
+  const Tensor workspace = empty_like_device(
+      mentor_logits, {workspace_size(rows, real, batch && gradients)}, ScalarType::Double);
+  distill_loss_out(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad,
+                   ignore_index, batch, attached, joint, into_targets, task, divergence,
+                   temperature, smoothing, gradients, summary, statistics, grad_mentor, grad_mentee,
+                   workspace);
+  return {summary, statistics, grad_mentor, grad_mentee, workspace};
 }
 
 }  // namespace fedkd_fast::bind

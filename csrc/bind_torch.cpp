@@ -17,11 +17,18 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
       "truncated_svd(Tensor[] matrices, str stop, float[] limits, Tensor[] bases, Tensor[] shares, "
       "int[] budgets_bytes, int seed) -> (Tensor[] left, Tensor[] sigma, Tensor[] right, "
       "Tensor[] shares, Tensor ranks, Tensor energies)");
-  m.def(
-      "distill_loss(Tensor mentor_logits, Tensor mentee_logits, Tensor labels, int ignore_index) "
-      "-> "
-      "(Tensor mentor_loss, Tensor mentee_loss, Tensor pending_scale, Tensor statistics, "
-      "Tensor grad_mentor, Tensor grad_mentee)");
+#define FEDKD_FAST_DISTILL_ARGUMENTS                                                      \
+  "Tensor mentor_logits, Tensor mentee_logits, Tensor labels, Tensor? sample_weight, "    \
+  "Tensor? denominator_grad, int ignore_index, bool batch, bool attached, bool joint, "   \
+  "bool into_targets, float task, float divergence, float temperature, float smoothing, " \
+  "bool gradients"
+  m.def("distill_loss(" FEDKD_FAST_DISTILL_ARGUMENTS
+        ") -> (Tensor summary, Tensor statistics, Tensor grad_mentor, Tensor grad_mentee, "
+        "Tensor workspace)");
+  m.def("distill_loss_out(" FEDKD_FAST_DISTILL_ARGUMENTS
+        ", Tensor(a!) summary, Tensor(b!) statistics, Tensor(c!) grad_mentor, "
+        "Tensor(d!) grad_mentee, Tensor(e!) workspace) -> ()");
+#undef FEDKD_FAST_DISTILL_ARGUMENTS
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
@@ -30,6 +37,7 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
 FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
+  m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
@@ -39,6 +47,7 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
 FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CUDA, m) {
   m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
+  m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));

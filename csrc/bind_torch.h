@@ -109,10 +109,18 @@ truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
               const std::vector<Tensor>& shares, const std::vector<int64_t>& budgets_bytes,
               int64_t seed);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(const Tensor& mentor_logits,
-                                                                        const Tensor& mentee_logits,
-                                                                        const Tensor& labels,
-                                                                        int64_t ignore_index);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
+    const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
+    const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
+    int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
+    double divergence, double temperature, double smoothing, bool gradients);
+void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
+                      const Tensor& labels, const std::optional<Tensor>& sample_weight,
+                      const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
+                      bool batch, bool attached, bool joint, bool into_targets, double task,
+                      double divergence, double temperature, double smoothing, bool gradients,
+                      const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
+                      const Tensor& grad_mentee, const Tensor& workspace);
 
 Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);
 Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/distill_loss.h"
 #include "common/half.h"
 #include "common/macros.h"
 #include "common/truncated_svd.h"
@@ -281,55 +282,85 @@ cudaError_t finish_factors(const FinishArgs<Scalar>& args, cudaStream_t stream);
 
 // ---- distill_loss -------------------------------------------------------------------------------
 //
-// One row of logits per sample: losses CE_t + KL(s||t) / D and CE_s + KL(t||s) / D with
-// D = max(CE_t + CE_s, kDenominatorFloor) of that row, t mentor, s mentee; formulas and numerics
-// stand in common/distill_loss.h. statistics (5×R): ce_mentor, ce_mentee, kl_mentor = KL(s||t),
-// kl_mentee = KL(t||s), D. Gradients (R×C, contiguous) are those of a row's own loss with respect
-// to its own logits, the peer and D held constant, times gradient_scale. An ignored row has zero
-// statistics, D = 1 and zero gradients. A row whose label is neither ignore_index nor in [0, C)
-// becomes NaN. NaN or Inf among the logits makes statistics of that row NaN or Inf.
+// One row of logits per sample: both cross entropies CE, both divergences KL at the temperature,
+// D = CE_t + CE_s of a row or its weighted mean over all rows, at least kDenominatorFloor, and the
+// gradient of
+//   sum_i w_i [task·(CE_t + CE_s) + divergence·(KL(s||t) + KL(t||s)) / D + D·denominator_grad_i]
+// with respect to the logits, of which what `mode` says is held constant. t mentor, s mentee;
+// formulas and numerics stand in common/distill_loss.h.
+//
+// A row does not count where its label is ignore_index or its weight w_i is 0: then its statistics
+// are 0, its D is 1 and its gradients are 0. A row whose label is out of [0, C), or whose weight is
+// negative or not finite, becomes NaN. NaN or Inf among the logits makes statistics of that row NaN
+// or Inf.
 
 enum class LogitType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+// Real is double for kFloat64, else float.
 struct DistillLossArgs {
   LogitType type;             // of logits and gradients
   const void* mentor_logits;  // (R, C), unit stride along C
   const void* mentee_logits;
-  const int64_t* labels;  // (R,)
+  const int64_t* labels;         // (R,)
+  const void* weights;           // (R,) of Real, or null for ones
+  const void* denominator_grad;  // (R,) of Real, or null for zeros
   int64_t rows, classes;
   int64_t mentor_stride, mentee_stride;  // of rows
   int64_t label_stride;
   int64_t ignore_index;
-  double gradient_scale;
-  void* statistics;  // double for kFloat64, else float
+  DistillMode mode;
+  double gradient_scale;  // of all gradients
+  void* statistics;       // (5, R) of Real: ce_mentor, ce_mentee, KL(s||t), KL(t||s), D
+  // What rows leave for their gradients where these wait for the mean of D: (kRowStates, R) of
+  // Real, else null.
+  void* states;
+  // (R, C), contiguous; null where no gradients are wanted. Each may be the logits themselves.
   void* grad_mentor;
   void* grad_mentee;
 };
 
-// means (3): mean mentor loss, mean mentee loss, 1 / number of rows that count. Each is 0 where no
-// row counts. Sums run in fp64 and in a fixed order.
+// Weighted means over the rows that count, in fp64 and in a fixed order; 0 where none does.
+struct DistillMeans {
+  double task[2];        // task·CE of mentor and mentee
+  double divergence[2];  // divergence·KL(s||t) / D and divergence·KL(t||s) / D
+  double denominator;    // CE_t + CE_s, which may lie below the floor
+  double denominator_grad;
+  double numerator[2];    // divergence·KL(s||t) and divergence·KL(t||s)
+  double inverse_weight;  // 1 / the sum of weights
+};
 
 namespace cpu {
 
 struct LabelScan {
-  int64_t first_bad;  // first row whose label is neither ignore_index nor in [0, C), or -1
-  int64_t counted;    // rows whose label is not ignore_index
+  int64_t first_bad_label;   // neither ignore_index nor in [0, C); or -1
+  int64_t first_bad_weight;  // negative or not finite; or -1
+  double weight;             // sum over the rows that count
 };
 
 LabelScan scan_labels(const DistillLossArgs& args);
 
-void distill_loss(const DistillLossArgs& args, int64_t begin, int64_t end);
+// Values that `scratch` of distill_loss has to hold; 0 where it may be null.
+int64_t distill_loss_scratch(const DistillLossArgs& args);
 
-void mean_distill_loss(const DistillLossArgs& args, double means[3]);
+// Statistics, and states or gradients.
+void distill_loss(const DistillLossArgs& args, float* scratch, int64_t begin, int64_t end);
+
+// Where D is the mean: also writes it into the statistics.
+DistillMeans mean_distill_loss(const DistillLossArgs& args);
+
+// Gradients from states and means.
+void distill_loss_gradients(const DistillLossArgs& args, const DistillMeans& means, int64_t begin,
+                            int64_t end);
 
 }  // namespace cpu
 
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
-// Both parts. Real (double for kFloat64, else float) device scalars take the means.
-cudaError_t distill_loss(const DistillLossArgs& args, void* mentor_mean, void* mentee_mean,
-                         void* inverse_count, cudaStream_t stream);
+// All of it. means: on the device, or null where D is of a row. summary (8,) of Real: see
+// bind_distill_loss.cpp.
+cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
+                         cudaStream_t stream);
 
 }  // namespace cuda
 #endif

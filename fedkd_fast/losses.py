@@ -185,7 +185,7 @@ class MutualDistillationLoss(nn.Module):
         return MutualLosses(
             mentor=(rows.mentor_loss + hidden).detach(),
             mentee=(rows.mentee_loss + hidden).detach(),
-            total=rows.mentor_loss + rows.mentee_loss + hidden,
+            total=rows.total + hidden,
             task_mentor=task_mentor,
             task_mentee=task_mentee,
             distill_mentor=(rows.kl_mentor / rows.denominator * row_weight).sum(),

@@ -13,6 +13,11 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from fedkd_fast.distillation import DistillationConfig
+
+PAPER = DistillationConfig.paper()
 
 # ---- truncated_svd -------------------------------------------------------------------------------
 
@@ -203,50 +208,92 @@ def _truncated_svd(matrix: Tensor, stop: str, limit: float, budget: int | None) 
 
 # ---- distill_loss --------------------------------------------------------------------------------
 
-# Smallest denominator CE_t + CE_s of a sample; csrc/common/distill_loss.h has the same number.
+# Smallest denominator CE_t + CE_s; csrc/common/distill_loss.h has the same number.
 DENOMINATOR_FLOOR = 1e-6
 
 
 class DistillLoss(NamedTuple):
-    """Both losses, differentiable, and the statistics of each row, detached."""
+    """The loss to differentiate, its parts, and the statistics of each row, detached."""
 
-    mentor_loss: Tensor  # () mean over counted rows of CE_t + KL(s||t) / D
-    mentee_loss: Tensor  # () mean over counted rows of CE_s + KL(t||s) / D
-    ce_mentor: Tensor  # (R,) in nats; 0 on ignored rows
+    total: Tensor  # () L_t + L_s; each logit has the gradient that the configuration gives it
+    mentor_loss: Tensor  # () L_t = task_mentor + distill_mentor
+    mentee_loss: Tensor  # () L_s
+    task_mentor: Tensor  # () weighted mean of task_weight · CE_t
+    task_mentee: Tensor  # ()
+    distill_mentor: Tensor  # () weighted mean of distill_weight · τ² · KL(s||t) / D
+    distill_mentee: Tensor  # ()
+    ce_mentor: Tensor  # (R,) in nats; 0 on rows that do not count
     ce_mentee: Tensor  # (R,)
-    kl_mentor: Tensor  # (R,) KL(s||t), what the mentor minimises
+    kl_mentor: Tensor  # (R,) KL(s||t) at the temperature, what the mentor minimises
     kl_mentee: Tensor  # (R,) KL(t||s), what the mentee minimises
-    denominator: Tensor  # (R,) D; 1 on ignored rows
+    denominator: Tensor  # (R,) D; 1 on rows that do not count
 
 
 def distill_loss(
-    mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, *, ignore_index: int = -100
+    mentor_logits: Tensor,
+    mentee_logits: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    denominator_grad: Tensor | None = None,
+    ignore_index: int = -100,
+    config: DistillationConfig = PAPER,
 ) -> DistillLoss:
     """Specify `ops.distill_loss` in the dtype of the logits, for autograd to differentiate."""
     counted = labels != ignore_index
-    index = torch.where(counted, labels, 0)[:, None]
-    log_t = mentor_logits.log_softmax(1)  # (R, C)
-    log_s = mentee_logits.log_softmax(1)
-    zero = log_t.new_zeros(())
-    ce_t = torch.where(counted, -log_t.gather(1, index)[:, 0], zero)  # (R,)
-    ce_s = torch.where(counted, -log_s.gather(1, index)[:, 0], zero)
-    fixed_t, fixed_s = log_t.detach(), log_s.detach()
-    # Rounding can carry a divergence below zero; its gradient must pass all the same.
-    kl_t = (fixed_s.exp() * (fixed_s - log_t)).sum(1)
-    kl_s = (fixed_t.exp() * (fixed_t - log_s)).sum(1)
-    kl_t = torch.where(counted, kl_t + (-kl_t.detach()).clamp(min=0), zero)
-    kl_s = torch.where(counted, kl_s + (-kl_s.detach()).clamp(min=0), zero)
-    total = (ce_t + ce_s).detach().clamp(min=DENOMINATOR_FLOOR)
-    denominator = torch.where(counted, total, torch.ones_like(total))
-    count = counted.sum().clamp(min=1)
+    weight = counted.to(mentor_logits.dtype)
+    if sample_weight is not None:
+        counted = counted & (sample_weight != 0)
+        weight = torch.where(counted, sample_weight.to(weight.dtype), 0.0)
+    weight = weight / torch.where(weight.sum() > 0, weight.sum(), 1.0)  # (R,), sums to 1
+    zero = weight.new_zeros(())
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        found = functional.cross_entropy(
+            logits,
+            torch.where(counted, labels, 0),
+            reduction="none",
+            label_smoothing=config.label_smoothing,
+        )
+        return torch.where(counted, found, zero)
+
+    def divergence(target: Tensor, own: Tensor) -> Tensor:
+        log_target = (target / config.temperature).log_softmax(1)
+        if config.targets == "detached":
+            log_target = log_target.detach()
+        log_own = (own / config.temperature).log_softmax(1)
+        found = (log_target.exp() * (log_target - log_own)).sum(1)
+        # Rounding can carry a divergence below zero; its gradient must pass all the same.
+        return torch.where(counted, found + (-found.detach()).clamp(min=0), zero)
+
+    def denominator(total: Tensor) -> Tensor:
+        if config.denominator == "batch":
+            total = (weight * total).sum().expand_as(total)
+        return torch.where(counted, total.clamp(min=DENOMINATOR_FLOOR), 1.0)
+
+    factor = config.divergence_factor(mentor_logits.shape[1])
+    parts = []
+    for own, peer in ((mentor_logits, mentee_logits), (mentee_logits, mentor_logits)):
+        teacher = peer if config.loss == "joint" else peer.detach()
+        ce, kl = cross_entropy(own), divergence(teacher, own)
+        divisor = denominator(ce + cross_entropy(teacher))
+        if config.denominator_gradient == "detached":
+            divisor = divisor.detach()
+        task = (weight * config.task_weight * ce).sum()
+        parts.append((ce, kl, task, (weight * factor * kl / divisor).sum()))
+    (ce_t, kl_t, task_t, distill_t), (ce_s, kl_s, task_s, distill_s) = parts
+    divisor = denominator(ce_t + ce_s)
+    total = task_t + distill_t + task_s + distill_s
+    if denominator_grad is not None:
+        # Adds nothing to the value.
+        change = divisor - divisor.detach()
+        total = total + (weight * denominator_grad.detach() * change).sum()
     return DistillLoss(
-        (ce_t + kl_t / denominator).sum() / count,
-        (ce_s + kl_s / denominator).sum() / count,
-        ce_t.detach(),
-        ce_s.detach(),
-        kl_t.detach(),
-        kl_s.detach(),
-        denominator,
+        total,
+        (task_t + distill_t).detach(),
+        (task_s + distill_s).detach(),
+        *(value.detach() for value in (task_t, task_s, distill_t, distill_s)),
+        *(value.detach() for value in (ce_t, ce_s, kl_t, kl_s, divisor)),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkd_fast import ops, reference
+from fedkd_fast.distillation import DistillationConfig
 
 # Logits are float64, so kernel and specification differ by a handful of roundings each.
 ROUNDINGS = 32
@@ -46,15 +47,18 @@ class Losses(NamedTuple):
 
 
 def with_graph(
-    loss: Callable[..., reference.DistillLoss], mentor: Tensor, mentee: Tensor, labels: Tensor
+    loss: Callable[..., reference.DistillLoss],
+    config: DistillationConfig,
+    mentor: Tensor,
+    mentee: Tensor,
+    labels: Tensor,
 ) -> Losses:
     logits = [mentor.detach().requires_grad_(), mentee.detach().requires_grad_()]
-    return Losses(loss(*logits, labels), logits)
+    return Losses(loss(*logits, labels, config=config), logits)
 
 
 def losses_and_gradients(losses: Losses) -> list[Tensor]:
-    both = losses.found.mentor_loss + losses.found.mentee_loss
-    gradients = torch.autograd.grad(both, losses.logits, retain_graph=True)
+    gradients = torch.autograd.grad(losses.found.total, losses.logits, retain_graph=True)
     return [*(value.detach() for value in losses.found), *gradients]
 
 
@@ -72,7 +76,7 @@ def svd_from_earlier(matrix: Tensor) -> list[Tensor]:
     return [found.sigma.double()]
 
 
-def distill_loss(classes: int) -> Op:
+def distill_loss(classes: int, config: DistillationConfig) -> Op:
     def sample(seed: int) -> list[Tensor]:
         labels = torch.arange(LOGIT_ROWS) * (seed + 3) % classes
         labels[5] = -100
@@ -80,15 +84,19 @@ def distill_loss(classes: int) -> Op:
 
     return Op(
         sample,
-        lambda *data: with_graph(ops.distill_loss, *data),
-        lambda *data: losses_and_gradients(with_graph(reference.distill_loss, *data)),
+        lambda *data: with_graph(ops.distill_loss, config, *data),
+        lambda *data: losses_and_gradients(with_graph(reference.distill_loss, config, *data)),
         finish=losses_and_gradients,
     )
 
 
 OPS = {
-    "distill_loss": distill_loss(classes=1500),
-    "distill_loss of few classes": distill_loss(classes=100),
+    "distill_loss": distill_loss(1500, DistillationConfig.paper()),
+    "distill_loss of few classes": distill_loss(100, DistillationConfig.paper()),
+    "distill_loss over the batch": distill_loss(1500, DistillationConfig.public_code()),
+    "distill_loss of few classes over the batch": distill_loss(
+        100, DistillationConfig.public_code()
+    ),
     "pack_factors": Op(
         lambda seed: [noise(seed, len(BITS), COUNT)],
         lambda values: [ops.pack_factors(values, SCALE, BITS)],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedkd_fast import ops, reference
+from fedkd_fast.distillation import DistillationConfig
+from fedkd_fast.ops._distill_loss import _mode
 from fedkd_fast.reference import DistillLoss
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -25,6 +29,38 @@ STEP = 1e-5
 DIFFERENCE_ERROR = ROUNDINGS * (STEP**2 + EPS64 / STEP)
 
 Loss = Callable[..., DistillLoss]
+
+PAPER, PUBLIC = DistillationConfig.paper(), DistillationConfig.public_code()
+EVERYTHING = DistillationConfig(
+    denominator="batch",
+    denominator_gradient="attached",
+    targets="attached",
+    loss="joint",
+    temperature=2.5,
+    label_smoothing=0.1,
+    task_weight=0.7,
+    distill_weight=1.3,
+)
+MODES = {
+    "public_code": PUBLIC,
+    "everything": EVERYTHING,
+    "everything by sample": dataclasses.replace(EVERYTHING, denominator="sample"),
+    "batch": DistillationConfig(denominator="batch"),
+    "attached": DistillationConfig(denominator_gradient="attached"),
+    "batch attached": DistillationConfig(denominator="batch", denominator_gradient="attached"),
+    "joint": DistillationConfig(loss="joint"),
+    "joint attached": DistillationConfig(loss="joint", denominator_gradient="attached"),
+    "joint targets": DistillationConfig(loss="joint", targets="attached"),
+    "temperature": DistillationConfig(temperature=0.5),
+    "smoothing": DistillationConfig(label_smoothing=0.2),
+    "mean": DistillationConfig(kl_reduction="mean"),
+}
+
+
+def native_arguments(
+    mentor: Tensor, mentee: Tensor, labels: Tensor, config: DistillationConfig
+) -> tuple[object, ...]:
+    return mentor, mentee, labels, None, None, IGNORED, *_mode(config, mentor), True
 
 
 def make_inputs(
@@ -45,7 +81,7 @@ def evaluate(
     mentor = mentor.detach().to(dtype).clone().requires_grad_()
     mentee = mentee.detach().to(dtype).clone().requires_grad_()
     result = loss(mentor, mentee, labels)
-    (result.mentor_loss + result.mentee_loss).backward()
+    result.total.backward()
     values = dict(result._asdict(), grad_mentor=mentor.grad, grad_mentee=mentee.grad)
     return {name: value.detach().double().cpu() for name, value in values.items()}
 
@@ -81,6 +117,58 @@ def test_error_is_at_most_twice_that_of_the_reference(
         allowed = 2 * largest(plain[name] - value) + truth_error
         allowed += ROUNDINGS * kernel_eps(name, dtype) * size
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_against_reference(
+    mentor: Tensor, mentee: Tensor, labels: Tensor, dtype: torch.dtype, **options: object
+) -> None:
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    specified = partial(reference.distill_loss, **options)
+    truth = evaluate(specified, mentor, mentee, labels, torch.float64)
+    plain = evaluate(specified, mentor, mentee, labels, arithmetic)
+    ours = evaluate(partial(ops.distill_loss, **options), mentor, mentee, labels, dtype)
+    smallest = min(1.0, float(truth["denominator"].min()))
+    for name, value in truth.items():
+        size = max(1.0, largest(value))
+        allowed = 2 * largest(plain[name] - value) + ROUNDINGS * kernel_eps(name, dtype) * size
+        # A denominator is squared where gradients flow through it.
+        allowed += ROUNDINGS * EPS64 * (size + 1 / smallest**2)
+        error = largest(ours[name] - value)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("config", MODES.values(), ids=list(MODES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (19, 20), (5, 65), (3, 1025)])
+def test_every_mode_is_that_of_the_reference(
+    device: torch.device, rows: int, classes: int, dtype: torch.dtype, config: DistillationConfig
+) -> None:
+    mentor, mentee, labels = make_inputs(rows, classes, dtype, device)
+    noise = torch.Generator().manual_seed(rows)
+    weight = torch.rand(rows, generator=noise).to(device) + 0.1
+    weight[2::5] = 0.0
+    pull = torch.randn(rows, generator=noise).to(device)
+    check_against_reference(
+        *(mentor, mentee, labels, dtype),
+        **{"config": config, "sample_weight": weight, "denominator_grad": pull},
+    )
+
+
+@pytest.mark.parametrize("config", [PAPER, PUBLIC, EVERYTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [7, 100])
+def test_gradients_in_the_memory_of_the_logits(
+    device: torch.device, classes: int, dtype: torch.dtype, config: DistillationConfig
+) -> None:
+    mentor, mentee, labels = make_inputs(9, classes, dtype, device)
+    expected = evaluate(partial(ops.distill_loss, config=config), mentor, mentee, labels, dtype)
+    weights = [logits.clone().requires_grad_() for logits in (mentor, mentee)]
+    logits = [weight * 1 for weight in weights]
+    found = ops.distill_loss(*logits, labels, config=config, in_place=True)
+    found.total.backward()
+    assert torch.equal(weights[0].grad.double().cpu(), expected["grad_mentor"])
+    assert torch.equal(weights[1].grad.double().cpu(), expected["grad_mentee"])
+    assert not torch.equal(logits[0], mentor)
 
 
 @pytest.mark.parametrize("margin", [8.0, 11.0])
@@ -208,27 +296,22 @@ def test_backward_scales_and_repeats(device: torch.device, dtype: torch.dtype) -
     once = evaluate(ops.distill_loss, mentor, mentee, labels, dtype)
     mentor.requires_grad_()
     mentee.requires_grad_()
-    result = ops.distill_loss(mentor, mentee, labels)
-    total = result.mentor_loss + 4 * result.mentee_loss
+    total = 4 * ops.distill_loss(mentor, mentee, labels).total
     total.backward(retain_graph=True)
     total.backward()
     # Powers of two scale without rounding.
-    assert torch.equal(mentor.grad.double().cpu(), 2 * once["grad_mentor"])
+    assert torch.equal(mentor.grad.double().cpu(), 8 * once["grad_mentor"])
     assert torch.equal(mentee.grad.double().cpu(), 8 * once["grad_mentee"])
 
 
-def test_each_loss_reaches_its_own_logits_only(device: torch.device) -> None:
+def test_only_total_is_differentiable(device: torch.device) -> None:
     mentor, mentee, labels = make_inputs(8, 5, torch.float32, device)
-    mentor.requires_grad_()
     mentee.requires_grad_()
     result = ops.distill_loss(mentor, mentee, labels)
-    result.mentor_loss.backward()
-    assert mentee.grad is None
-    assert largest(mentor.grad) > 0.0
-    frozen = ops.distill_loss(mentor.detach(), mentee, labels)
-    (frozen.mentor_loss + frozen.mentee_loss).backward()
+    assert result.total.requires_grad and not any(value.requires_grad for value in result[1:])
+    result.total.backward()
+    assert mentor.grad is None
     assert largest(mentee.grad) > 0.0
-    assert not any(value.requires_grad for value in result[2:])
 
 
 @pytest.mark.many_blocks
@@ -239,7 +322,7 @@ def test_float16_gradients_survive_many_rows(device: torch.device) -> None:
     logits[:, 0] = 9.0
     mentor, mentee = logits.requires_grad_(), logits.detach()
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
-    (ops.distill_loss(mentor, mentee, labels).mentor_loss * scaler).backward()
+    (ops.distill_loss(mentor, mentee, labels).total * scaler).backward()
     expected = torch.sigmoid(torch.tensor(-9.0, dtype=torch.float64)) * scaler / rows
     error = largest(mentor.grad.double().cpu()[:, 1] - expected)
     assert error <= ROUNDINGS * torch.finfo(torch.float16).eps * float(expected)
@@ -248,42 +331,56 @@ def test_float16_gradients_survive_many_rows(device: torch.device) -> None:
 def test_second_derivative_is_refused(device: torch.device) -> None:
     mentor, mentee, labels = make_inputs(4, 3, torch.float64, device)
     mentor.requires_grad_()
-    loss = ops.distill_loss(mentor, mentee, labels).mentor_loss * mentor.sum()
+    loss = ops.distill_loss(mentor, mentee, labels).total * mentor.sum()
     (gradient,) = torch.autograd.grad(loss, mentor, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("config", [PAPER, PUBLIC], ids=["paper", "public_code"])
+@pytest.mark.parametrize("classes", [20, 500])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
-    mentor, mentee, labels = make_inputs(128, 500, dtype, torch.device("cpu"), LARGE)
-    one = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, IGNORED)
+def test_same_bits_for_any_thread_count(
+    dtype: torch.dtype, classes: int, config: DistillationConfig
+) -> None:
+    arguments = native_arguments(
+        *make_inputs(128, classes, dtype, torch.device("cpu"), LARGE), config
+    )
+    one = torch.ops.fedkd_fast.distill_loss(*arguments)
     torch.set_num_threads(2)
     try:
-        two = torch.ops.fedkd_fast.distill_loss(mentor, mentee, labels, IGNORED)
+        two = torch.ops.fedkd_fast.distill_loss(*arguments)
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    # All but the workspace, which is not written where a row does not count.
+    assert all(torch.equal(a, b) for a, b in zip(one[:-1], two[:-1], strict=True))
 
 
 def test_torch_compile_keeps_it_in_one_graph() -> None:
     mentor, mentee, labels = make_inputs(6, 5, torch.float32, torch.device("cpu"))
     mentor.requires_grad_()
     compiled = torch.compile(
-        lambda *inputs: ops.distill_loss(*inputs).mentor_loss, fullgraph=True, backend="aot_eager"
+        lambda *inputs: ops.distill_loss(*inputs).total, fullgraph=True, backend="aot_eager"
     )
     (gradient,) = torch.autograd.grad(compiled(mentor, mentee, labels), mentor)
-    (expected,) = torch.autograd.grad(ops.distill_loss(mentor, mentee, labels).mentor_loss, mentor)
+    (expected,) = torch.autograd.grad(ops.distill_loss(mentor, mentee, labels).total, mentor)
     assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize("config", [PAPER, PUBLIC], ids=["paper", "public_code"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(device: torch.device, runs_on_threads: bool, dtype: torch.dtype) -> None:
+def test_opcheck(
+    device: torch.device, runs_on_threads: bool, dtype: torch.dtype, config: DistillationConfig
+) -> None:
     if runs_on_threads:
         pytest.skip("its library has no fake kernels")
     mentor, mentee, labels = make_inputs(6, 5, dtype, device)
+    # The workspace is not written where a row does not count.
+    arguments = native_arguments(mentor, mentee, labels.clamp(min=0), config)
+    torch.library.opcheck(torch.ops.fedkd_fast.distill_loss.default, arguments)
     torch.library.opcheck(
-        torch.ops.fedkd_fast.distill_loss.default, (mentor, mentee, labels, IGNORED)
+        torch.ops.fedkd_fast.distill_loss_out.default,
+        (*arguments, *ops.distill_buffers(mentor, config)),
     )
 
 

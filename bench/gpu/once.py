@@ -16,6 +16,7 @@ import torch
 
 from bench.gpu import cases
 from fedkd_fast import ops, reference
+from fedkd_fast.distillation import DistillationConfig
 
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASSES = (7, 64, 1500, 2047)
@@ -36,8 +37,8 @@ def distill_loss(device: torch.device) -> None:
             )
             labels = torch.arange(9, device=device) % classes
             labels[3] = -100
-            loss = ops.distill_loss(mentor, mentee, labels)
-            (loss.mentor_loss + loss.mentee_loss).backward()
+            for config in (DistillationConfig.paper(), DistillationConfig.public_code()):
+                ops.distill_loss(mentor, mentee, labels, config=config).total.backward()
 
 
 def rows(count: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,13 @@
 #define FEDKD_HD
 #endif
 
+// A formula, which takes on the instruction set of the kernel that uses it.
+#if defined(__GNUC__)
+#define FEDKD_FORMULA FEDKD_HD inline __attribute__((always_inline))
+#else
+#define FEDKD_FORMULA FEDKD_HD inline
+#endif
+
 // One function, several instruction sets, chosen when the library is loaded: wheels run on any
 // x86-64 and still use AVX-512 and FMA where they are. Other machines compile the plain function.
 // ThreadSanitizer is not ready yet when the choice is made.

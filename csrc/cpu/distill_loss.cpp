@@ -1,120 +1,29 @@
 // Mutual distillation loss on the CPU: both cross entropies, both divergences and both gradients.
 //
-// One online pass over a row in blocks that stay in L1 (common/distill_loss.h), then one pass that
-// writes the gradients. fp32 runs on vectors with its own exponential; the exponentials of the
-// first pass are kept in the gradient rows, so that the second pass has none to compute. 16-bit
-// rows are widened block by block and keep their exponentials only where one block holds the whole
-// row. fp64 exists for gradient checks and is plain scalar code. Rows are independent: results do
-// not depend on the number of threads, only on the instruction set.
+// Three sweeps over a row: its maxima, its sums (common/distill_loss.h), its gradients. The
+// exponentials of the second are kept for the third where they are all that it needs: in scratch
+// that stays in L2 while a row is worked on, or, where gradients wait for a mean over all rows, in
+// the gradients themselves if the last cache holds these. Rows of few classes are computed one in
+// each lane. Gradients too large for the caches are written around them. fp32 and 16-bit storage
+// run on vectors with their own exponential; fp64 exists for gradient checks and is plain scalar
+// code. Rows are independent: results do not depend on the number of threads, only on the
+// instruction set.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <type_traits>
+#include <utility>
 
-#include "common/distill_loss.h"
-#include "common/half.h"
-#include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FEDKD_X86_VECTORS
-#include <immintrin.h>
-#endif
+#include "cpu/distill_loss_rows.h"
+#include "cpu/vectors.h"
 
 namespace fedkd_fast::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;      // classes per block: 8 KiB of logits, 8 KiB of exponentials
-constexpr int64_t kMaxBlocks = 256;   // rows of more classes take longer blocks
-constexpr int64_t kDoubleBlock = 64;  // sums of sums, whose rounding grows slower
-
-// What a kernel needs of the arguments, with its own types.
-template <typename Storage>
-struct Row {
-  using Real = typename Compute<Storage>::type;
-
-  Row(const DistillLossArgs& args, int64_t row)
-      : mentor(static_cast<const Storage*>(args.mentor_logits) + row * args.mentor_stride),
-        mentee(static_cast<const Storage*>(args.mentee_logits) + row * args.mentee_stride),
-        grad_mentor(static_cast<Storage*>(args.grad_mentor) + row * args.classes),
-        grad_mentee(static_cast<Storage*>(args.grad_mentee) + row * args.classes),
-        label(args.labels[row * args.label_stride]) {}
-
-  const Storage* mentor;
-  const Storage* mentee;
-  Storage* grad_mentor;
-  Storage* grad_mentee;
-  int64_t label;
-};
-
-template <typename Storage>
-void fill_row(const DistillLossArgs& args, const Row<Storage>& row,
-              typename Compute<Storage>::type value) {
-  for (int64_t j = 0; j < args.classes; ++j) store_value(row.grad_mentor + j, value);
-  for (int64_t j = 0; j < args.classes; ++j) store_value(row.grad_mentee + j, value);
-}
-
-// Rows without a loss: true when the row is finished.
-template <typename Storage>
-bool finish_unlabelled(const DistillLossArgs& args, const Row<Storage>& row, int64_t index) {
-  using Real = typename Compute<Storage>::type;
-  if (row.label == args.ignore_index) {
-    const Real zero(0);
-    store_row_loss(static_cast<Real*>(args.statistics), args.rows, index,
-                   RowLoss<Real>{zero, zero, zero, zero, Real(1)});
-    fill_row(args, row, zero);
-    return true;
-  }
-  if (row.label < 0 || row.label >= args.classes) {
-    const Real nan = std::numeric_limits<Real>::quiet_NaN();
-    store_row_loss(static_cast<Real*>(args.statistics), args.rows, index,
-                   RowLoss<Real>{nan, nan, nan, nan, nan});
-    fill_row(args, row, nan);
-    return true;
-  }
-  return false;
-}
-
-// Statistics, then the two gradient elements at the label; returns the factors of all others.
-template <typename Storage>
-GradientFactors<typename Compute<Storage>::type> finish_row(
-    const DistillLossArgs& args, const Row<Storage>& row, int64_t index,
-    const PairState<typename Compute<Storage>::type>& state) {
-  using Real = typename Compute<Storage>::type;
-  const RowLoss<Real> loss =
-      row_loss(state, load_value(row.mentor[row.label]), load_value(row.mentee[row.label]));
-  store_row_loss(static_cast<Real*>(args.statistics), args.rows, index, loss);
-  return gradient_factors(state, loss, static_cast<Real>(args.gradient_scale));
-}
-
-template <typename Storage>
-void store_label(const Row<Storage>& row,
-                 const GradientFactors<typename Compute<Storage>::type>& factors) {
-  store_value(row.grad_mentor + row.label, factors.mentor_label);
-  store_value(row.grad_mentee + row.label, factors.mentee_label);
-}
-
-void double_rows(const DistillLossArgs& args, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    const Row<double> row(args, index);
-    if (finish_unlabelled(args, row, index)) continue;
-    PairState<double> state = empty_pair<double>();
-    for (int64_t first = 0; first < args.classes; first += kDoubleBlock) {
-      PairState<double> part = empty_pair<double>();
-      for (int64_t j = first; j < std::min(first + kDoubleBlock, args.classes); ++j)
-        part = merge(part, single_class(row.mentor[j], row.mentee[j]));
-      state = merge(state, part);
-    }
-    const GradientFactors<double> factors = finish_row(args, row, index, state);
-    for (int64_t j = 0; j < args.classes; ++j) {
-      const double mentor = std::exp(row.mentor[j] - state.mentor.max);
-      const double mentee = std::exp(row.mentee[j] - state.mentee.max);
-      row.grad_mentor[j] = mentor * factors.mentor_own - mentee * factors.mentor_peer;
-      row.grad_mentee[j] = mentee * factors.mentee_own - mentor * factors.mentee_peer;
-    }
-    store_label(row, factors);
-  }
-}
+// 2^r on [-1/2, 1/2].
+constexpr float kExp2[] = {1.0f,           0.6931469776f,  0.2402224209f,
+                           0.05550733743f, 0.00967151264f, 0.001326472714f};
 
 }  // namespace
 
@@ -122,10 +31,13 @@ void double_rows(const DistillLossArgs& args, int64_t begin, int64_t end) {
 // baseline and may be inlined into any of them.
 #ifdef FEDKD_X86_VECTORS
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")
 #define FEDKD_ISA avx512
 #define FEDKD_LANES 16
-#define FEDKD_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define FEDKD_FMA(a, b, c) (Vector) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define FEDKD_STREAM(to, value) _mm512_stream_ps(to, (__m512)(value))
+#define FEDKD_STREAM_HALVES(to, value) \
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)(value))
 #include "cpu/distill_loss_rows.inc"
 #pragma GCC pop_options
 
@@ -133,7 +45,10 @@ void double_rows(const DistillLossArgs& args, int64_t begin, int64_t end) {
 #pragma GCC target("avx2,fma")
 #define FEDKD_ISA avx2
 #define FEDKD_LANES 8
-#define FEDKD_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define FEDKD_FMA(a, b, c) (Vector) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define FEDKD_STREAM(to, value) _mm256_stream_ps(to, (__m256)(value))
+#define FEDKD_STREAM_HALVES(to, value) \
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)(value))
 #include "cpu/distill_loss_rows.inc"
 #pragma GCC pop_options
 #endif
@@ -141,81 +56,130 @@ void double_rows(const DistillLossArgs& args, int64_t begin, int64_t end) {
 #define FEDKD_ISA baseline
 #define FEDKD_LANES 4
 #define FEDKD_FMA(a, b, c) ((a) * (b) + (c))
+#define FEDKD_STREAM(to, value) store(to, value)
+#define FEDKD_STREAM_HALVES(to, value) std::memcpy(to, &(value), sizeof(value))
 #include "cpu/distill_loss_rows.inc"
 
 namespace {
 
-template <typename Storage>
-using RowsKernel = void (*)(const DistillLossArgs&, int64_t, int64_t);
+struct Kernels {
+  void (*rows)(const DistillLossArgs&, float*, int64_t, int64_t);
+  void (*gradients)(const DistillLossArgs&, const DistillMeans&, int64_t, int64_t);
+};
 
 template <typename Storage>
-RowsKernel<Storage> choose_rows() {
+Kernels choose_kernels() {
 #ifdef FEDKD_X86_VECTORS
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::vector_rows<Storage>;
+    return {avx512::rows<Storage>, avx512::gradients<Storage>};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::vector_rows<Storage>;
+    return {avx2::rows<Storage>, avx2::gradients<Storage>};
 #endif
-  return baseline::vector_rows<Storage>;
+  return {baseline::rows<Storage>, baseline::gradients<Storage>};
 }
 
 template <typename Storage>
-void run_rows(const DistillLossArgs& args, int64_t begin, int64_t end) {
-  static const RowsKernel<Storage> rows = choose_rows<Storage>();
-  rows(args, begin, end);
+const Kernels& kernels() {
+  static const Kernels chosen = choose_kernels<Storage>();
+  return chosen;
 }
 
 template <typename Real>
-void mean_rows(const DistillLossArgs& args, double means[3]) {
-  const Real* ce_mentor = static_cast<const Real*>(args.statistics);
-  const Real* ce_mentee = ce_mentor + args.rows;
-  const Real* kl_mentor = ce_mentee + args.rows;
-  const Real* kl_mentee = kl_mentor + args.rows;
-  const Real* denominator = kl_mentee + args.rows;
-  double mentor = 0.0, mentee = 0.0;
-  int64_t count = 0;
+DistillMeans mean_rows(const DistillLossArgs& args) {
+  Real* const statistics = static_cast<Real*>(args.statistics);
+  Real* const denominator = statistics + 4 * args.rows;
+  DistillMeans means{};
+  double weights = 0.0;
+  const auto at = [&](int field, int64_t row) {
+    return double{statistics[field * args.rows + row]};
+  };
   for (int64_t row = 0; row < args.rows; ++row) {
-    count += args.labels[row * args.label_stride] != args.ignore_index;
-    mentor += double{ce_mentor[row]} + double{kl_mentor[row]} / double{denominator[row]};
-    mentee += double{ce_mentee[row]} + double{kl_mentee[row]} / double{denominator[row]};
+    if (row_status(args, row) == RowStatus::kIgnored) continue;
+    const double weight = row_weight<Real>(args, row);
+    weights += weight;
+    means.denominator += weight * denominator[row];
+    means.denominator_grad += weight * row_denominator_grad<Real>(args, row);
+    for (int model = 0; model < 2; ++model) {
+      means.task[model] += weight * at(model, row);
+      means.numerator[model] += weight * at(2 + model, row);
+      means.divergence[model] += weight * at(2 + model, row) / denominator[row];
+    }
   }
-  means[2] = count > 0 ? 1.0 / static_cast<double>(count) : 0.0;
-  means[0] = mentor * means[2];
-  means[1] = mentee * means[2];
+  means.inverse_weight = weights > 0.0 ? 1.0 / weights : std::isnan(weights) ? weights : 0.0;
+  for (double* value :
+       {&means.task[0], &means.task[1], &means.divergence[0], &means.divergence[1],
+        &means.denominator, &means.denominator_grad, &means.numerator[0], &means.numerator[1]})
+    *value *= means.inverse_weight;
+  for (int model = 0; model < 2; ++model) {
+    means.task[model] *= args.mode.task;
+    means.numerator[model] *= args.mode.divergence;
+    means.divergence[model] *= args.mode.divergence;
+  }
+  if (args.mode.batch) {
+    const double common = at_least(means.denominator, kDenominatorFloor);
+    for (int model = 0; model < 2; ++model)
+      means.divergence[model] = means.numerator[model] / common;
+    for (int64_t row = 0; row < args.rows; ++row)
+      if (row_status(args, row) != RowStatus::kIgnored)
+        denominator[row] = static_cast<Real>(common);
+  }
+  return means;
 }
 
 }  // namespace
 
 LabelScan scan_labels(const DistillLossArgs& args) {
-  LabelScan scan{-1, 0};
+  LabelScan scan{-1, -1, 0.0};
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t label = args.labels[row * args.label_stride];
+    const double weight = args.type == LogitType::kFloat64 ? row_weight<double>(args, row)
+                                                           : row_weight<float>(args, row);
+    if (scan.first_bad_weight < 0 && !(weight >= 0.0 && std::isfinite(weight)))
+      scan.first_bad_weight = row;
     if (label == args.ignore_index) continue;
-    ++scan.counted;
-    if (scan.first_bad < 0 && (label < 0 || label >= args.classes)) scan.first_bad = row;
+    scan.weight += weight;
+    if (scan.first_bad_label < 0 && (label < 0 || label >= args.classes))
+      scan.first_bad_label = row;
   }
   return scan;
 }
 
-void distill_loss(const DistillLossArgs& args, int64_t begin, int64_t end) {
+int64_t distill_loss_scratch(const DistillLossArgs& args) {
+  const bool stashes = args.type != LogitType::kFloat64 && args.classes > kLaneClasses &&
+                       args.grad_mentor != nullptr && args.states == nullptr && args.mode.plain();
+  return stashes ? 2 * stash_stride(args.classes) : 0;
+}
+
+void distill_loss(const DistillLossArgs& args, float* scratch, int64_t begin, int64_t end) {
   switch (args.type) {
     case LogitType::kFloat64:
       return double_rows(args, begin, end);
     case LogitType::kFloat32:
-      return run_rows<float>(args, begin, end);
+      return kernels<float>().rows(args, scratch, begin, end);
     case LogitType::kBFloat16:
-      return run_rows<BFloat16>(args, begin, end);
+      return kernels<BFloat16>().rows(args, scratch, begin, end);
     case LogitType::kFloat16:
-      return run_rows<Float16>(args, begin, end);
+      return kernels<Float16>().rows(args, scratch, begin, end);
   }
 }
 
-void mean_distill_loss(const DistillLossArgs& args, double means[3]) {
-  if (args.type == LogitType::kFloat64)
-    mean_rows<double>(args, means);
-  else
-    mean_rows<float>(args, means);
+void distill_loss_gradients(const DistillLossArgs& args, const DistillMeans& means, int64_t begin,
+                            int64_t end) {
+  switch (args.type) {
+    case LogitType::kFloat64:
+      return double_gradients(args, means, begin, end);
+    case LogitType::kFloat32:
+      return kernels<float>().gradients(args, means, begin, end);
+    case LogitType::kBFloat16:
+      return kernels<BFloat16>().gradients(args, means, begin, end);
+    case LogitType::kFloat16:
+      return kernels<Float16>().gradients(args, means, begin, end);
+  }
+}
+
+DistillMeans mean_distill_loss(const DistillLossArgs& args) {
+  return args.type == LogitType::kFloat64 ? mean_rows<double>(args) : mean_rows<float>(args);
 }
 
 }  // namespace fedkd_fast::cpu

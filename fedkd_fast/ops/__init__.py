@@ -5,12 +5,20 @@ name behind ``torch.ops.fedkd_fast``. Nothing here falls back to the specificati
 is an ImportError that names the command that mends it.
 """
 
-from fedkd_fast.ops._distill_loss import distill_loss
+from fedkd_fast.ops._distill_loss import (
+    DistillBuffers,
+    distill_buffers,
+    distill_loss,
+    distill_loss_out,
+)
 from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
 from fedkd_fast.ops._truncated_svd import truncated_svd, truncated_svd_list
 
 __all__ = [
+    "DistillBuffers",
+    "distill_buffers",
     "distill_loss",
+    "distill_loss_out",
     "pack_factors",
     "reconstruct",
     "truncated_svd",

@@ -2,50 +2,178 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.ops import _library
-from fedkd_fast.reference import DistillLoss
+from fedkd_fast.reference import PAPER, DistillLoss
+
+_STATISTICS = 5  # rows of statistics
+_SUMMARY = 8  # scalars: total, losses, tasks, divergences, pending scale
+# What gradients need that wait for the mean of D: doubles, and values of each row.
+_MEANS, _ROW_STATES = 9, 32
+
+
+class DistillBuffers(NamedTuple):
+    """Memory that `distill_loss_out` writes to; `distill_buffers` makes it."""
+
+    summary: Tensor  # (8,) total, L_t, L_s, task_t, task_s, distill_t, distill_s, pending scale
+    statistics: Tensor  # (5, R) CE_t, CE_s, KL(s||t), KL(t||s), D
+    grad_mentor: Tensor  # (R, C) of total, once multiplied by the pending scale
+    grad_mentee: Tensor  # (R, C)
+    workspace: Tensor  # float64; empty where D is not the mean over the batch
 
 
 def distill_loss(
-    mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, *, ignore_index: int = -100
+    mentor_logits: Tensor,
+    mentee_logits: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    denominator_grad: Tensor | None = None,
+    ignore_index: int = -100,
+    config: DistillationConfig = PAPER,
+    in_place: bool = False,
 ) -> DistillLoss:
     """Compute both models' task and adaptive distillation losses and all gradients in one call.
 
-    ``mentor_loss = mean_i [CE(y_i, t_i) + KL(s_i || t_i) / D_i]`` and
-    ``mentee_loss = mean_i [CE(y_i, s_i) + KL(t_i || s_i) / D_i]`` with
+    ``L_t = mean_i [task · CE(y_i, t_i) + distill · τ² · KL(s_i || t_i) / D_i]`` and
+    ``L_s = mean_i [task · CE(y_i, s_i) + distill · τ² · KL(t_i || s_i) / D_i]`` with
     ``D_i = max(CE(y_i, t_i) + CE(y_i, s_i), 1e-6)``: FedKD (Nature Communications 13:2032),
-    eqs (1)-(4), t the mentor's and s the mentee's softmax of row i. The denominator and the peer's
-    probabilities are constants, so each loss has a gradient for its own model's logits only, and
-    ``(mentor_loss + mentee_loss).backward()`` trains both.
+    eqs (1)-(4), t the mentor's and s the mentee's softmax of row i. What gradients flow through,
+    and the other forms that D and KL may take, are the fields of `DistillationConfig`.
 
     Args:
         mentor_logits: (R, C) float32, float64, bfloat16 or float16; finite.
         mentee_logits: (R, C), same dtype and device.
         labels: (R,) int64 in [0, C), or `ignore_index` for a row that does not count.
+        sample_weight: (R,) weights of the rows in the means, >= 0; a row of weight 0 does not
+            count. None for equal ones.
+        denominator_grad: (R,) derivative of the caller's further terms with respect to D_i,
+            relative to the row's share of the weights; with D over the batch, their weighted mean
+            is taken. For terms that D divides, where gradients flow through it.
         ignore_index: the label of rows to leave out of the means; their gradients are 0.
+        config: the modes; those of hidden states and attention do not matter here.
+        in_place: let the gradients take the memory of the logits, which nobody may read afterwards:
+            no memory is needed but O(R). Contiguous logits only; not while compiling.
 
     Returns:
-        `DistillLoss`, float64 for float64 logits and float32 otherwise. Without a counted row both
-        losses are 0.
+        `DistillLoss`, float64 for float64 logits and float32 otherwise; `total` alone is
+        differentiable. Without a counted row the losses are 0.
 
     Raises:
-        RuntimeError: a wrong shape, dtype or device; on the CPU also a label out of range. On CUDA
-            such a label makes its row, and so the losses, NaN: raising would stall the stream.
+        RuntimeError: a wrong shape, dtype or device; on the CPU also a label or weight out of
+            range. On CUDA such a row, and so the losses, become NaN: raising would stall the
+            stream.
 
-    NaN or Inf in a row makes the losses NaN or Inf. The same bits for any thread count. One pass
-    reads the logits and one writes both gradients, which are kept for backward: extra memory 2·R·C.
+    NaN or Inf in a row makes the losses NaN or Inf. The same bits for any thread count. Gradients
+    are computed with the losses where one is wanted, and kept for backward: extra memory 2·R·C.
     Differentiable once.
     """
-    mentor_loss, mentee_loss, statistics = _DistillLoss.apply(  # type: ignore[no-untyped-call]
-        mentor_logits, mentee_logits, labels, ignore_index
+    values = _DistillLoss.apply(  # type: ignore[no-untyped-call]
+        mentor_logits,
+        mentee_logits,
+        labels,
+        _real(sample_weight, mentor_logits),
+        _real(denominator_grad, mentor_logits),
+        ignore_index,
+        config,
+        in_place and not torch.compiler.is_compiling(),
     )
-    return DistillLoss(mentor_loss, mentee_loss, *statistics.unbind())
+    return DistillLoss(*values[:-1], *values[-1].unbind())
+
+
+def distill_buffers(logits: Tensor, config: DistillationConfig = PAPER) -> DistillBuffers:
+    """Make buffers for logits of this shape, (R, C), dtype and device, and this configuration."""
+    rows = logits.shape[0]
+    real = _real_dtype(logits)
+    waits = config.denominator == "batch"
+    return DistillBuffers(
+        logits.new_empty(_SUMMARY, dtype=real),
+        logits.new_empty(_STATISTICS, rows, dtype=real),
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        logits.new_empty(_workspace(rows, real) if waits else 0, dtype=torch.float64),
+    )
+
+
+def _workspace(rows: int, real: torch.dtype) -> int:
+    return _MEANS + _ROW_STATES * rows // (1 if real == torch.float64 else 2)
+
+
+def distill_loss_out(
+    mentor_logits: Tensor,
+    mentee_logits: Tensor,
+    labels: Tensor,
+    out: DistillBuffers,
+    *,
+    sample_weight: Tensor | None = None,
+    denominator_grad: Tensor | None = None,
+    ignore_index: int = -100,
+    config: DistillationConfig = PAPER,
+) -> None:
+    """Compute `distill_loss` into buffers, without autograd: the least that a call can cost.
+
+    ``total``'s gradients are ``out.grad_mentor · out.summary[7]`` and likewise for the mentee; the
+    factor is 1 on the CPU but for float16, where it keeps gradients in range. A gradient buffer may
+    be the logits of its own model, which are then overwritten.
+
+    Args:
+        mentor_logits: as in `distill_loss`, like all that follow.
+        mentee_logits: likewise.
+        labels: likewise.
+        out: contiguous buffers, as `distill_buffers` makes them.
+        sample_weight: likewise, in the dtype of ``out.summary``.
+        denominator_grad: likewise, in that dtype.
+        ignore_index: likewise.
+        config: likewise.
+
+    Raises:
+        RuntimeError: as `distill_loss`; a buffer of another shape, dtype or device, or one that
+            overlaps logits that it is not.
+    """
+    _library.native.distill_loss_out(
+        mentor_logits,
+        mentee_logits,
+        labels,
+        sample_weight,
+        denominator_grad,
+        ignore_index,
+        *_mode(config, mentor_logits),
+        True,
+        *out,
+    )
+
+
+def _mode(
+    config: DistillationConfig, logits: Tensor
+) -> tuple[bool, bool, bool, bool, float, float, float, float]:
+    """Return a configuration as the native op takes it."""
+    joint = config.loss == "joint"
+    classes = logits.shape[1] if logits.dim() > 1 else 1
+    return (
+        config.denominator == "batch",
+        config.denominator_gradient == "attached",
+        joint,
+        joint and config.targets == "attached",
+        config.task_weight,
+        config.divergence_factor(max(classes, 1)),
+        config.temperature,
+        config.label_smoothing,
+    )
+
+
+def _real_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _real(values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Return values of the rows in the dtype of the arithmetic; constants to autograd."""
+    return None if values is None else values.detach().to(_real_dtype(logits))
 
 
 class _DistillLoss(torch.autograd.Function):
@@ -53,34 +181,50 @@ class _DistillLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mentor_loss, mentee_loss, pending_scale, statistics, grad_mentor, grad_mentee = (
-            _library.native.distill_loss(mentor_logits, mentee_logits, labels, ignore_index)
+        ctx: Any,
+        mentor_logits: Tensor,
+        mentee_logits: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        denominator_grad: Tensor | None,
+        ignore_index: int,
+        config: DistillationConfig,
+        in_place: bool,
+    ) -> tuple[Tensor, ...]:
+        wanted = any(ctx.needs_input_grad[:2])
+        arguments = (
+            *(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad, ignore_index),
+            *_mode(config, mentor_logits),
+            wanted,
         )
-        ctx.mark_non_differentiable(statistics)
+        if wanted and in_place:
+            out = distill_buffers(mentor_logits[:, :0], config)._replace(
+                grad_mentor=mentor_logits, grad_mentee=mentee_logits
+            )
+            _library.native.distill_loss_out(*arguments, *out)
+        else:
+            out = DistillBuffers(*_library.native.distill_loss(*arguments))
+        summary, statistics = out.summary, out.statistics
+        *values, pending_scale = summary.unbind()
+        ctx.mark_non_differentiable(*values[1:], statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pending_scale, grad_mentor, grad_mentee)
-        return mentor_loss, mentee_loss, statistics
+        ctx.save_for_backward(pending_scale)
+        ctx.gradients = out.grad_mentor, out.grad_mentee
+        ctx.workspace = out.workspace  # until the stream has passed
+        return *values, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, mentor: Tensor | None, mentee: Tensor | None, statistics: None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        pending_scale, grad_mentor, grad_mentee = ctx.saved_tensors
-        wanted_mentor, wanted_mentee = ctx.needs_input_grad[:2]
-        return (
-            _scaled(grad_mentor, mentor, pending_scale) if wanted_mentor else None,
-            _scaled(grad_mentee, mentee, pending_scale) if wanted_mentee else None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, outer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        (pending_scale,) = ctx.saved_tensors
+        gradients = [
+            _scaled(gradient, outer, pending_scale) if wanted and outer is not None else None
+            for gradient, wanted in zip(ctx.gradients, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *gradients, None, None, None, None, None, None
 
 
-def _scaled(gradient: Tensor, outer: Tensor | None, pending_scale: Tensor) -> Tensor | None:
-    if outer is None:
-        return None
+def _scaled(gradient: Tensor, outer: Tensor, pending_scale: Tensor) -> Tensor:
     factor = outer * pending_scale
     # On the CPU a look at the factor is cheap, and mostly saves a pass over the gradient.
     if factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0:
@@ -90,16 +234,23 @@ def _scaled(gradient: Tensor, outer: Tensor | None, pending_scale: Tensor) -> Te
 
 @torch.library.register_fake("fedkd_fast::distill_loss")
 def _distill_loss_fake(
-    mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mentor_logits: Tensor, mentee_logits: Tensor, labels: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     rows, classes = mentor_logits.shape
-    double = mentor_logits.dtype == torch.float64
-    real = torch.float64 if double else torch.float32
+    real = _real_dtype(mentor_logits)
+    batch, wanted = arguments[3], arguments[-1]
+    kept = rows if wanted else 0
     return (
-        mentor_logits.new_empty((), dtype=real),
-        mentor_logits.new_empty((), dtype=real),
-        mentor_logits.new_empty((), dtype=real),
-        mentor_logits.new_empty(5, rows, dtype=real),
-        mentor_logits.new_empty(rows, classes),
-        mentor_logits.new_empty(rows, classes),
+        mentor_logits.new_empty(_SUMMARY, dtype=real),
+        mentor_logits.new_empty(_STATISTICS, rows, dtype=real),
+        mentor_logits.new_empty(kept, classes),
+        mentor_logits.new_empty(kept, classes),
+        mentor_logits.new_empty(
+            _workspace(rows, real) if batch and wanted else 0, dtype=torch.float64
+        ),
     )
+
+
+@torch.library.register_fake("fedkd_fast::distill_loss_out")
+def _distill_loss_out_fake(*arguments: Any) -> None:
+    return None

@@ -52,8 +52,12 @@ void reconstruct(int64_t rank, int64_t rows, int64_t cols) {
   report("reconstruct " + text({rank, rows, cols}), error == cudaSuccess && here == there);
 }
 
+// A joint loss with everything in it, so that every term of the formulas occurs.
+DistillMode full_mode(bool batch) { return {batch, true, true, true, 0.5, 2.0, 1.5, 0.1}; }
+constexpr DistillMode kPlainMode{false, false, false, false, 1.0, 1.0, 1.0, 0.0};
+
 template <typename Storage>
-void distill_loss(LogitType type, int64_t rows, int64_t classes) {
+void distill_loss(LogitType type, int64_t rows, int64_t classes, const DistillMode& mode) {
   using Real = typename Compute<Storage>::type;
   const auto logits = [&](unsigned seed) {
     std::vector<Storage> stored;
@@ -65,15 +69,19 @@ void distill_loss(LogitType type, int64_t rows, int64_t classes) {
   };
   const std::vector<Storage> mentor = logits(4), mentee = logits(5);
   std::vector<int64_t> labels;
-  for (int64_t row = 0; row < rows; ++row)
+  std::vector<Real> weights;
+  for (int64_t row = 0; row < rows; ++row) {
     labels.push_back(row % 5 == 3 ? -100 : row * 7 % classes);
+    weights.push_back(static_cast<Real>(row % 4));
+  }
   const auto cells = static_cast<size_t>(rows * classes);
   struct Result {
-    std::vector<Real> statistics, means;
+    std::vector<Real> statistics, states, summary;
     std::vector<Storage> grad_mentor, grad_mentee;
   };
   const auto empty = [&] {
-    return Result{std::vector<Real>(static_cast<size_t>(5 * rows)), std::vector<Real>(3),
+    return Result{std::vector<Real>(static_cast<size_t>(5 * rows)),
+                  std::vector<Real>(static_cast<size_t>(kRowStates * rows)), std::vector<Real>(8),
                   std::vector<Storage>(cells), std::vector<Storage>(cells)};
   };
   Result here = empty(), there = empty();
@@ -82,38 +90,48 @@ void distill_loss(LogitType type, int64_t rows, int64_t classes) {
   args.mentor_logits = mentor.data();
   args.mentee_logits = mentee.data();
   args.labels = labels.data();
+  args.weights = rows > 1 ? weights.data() : nullptr;
+  args.denominator_grad = rows > 1 ? weights.data() : nullptr;
   args.rows = rows;
   args.classes = args.mentor_stride = args.mentee_stride = classes;
   args.label_stride = 1;
   args.ignore_index = -100;
+  args.mode = mode;
   args.gradient_scale = 1.0;
   const auto point_at = [&args](Result& result) {
     args.statistics = result.statistics.data();
+    args.states = args.mode.batch ? result.states.data() : nullptr;
     args.grad_mentor = result.grad_mentor.data();
     args.grad_mentee = result.grad_mentee.data();
   };
   point_at(here);
-  cpu::distill_loss(args, 0, rows);
-  double means[3];
-  cpu::mean_distill_loss(args, means);
-  for (size_t i = 0; i < 3; ++i) here.means[i] = static_cast<Real>(means[i]);
+  std::vector<float> scratch(static_cast<size_t>(cpu::distill_loss_scratch(args)));
+  cpu::distill_loss(args, scratch.empty() ? nullptr : scratch.data(), 0, rows);
+  const DistillMeans means = cpu::mean_distill_loss(args);
+  if (mode.batch) cpu::distill_loss_gradients(args, means, 0, rows);
+  here.summary[1] = static_cast<Real>(means.task[0] + means.divergence[0]);
+  here.summary[2] = static_cast<Real>(means.task[1] + means.divergence[1]);
+  here.summary[7] = static_cast<Real>(means.inverse_weight);
   point_at(there);
-  const cudaError_t error =
-      cuda::distill_loss(args, &there.means[0], &there.means[1], &there.means[2], nullptr);
+  DistillMeans other{};
+  const cudaError_t error = cuda::distill_loss(args, &other, there.summary.data(), nullptr);
   // The order of a row's sum differs; one step of the storage type for what is stored in 16 bits.
   const double step = sizeof(Storage) == 2 ? 1.0 / 128 : sizeof(Real) == 4 ? 1e-5 : 1e-13;
   bool near = error == cudaSuccess;
+  const auto differ = [&](double x, double y) {
+    return !(std::abs(x - y) <= step * (1 + std::abs(x)));
+  };
   const auto compare = [&](const auto& a, const auto& b) {
-    for (size_t i = 0; i < a.size(); ++i) {
-      const auto x = static_cast<double>(load_value(a[i]));
-      near &= std::abs(x - static_cast<double>(load_value(b[i]))) <= step * (1e-2 + std::abs(x));
-    }
+    for (size_t i = 0; i < a.size(); ++i)
+      near &= !differ(static_cast<double>(load_value(a[i])), static_cast<double>(load_value(b[i])));
   };
   compare(here.statistics, there.statistics);
-  compare(here.means, there.means);
   compare(here.grad_mentor, there.grad_mentor);
   compare(here.grad_mentee, there.grad_mentee);
-  report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage))}), near);
+  for (const size_t i : {1, 2, 7})
+    near &= !differ(static_cast<double>(here.summary[i]), static_cast<double>(there.summary[i]));
+  report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage)), mode.batch}),
+         near);
 }
 
 }  // namespace
@@ -126,16 +144,17 @@ int main() {
   reconstruct(0, 3, 3);
   // A warp owns a row up to 1024 classes, a block beyond.
   for (const int64_t rows : {1, 9}) {
-    distill_loss<float>(LogitType::kFloat32, rows, 33);
-    distill_loss<double>(LogitType::kFloat64, rows, 2);
-    distill_loss<BFloat16>(LogitType::kBFloat16, rows, 31);
-    distill_loss<Float16>(LogitType::kFloat16, rows, 1);
+    distill_loss<float>(LogitType::kFloat32, rows, 33, kPlainMode);
+    distill_loss<float>(LogitType::kFloat32, rows, 33, full_mode(true));
+    distill_loss<double>(LogitType::kFloat64, rows, 2, full_mode(false));
+    distill_loss<BFloat16>(LogitType::kBFloat16, rows, 31, kPlainMode);
+    distill_loss<Float16>(LogitType::kFloat16, rows, 1, kPlainMode);
   }
   for (const int64_t rows : {1, 3}) {
-    distill_loss<float>(LogitType::kFloat32, rows, 1031);
-    distill_loss<double>(LogitType::kFloat64, rows, 1025);
+    distill_loss<float>(LogitType::kFloat32, rows, 1031, kPlainMode);
+    distill_loss<double>(LogitType::kFloat64, rows, 1025, full_mode(true));
   }
-  distill_loss<float>(LogitType::kFloat32, 260, 1);
+  distill_loss<float>(LogitType::kFloat32, 260, 1, kPlainMode);
   truncated_svd_cases();
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
