@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedkd_fast import ops
-from fedkd_fast.reference import DENOMINATOR_FLOOR
+from fedkd_fast.distillation import DistillationConfig
+from fedkd_fast.reference import DistillLoss
+
+__all__ = [
+    "DistillationConfig",
+    "ModelOutput",
+    "MutualDistillationLoss",
+    "MutualLosses",
+    "map_layers",
+]
 
 
 class ModelOutput(Protocol):
@@ -29,20 +38,12 @@ class ModelOutput(Protocol):
         """Attention probabilities of each layer: (N, heads, L, L)."""
 
 
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Which parts of equation (5) are added to the losses on the logits."""
-
-    hidden: bool = True  # match hidden states: more signal for deep mentees, one GEMM per layer
-    attention: bool = True  # match attention maps: needs models that return them
-
-
 class MutualLosses(NamedTuple):
     """Scalars of one batch. Call `total.backward()`; everything else is detached, for reports."""
 
     mentor: Tensor  # eq (6): task_mentor + distill_mentor + hidden
     mentee: Tensor  # eq (7): task_mentee + distill_mentee + hidden
-    total: Tensor  # what to differentiate: mentor + mentee with `hidden` counted once
+    total: Tensor  # what to differentiate: mentor + mentee; separate losses count `hidden` once
     task_mentor: Tensor  # eq (1), mean cross entropy in nats
     task_mentee: Tensor  # eq (2)
     distill_mentor: Tensor  # eq (3), mean KL(s||t) / D
@@ -87,9 +88,11 @@ class MutualDistillationLoss(nn.Module):
 
     averaged over samples; for token classification the first two terms of L are averaged over the
     tokens that count, each with its own D, and the D of h_i is the mean over the tokens of sample i
-    that count. D and the peer's probabilities are constants. Both losses hold the same h, so
-    `total`, which counts it once, gives every parameter exactly the gradient of its own model's
-    loss: the mentor's of L_t, the mentee's and W_h of L_s.
+    that count. So it is with `DistillationConfig.paper()`, the default, which holds D and the
+    peer's probabilities constant; the fields of the configuration say what else there is.
+
+    Separate losses: `total` gives the mentor the gradient of L_t, the mentee that of L_s, and W_h
+    that of both. Joint losses: everything has the gradient of L_t + L_s.
 
     `projections` holds W_h, one linear map per layer pair. It belongs to the client and is never
     sent; give it to the optimizer of the mentee.
@@ -106,15 +109,15 @@ class MutualDistillationLoss(nn.Module):
         """Build the projections: identity where the widths are equal, else Xavier-uniform.
 
         Args:
-            config: which parts of equation (5) to use; None means all of them.
+            config: the modes, and which parts of equation (5) to use; None: those of the paper.
             mentor_hidden: width H of the mentor's hidden states, where the config asks for them.
             mentee_hidden: width H of the mentee's hidden states, likewise.
             layer_pairs: (mentor index, mentee index) pairs as `map_layers` makes them; may be empty
                 when the config asks for logits alone.
 
         Raises:
-            ValueError: a width below 1, a negative index, or no pair although the config asks for
-                hidden states or attention maps.
+            ValueError: a width below 1, a negative index, no pair although the config asks for
+                hidden states or attention maps, or different widths without a projection.
         """
         super().__init__()
         self.config = config if config is not None else DistillationConfig()
@@ -127,10 +130,16 @@ class MutualDistillationLoss(nn.Module):
                 raise ValueError(f"layer_pairs must hold indices >= 0, got {pair}")
         if not self.layer_pairs and (self.config.hidden or self.config.attention):
             raise ValueError("layer_pairs must not be empty with hidden=True or attention=True")
+        learned = self.config.projection == "learned"
+        if self.config.hidden and not learned and mentor_hidden != mentee_hidden:
+            raise ValueError(
+                'projection="identity" needs hidden states of one width, got '
+                f"mentor_hidden={mentor_hidden} and mentee_hidden={mentee_hidden}"
+            )
         self.mentor_hidden = mentor_hidden
         self.mentee_hidden = mentee_hidden
         self.projections = nn.ModuleList()
-        for _ in self.layer_pairs if self.config.hidden else ():
+        for _ in self.layer_pairs if self.config.hidden and learned else ():
             projection = nn.Linear(mentee_hidden, mentor_hidden, bias=False)
             if mentee_hidden == mentor_hidden:
                 nn.init.eye_(projection.weight)
@@ -144,6 +153,7 @@ class MutualDistillationLoss(nn.Module):
         mentee: ModelOutput,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> MutualLosses:
         """Compare two outputs for one batch.
 
@@ -154,7 +164,8 @@ class MutualDistillationLoss(nn.Module):
                 maps of models with different head counts are averaged over heads first.
             labels: (N,) or (N, L) int64; -100 marks rows or tokens that do not count.
             attention_mask: (N, L), 1 for tokens and 0 for padding, which then stays out of every
-                mean. None means that there is no padding.
+                mean, unless the configuration includes it. None means that there is no padding.
+            sample_weight: (N,) weights of the samples in all means, >= 0; None for equal ones.
 
         Returns:
             `MutualLosses`; 0 where no label counts.
@@ -164,40 +175,73 @@ class MutualDistillationLoss(nn.Module):
             RuntimeError: from `ops.distill_loss`.
         """
         _check_logits(mentor.logits, mentee.logits, labels)
+        if sample_weight is not None and sample_weight.shape != labels.shape[:1]:
+            raise ValueError(
+                f"sample_weight must have shape {tuple(labels.shape[:1])}, "
+                f"got {tuple(sample_weight.shape)}"
+            )
         classes = mentor.logits.shape[-1]
-        rows = ops.distill_loss(
-            mentor.logits.reshape(-1, classes),
-            mentee.logits.reshape(-1, classes),
-            labels.reshape(-1),
-        )
-        counted = labels != -100
-        row_weight = counted.reshape(-1).to(rows.ce_mentor.dtype)  # (R,), sums to 1
-        row_weight = row_weight / counted.sum().clamp(min=1)
-        task_mentor = (rows.ce_mentor * row_weight).sum()
-        task_mentee = (rows.ce_mentee * row_weight).sum()
-        hidden = rows.mentor_loss.new_zeros(())
-        if self.config.hidden or self.config.attention:
-            weight = _sample_weight(rows.ce_mentor + rows.ce_mentee, counted)
-            if self.config.hidden:
-                hidden = hidden + self._hidden_loss(mentor, mentee, weight, attention_mask)
-            if self.config.attention:
-                hidden = hidden + self._attention_loss(mentor, mentee, weight, attention_mask)
+        logits = mentor.logits.reshape(-1, classes), mentee.logits.reshape(-1, classes)
+        weight = sample_weight
+        if weight is not None and labels.dim() > 1:
+            weight = weight[:, None].expand(labels.shape).reshape(-1)
+
+        def on_logits(denominator_grad: Tensor | None = None) -> DistillLoss:
+            return ops.distill_loss(
+                *(*logits, labels.reshape(-1)),
+                sample_weight=weight,
+                denominator_grad=denominator_grad,
+                config=self.config,
+            )
+
+        config = self.config
+        attached = config.denominator_gradient == "attached"
+        if not (config.hidden or config.attention):
+            rows = on_logits()
+            hidden = rows.total.new_zeros(())
+        elif attached:
+            # D has to be known before what it divides, and that before D's own gradient.
+            with torch.no_grad():
+                shares = _shares(on_logits().denominator, labels, sample_weight)
+            error = self._layer_errors(mentor, mentee, len(labels), attention_mask)
+            hidden = (error * shares.sample).sum()
+            pull = -(error.detach() * shares.row).repeat_interleave(labels[0].numel())
+            rows = on_logits(2 * pull if config.loss == "joint" else pull)
+        else:
+            rows = on_logits()
+            shares = _shares(rows.denominator, labels, sample_weight)
+            error = self._layer_errors(mentor, mentee, len(labels), attention_mask)
+            hidden = (error * shares.sample).sum()
         return MutualLosses(
             mentor=(rows.mentor_loss + hidden).detach(),
             mentee=(rows.mentee_loss + hidden).detach(),
-            total=rows.total + hidden,
-            task_mentor=task_mentor,
-            task_mentee=task_mentee,
-            distill_mentor=(rows.kl_mentor / rows.denominator * row_weight).sum(),
-            distill_mentee=(rows.kl_mentee / rows.denominator * row_weight).sum(),
+            total=rows.total + (2 * hidden if config.loss == "joint" else hidden),
+            task_mentor=rows.task_mentor,
+            task_mentee=rows.task_mentee,
+            distill_mentor=rows.distill_mentor,
+            distill_mentee=rows.distill_mentee,
             hidden=hidden.detach(),
         )
 
-    def _hidden_loss(
-        self, mentor: ModelOutput, mentee: ModelOutput, weight: Tensor, mask: Tensor | None
+    def _layer_errors(
+        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
     ) -> Tensor:
+        """Return the weighted sum of both squared errors over all layer pairs: (N,)."""
+        config = self.config
+        if config.padding == "included":
+            mask = None
         terms = []
-        for projection, (top, low) in zip(self.projections, self.layer_pairs, strict=True):
+        if config.hidden:
+            terms += [config.hidden_weight * e for e in self._hidden(mentor, mentee, samples, mask)]
+        if config.attention:
+            errors = self._attention(mentor, mentee, samples, mask)
+            terms += [config.attention_weight * e for e in errors]
+        return torch.stack(terms).sum(0)
+
+    def _hidden(
+        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
+    ) -> Iterator[Tensor]:
+        for index, (top, low) in enumerate(self.layer_pairs):
             # Entry 0 is the output of the embeddings.
             wide = _layer(mentor.hidden_states, top + 1, "mentor", "hidden_states", _HIDDEN_HINT)
             narrow = _layer(mentee.hidden_states, low + 1, "mentee", "hidden_states", _HIDDEN_HINT)
@@ -210,37 +254,50 @@ class MutualDistillationLoss(nn.Module):
                         f"hidden_states of the {name} must have width {width}, "
                         f"got shape {tuple(state.shape)}"
                     )
-            if wide.shape[:-1] != narrow.shape[:-1] or wide.shape[0] != weight.shape[0]:
+            if wide.shape[:-1] != narrow.shape[:-1] or wide.shape[0] != samples:
                 raise ValueError(
                     "hidden_states of mentor and mentee must agree in samples and tokens, got "
                     f"shapes {tuple(wide.shape)} and {tuple(narrow.shape)} for "
-                    f"{weight.shape[0]} samples"
+                    f"{samples} samples"
                 )
-            error = _widen(wide - projection(narrow)).square().mean(-1)  # (N, L) or (N,)
-            if error.dim() > 1:
+            error = _widen(wide - self._projected(narrow, index)).square().mean(-1)
+            if error.dim() > 1:  # (N, L), else (N,)
                 error = (error * _token_weight(mask, error.shape[0], error.shape[1], error)).sum(1)
-            terms.append((error * weight).sum())
-        return torch.stack(terms).sum()
+            yield error
 
-    def _attention_loss(
-        self, mentor: ModelOutput, mentee: ModelOutput, weight: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        terms = []
+    def _projected(self, states: Tensor, index: int) -> Tensor:
+        if not self.projections:
+            return states
+        weight: Tensor = self.projections[index].get_parameter("weight")
+        if self.config.loss == "separate":
+            # Trained by both losses: the same value with twice the gradient.
+            weight = 2 * weight - weight.detach()
+        if self.config.hidden_products == "bfloat16":
+            product = functional.linear(states.bfloat16(), weight.bfloat16())
+            return product.to(states.dtype)
+        return functional.linear(states, weight)
+
+    def _attention(
+        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
+    ) -> Iterator[Tensor]:
         for top, low in self.layer_pairs:
             left = _layer(mentor.attentions, top, "mentor", "attentions", _ATTENTION_HINT)
             right = _layer(mentee.attentions, low, "mentee", "attentions", _ATTENTION_HINT)
-            if left.dim() != 4 or left.shape[2:] != right.shape[2:] or len(left) != len(right):
+            if (
+                left.dim() != 4
+                or left.shape[2:] != right.shape[2:]
+                or not (len(left) == len(right) == samples)
+            ):
                 raise ValueError(
                     "attentions of mentor and mentee must have shapes (N, heads, L, L) that agree "
-                    f"in N and L, got {tuple(left.shape)} and {tuple(right.shape)}"
+                    f"in N and L, got {tuple(left.shape)} and {tuple(right.shape)} for "
+                    f"{samples} samples"
                 )
             if left.shape[1] != right.shape[1]:
                 left, right = left.mean(1, keepdim=True), right.mean(1, keepdim=True)
             error = _widen(left - right).square().mean(1)  # (N, L, L)
             tokens = _token_weight(mask, error.shape[0], error.shape[1], error)  # (N, L)
-            pairs = (error * tokens[:, :, None] * tokens[:, None, :]).sum((1, 2))  # (N,)
-            terms.append((pairs * weight).sum())
-        return torch.stack(terms).sum()
+            yield (error * tokens[:, :, None] * tokens[:, None, :]).sum((1, 2))  # (N,)
 
 
 _HIDDEN_HINT = "call the model with output_hidden_states=True"
@@ -285,14 +342,30 @@ def _widen(error: Tensor) -> Tensor:
     return error.float() if error.dtype in (torch.float16, torch.bfloat16) else error
 
 
-def _sample_weight(cross_entropy: Tensor, counted: Tensor) -> Tensor:
-    """Weigh sample i by 1 / (D_i · samples that count): (N,), 0 for one without a counted label."""
-    per_sample = counted.reshape(counted.shape[0], -1)  # (N, 1) or (N, L)
-    tokens = per_sample.sum(1)
-    mean = cross_entropy.reshape(per_sample.shape).sum(1) / tokens.clamp(min=1)
-    inverse = mean.clamp(min=DENOMINATOR_FLOOR).reciprocal()
-    present = tokens > 0
-    return torch.where(present, inverse, 0.0) / present.sum().clamp(min=1)
+class _Shares(NamedTuple):
+    """What the layers' errors are multiplied by; 0 for a sample without a counted label."""
+
+    sample: Tensor  # (N,) in h: the sample's share of the weights over its D
+    row: Tensor  # (N,) in -∂h/∂D of each of its rows, relative to the row's share
+
+
+def _shares(denominator: Tensor, labels: Tensor, sample_weight: Tensor | None) -> _Shares:
+    """Weigh sample i by its share and 1 / D_i, D_i the mean over its rows that count."""
+    counted = (labels != -100).reshape(len(labels), -1)  # (N, 1) or (N, L)
+    weight = denominator.new_ones(len(labels))
+    if sample_weight is not None:
+        weight = sample_weight.detach().to(denominator.dtype)
+    rows = counted.sum(1)
+    present = (rows > 0) & (weight > 0)
+    mean = torch.where(counted, denominator.reshape(counted.shape), 0.0).sum(1)
+    inverse = torch.where(present, rows.clamp(min=1) / mean, 0.0)
+    weight = torch.where(present, weight, 0.0)
+    of_samples, of_rows = weight.sum(), (weight * rows).sum()
+    of_samples = torch.where(of_samples > 0, of_samples, 1.0)
+    return _Shares(
+        weight / of_samples * inverse,
+        of_rows / of_samples * inverse.square() / rows.clamp(min=1),
+    )
 
 
 def _token_weight(mask: Tensor | None, samples: int, length: int, like: Tensor) -> Tensor:
