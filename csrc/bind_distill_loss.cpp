@@ -95,8 +95,11 @@ void check_out(const Tensor& out, const char* name, const Tensor& logits, std::v
               out.is_contiguous();
   for (size_t dim = 0; fits && dim < size.size(); ++dim)
     fits = out.size(static_cast<int64_t>(dim)) == size[dim];
-  STD_TORCH_CHECK(fits, name, " has the wrong shape or dtype, or is not contiguous: its shape is ",
-                  shape_text(out));
+  std::string wanted;
+  for (const int64_t length : size) wanted += (wanted.empty() ? "" : ", ") + std::to_string(length);
+  STD_TORCH_CHECK(fits, name, " must be a contiguous tensor of shape (", wanted,
+                  ") as distill_buffers makes it for this configuration, got ", shape_text(out),
+                  " or another dtype");
   check_same_device(logits, "mentor_logits", out, name);
 }
 

@@ -425,3 +425,46 @@ def test_wrong_arguments(
 def test_devices_must_agree() -> None:
     with pytest.raises(RuntimeError, match="mentor_logits and labels must be on one device"):
         ops.distill_loss(LOGITS.cuda(), LOGITS.cuda(), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("summary", torch.zeros(3), r"summary must be a contiguous tensor of shape \(8\) .* \(3\)"),
+        ("statistics", torch.zeros(5, 4).double(), r"statistics must be .* \(5, 4\) .* dtype"),
+        ("grad_mentee", torch.zeros(3, 4).t(), r"grad_mentee must be a contiguous tensor"),
+        ("workspace", torch.zeros(7).double(), r"workspace must be .* shape \(0\) .* got \(7\)"),
+    ],
+)
+def test_wrong_buffers(device: torch.device, field: str, value: Tensor, message: str) -> None:
+    logits = LOGITS.to(device)
+    buffers = ops.distill_buffers(logits)._replace(**{field: value.to(device)})
+    with pytest.raises(RuntimeError, match=message):
+        ops.distill_loss_out(logits, logits.clone(), LABELS.to(device), buffers)
+
+
+def test_buffers_may_not_overlap_the_other_logits(device: torch.device) -> None:
+    mentor, mentee = torch.zeros(2, 4, 3, device=device)
+    buffers = ops.distill_buffers(mentor)._replace(grad_mentor=mentee)
+    with pytest.raises(RuntimeError, match="grad_mentor must not overlap the logits"):
+        ops.distill_loss_out(mentor, mentee, LABELS.to(device), buffers)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.tensor([1.0, -1.0, 1.0, 1.0]), "sample_weight must be finite and .* in row 1"),
+        (torch.tensor([1.0, 1.0, 1.0, torch.inf]), "sample_weight must be finite and .* in row 3"),
+        (torch.ones(3), r"sample_weight must have one entry per row of logits, 4, got shape \(3\)"),
+    ],
+)
+def test_wrong_weights(
+    device: torch.device, runs_cuda_kernels: bool, weight: Tensor, message: str
+) -> None:
+    arguments = LOGITS.to(device), LOGITS.to(device), LABELS.to(device)
+    if runs_cuda_kernels and len(weight) == 4:
+        result = ops.distill_loss(*arguments, sample_weight=weight.to(device))
+        assert bool(result.total.isnan())
+        return
+    with pytest.raises(RuntimeError, match=message):
+        ops.distill_loss(*arguments, sample_weight=weight.to(device))
