@@ -7,10 +7,6 @@
 namespace fedkd_fast::bind {
 namespace {
 
-// What `summary` holds, in the dtype of the arithmetic. Gradients still have to be multiplied by
-// the pending scale.
-constexpr int64_t kSummary = 8;  // total, losses, tasks, divergences (mentor, mentee), the scale
-
 // Doubles that gradients need which wait for the mean of D: DistillMeans, then the states. The
 // caller keeps them, so that kernels still in the stream read no memory that died with the call.
 constexpr int64_t kMeans = sizeof(DistillMeans) / sizeof(double);
@@ -80,13 +76,19 @@ void check_mode(const DistillMode& mode) {
   STD_TORCH_CHECK(mode.joint || !mode.into_targets, "into_targets must be false unless joint");
 }
 
-// Elements that a tensor spans in memory, of the size it has.
+// From the first element of a tensor to behind its last one in memory.
 int64_t span_bytes(const Tensor& tensor) {
   if (tensor.numel() == 0) return 0;
   int64_t last = 0;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim)
     last += (tensor.size(dim) - 1) * tensor.stride(dim);
   return (last + 1) * tensor.element_size();
+}
+
+bool apart(const Tensor& left, const Tensor& right) {
+  const auto* const a = static_cast<const char*>(left.const_data_ptr());
+  const auto* const b = static_cast<const char*>(right.const_data_ptr());
+  return a + span_bytes(left) <= b || b + span_bytes(right) <= a;
 }
 
 void check_out(const Tensor& out, const char* name, const Tensor& logits, std::vector<int64_t> size,
@@ -107,13 +109,9 @@ void check_out(const Tensor& out, const char* name, const Tensor& logits, std::v
 void check_gradient_out(const Tensor& out, const char* name, const Tensor& own,
                         const Tensor& peer) {
   check_out(out, name, own, {own.size(0), own.size(1)}, own.scalar_type());
-  const auto* const place = static_cast<const char*>(out.const_data_ptr());
-  for (const Tensor* logits : {&own, &peer}) {
-    const auto* const other = static_cast<const char*>(logits->const_data_ptr());
-    const bool apart = place + span_bytes(out) <= other || other + span_bytes(*logits) <= place;
-    STD_TORCH_CHECK(apart || (logits == &own && place == other && own.is_contiguous()), name,
-                    " must not overlap the logits, unless it is those of its own model");
-  }
+  const bool exactly = out.const_data_ptr() == own.const_data_ptr() && own.is_contiguous();
+  STD_TORCH_CHECK(apart(out, peer) && (exactly || apart(out, own)), name,
+                  " must not overlap the logits, unless it is those of its own model");
 }
 
 Tensor with_unit_columns(const Tensor& logits) {
@@ -122,16 +120,6 @@ Tensor with_unit_columns(const Tensor& logits) {
 
 std::optional<Tensor> in_order(const std::optional<Tensor>& values) {
   return values ? std::optional(torch::stable::contiguous(*values)) : std::nullopt;
-}
-
-template <typename Real>
-void store_summary(const DistillMeans& means, double pending_scale, Real* summary) {
-  const double mentor = means.task[0] + means.divergence[0];
-  const double mentee = means.task[1] + means.divergence[1];
-  const double values[kSummary] = {mentor + mentee,     mentor,        mentee,
-                                   means.task[0],       means.task[1], means.divergence[0],
-                                   means.divergence[1], pending_scale};
-  for (int64_t i = 0; i < kSummary; ++i) summary[i] = static_cast<Real>(values[i]);
 }
 
 void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary) {
@@ -183,13 +171,15 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   check_row_values(denominator_grad, "denominator_grad", mentor_logits);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType real = real_type(mentor_logits);
-  check_out(summary, "summary", mentor_logits, {kSummary}, real);
+  check_out(summary, "summary", mentor_logits, {kDistillSummary}, real);
   check_out(statistics, "statistics", mentor_logits, {5, rows}, real);
   check_out(workspace, "workspace", mentor_logits, {workspace_size(rows, real, batch && gradients)},
             ScalarType::Double);
   if (gradients) {
     check_gradient_out(grad_mentor, "grad_mentor", mentor_logits, mentee_logits);
     check_gradient_out(grad_mentee, "grad_mentee", mentee_logits, mentor_logits);
+    STD_TORCH_CHECK(apart(grad_mentor, grad_mentee),
+                    "grad_mentor and grad_mentee must not overlap");
   }
   const Tensor mentor = with_unit_columns(mentor_logits), mentee = with_unit_columns(mentee_logits);
   const std::optional<Tensor> weights = in_order(sample_weight), pulls = in_order(denominator_grad);
@@ -234,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
   check_logits(mentor_logits, mentee_logits, labels);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType type = mentor_logits.scalar_type(), real = real_type(mentor_logits);
-  const Tensor summary = empty_like_device(mentor_logits, {kSummary}, real);
+  const Tensor summary = empty_like_device(mentor_logits, {kDistillSummary}, real);
   const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
   const std::vector<int64_t> size{gradients ? rows : 0, classes};
   const Tensor grad_mentor = empty_like_device(mentor_logits, size, type);

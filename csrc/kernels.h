@@ -319,16 +319,6 @@ struct DistillLossArgs {
   void* grad_mentee;
 };
 
-// Weighted means over the rows that count, in fp64 and in a fixed order; 0 where none does.
-struct DistillMeans {
-  double task[2];        // task·CE of mentor and mentee
-  double divergence[2];  // divergence·KL(s||t) / D and divergence·KL(t||s) / D
-  double denominator;    // CE_t + CE_s, which may lie below the floor
-  double denominator_grad;
-  double numerator[2];    // divergence·KL(s||t) and divergence·KL(t||s)
-  double inverse_weight;  // 1 / the sum of weights
-};
-
 namespace cpu {
 
 struct LabelScan {
@@ -357,8 +347,7 @@ void distill_loss_gradients(const DistillLossArgs& args, const DistillMeans& mea
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
-// All of it. means: on the device, or null where D is of a row. summary (8,) of Real: see
-// bind_distill_loss.cpp.
+// All of it. means: on the device, or null where D is of a row. summary (kDistillSummary) of Real.
 cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
                          cudaStream_t stream);
 

@@ -44,9 +44,9 @@ class MutualLosses(NamedTuple):
     mentor: Tensor  # eq (6): task_mentor + distill_mentor + hidden
     mentee: Tensor  # eq (7): task_mentee + distill_mentee + hidden
     total: Tensor  # what to differentiate: mentor + mentee; separate losses count `hidden` once
-    task_mentor: Tensor  # eq (1), mean cross entropy in nats
+    task_mentor: Tensor  # eq (1), mean cross entropy in nats, times its weight
     task_mentee: Tensor  # eq (2)
-    distill_mentor: Tensor  # eq (3), mean KL(s||t) / D
+    distill_mentor: Tensor  # eq (3), mean KL(s||t) / D, times its weight and τ²
     distill_mentee: Tensor  # eq (4), mean KL(t||s) / D
     hidden: Tensor  # eq (5), mean of (hidden MSE + attention MSE) / D
 
@@ -196,22 +196,20 @@ class MutualDistillationLoss(nn.Module):
 
         config = self.config
         attached = config.denominator_gradient == "attached"
-        if not (config.hidden or config.attention):
-            rows = on_logits()
-            hidden = rows.total.new_zeros(())
-        elif attached:
-            # D has to be known before what it divides, and that before D's own gradient.
-            with torch.no_grad():
-                shares = _shares(on_logits().denominator, labels, sample_weight)
-            error = self._layer_errors(mentor, mentee, len(labels), attention_mask)
-            hidden = (error * shares.sample).sum()
-            pull = -(error.detach() * shares.row).repeat_interleave(labels[0].numel())
-            rows = on_logits(2 * pull if config.loss == "joint" else pull)
-        else:
-            rows = on_logits()
+        if config.hidden or config.attention:
+            # An attached D has to be known before what it divides, and that before D's gradient.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not attached):
+                rows = on_logits()
             shares = _shares(rows.denominator, labels, sample_weight)
             error = self._layer_errors(mentor, mentee, len(labels), attention_mask)
             hidden = (error * shares.sample).sum()
+            if attached:
+                pull = -(error.detach() * shares.row)
+                pull = pull[:, None].expand(shares.counted.shape).reshape(-1)
+                rows = on_logits(2 * pull if config.loss == "joint" else pull)
+        else:
+            rows = on_logits()
+            hidden = rows.total.new_zeros(())
         return MutualLosses(
             mentor=(rows.mentor_loss + hidden).detach(),
             mentee=(rows.mentee_loss + hidden).detach(),
@@ -347,11 +345,12 @@ class _Shares(NamedTuple):
 
     sample: Tensor  # (N,) in h: the sample's share of the weights over its D
     row: Tensor  # (N,) in -∂h/∂D of each of its rows, relative to the row's share
+    counted: Tensor  # (N, 1) or (N, L), rows with a label
 
 
 def _shares(denominator: Tensor, labels: Tensor, sample_weight: Tensor | None) -> _Shares:
     """Weigh sample i by its share and 1 / D_i, D_i the mean over its rows that count."""
-    counted = (labels != -100).reshape(len(labels), -1)  # (N, 1) or (N, L)
+    counted = (labels if labels.dim() > 1 else labels[:, None]) != -100  # (N, 1) or (N, L)
     weight = denominator.new_ones(len(labels))
     if sample_weight is not None:
         weight = sample_weight.detach().to(denominator.dtype)
@@ -365,6 +364,7 @@ def _shares(denominator: Tensor, labels: Tensor, sample_weight: Tensor | None) -
     return _Shares(
         weight / of_samples * inverse,
         of_rows / of_samples * inverse.square() / rows.clamp(min=1),
+        counted,
     )
 
 

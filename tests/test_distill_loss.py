@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from distillation_modes import EVERYTHING, MODES, PAPER, PUBLIC
 from torch import Tensor
 
 from fedkd_fast import ops, reference
@@ -29,32 +29,6 @@ STEP = 1e-5
 DIFFERENCE_ERROR = ROUNDINGS * (STEP**2 + EPS64 / STEP)
 
 Loss = Callable[..., DistillLoss]
-
-PAPER, PUBLIC = DistillationConfig.paper(), DistillationConfig.public_code()
-EVERYTHING = DistillationConfig(
-    denominator="batch",
-    denominator_gradient="attached",
-    targets="attached",
-    loss="joint",
-    temperature=2.5,
-    label_smoothing=0.1,
-    task_weight=0.7,
-    distill_weight=1.3,
-)
-MODES = {
-    "public_code": PUBLIC,
-    "everything": EVERYTHING,
-    "everything by sample": dataclasses.replace(EVERYTHING, denominator="sample"),
-    "batch": DistillationConfig(denominator="batch"),
-    "attached": DistillationConfig(denominator_gradient="attached"),
-    "batch attached": DistillationConfig(denominator="batch", denominator_gradient="attached"),
-    "joint": DistillationConfig(loss="joint"),
-    "joint attached": DistillationConfig(loss="joint", denominator_gradient="attached"),
-    "joint targets": DistillationConfig(loss="joint", targets="attached"),
-    "temperature": DistillationConfig(temperature=0.5),
-    "smoothing": DistillationConfig(label_smoothing=0.2),
-    "mean": DistillationConfig(kl_reduction="mean"),
-}
 
 
 def native_arguments(
@@ -468,3 +442,11 @@ def test_wrong_weights(
         return
     with pytest.raises(RuntimeError, match=message):
         ops.distill_loss(*arguments, sample_weight=weight.to(device))
+
+
+def test_gradient_buffers_may_not_overlap(device: torch.device) -> None:
+    logits = LOGITS.to(device)
+    buffers = ops.distill_buffers(logits)
+    buffers = buffers._replace(grad_mentee=buffers.grad_mentor)
+    with pytest.raises(RuntimeError, match="grad_mentor and grad_mentee must not overlap"):
+        ops.distill_loss_out(logits, logits.clone(), LABELS.to(device), buffers)

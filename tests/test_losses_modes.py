@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import distillation_modes
 import pytest
 import torch
 from test_losses import (
@@ -30,26 +31,11 @@ from torch import Tensor
 from fedkd_fast.losses import DistillationConfig, MutualDistillationLoss
 
 MODES = {
-    "paper": DistillationConfig.paper(),
-    "public_code": DistillationConfig.public_code(),
-    "batch": DistillationConfig(denominator="batch"),
-    "attached": DistillationConfig(denominator_gradient="attached"),
-    "batch attached": DistillationConfig(denominator="batch", denominator_gradient="attached"),
-    "joint": DistillationConfig(loss="joint"),
-    "joint attached": DistillationConfig(loss="joint", denominator_gradient="attached"),
-    "joint targets": DistillationConfig(loss="joint", targets="attached"),
+    **distillation_modes.MODES,
+    "paper": distillation_modes.PAPER,
     "padding": DistillationConfig(padding="included"),
     "logits attached": DistillationConfig(
         hidden=False, attention=False, denominator_gradient="attached"
-    ),
-    "weights": DistillationConfig(
-        temperature=2.0,
-        label_smoothing=0.1,
-        task_weight=0.5,
-        distill_weight=3.0,
-        hidden_weight=0.7,
-        attention_weight=5.0,
-        denominator_gradient="attached",
     ),
 }
 MASK = torch.tensor([[1] * (LENGTH - i) + [0] * i for i in range(SAMPLES)])
@@ -263,18 +249,9 @@ def test_gradients_of_parts_of_a_batch_add_up() -> None:
     assert all(close(one.grad, gradient) for one, gradient in zip(logits, whole, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["public_code", "everything"])
+@pytest.mark.parametrize("mode", ["public_code", "everything", "everything by sample"])
 def test_where_nothing_is_constant_gradcheck_agrees(mode: str) -> None:
-    config = {
-        **MODES,
-        "everything": DistillationConfig(
-            denominator_gradient="attached",
-            targets="attached",
-            loss="joint",
-            temperature=2.0,
-            label_smoothing=0.1,
-        ),
-    }[mode]
+    config = MODES[mode]
     mentor = make_output(1, MENTOR_HIDDEN, MENTOR_HEADS, MENTOR_LAYERS, mask=MASK)
     mentee = make_output(2, MENTOR_HIDDEN, MENTOR_HEADS, MENTEE_LAYERS, mask=MASK)
     loss = MutualDistillationLoss(
@@ -296,3 +273,22 @@ def test_where_nothing_is_constant_gradcheck_agrees(mode: str) -> None:
 
     inputs = mentor.logits, mentee.logits, mentee.hidden_states[-1]
     assert torch.autograd.gradcheck(total, inputs)
+
+
+@pytest.mark.parametrize("mode", ["paper", "attached", "public_code"])
+def test_an_empty_batch_costs_nothing(mode: str) -> None:
+    config = MODES[mode]
+    mentor, mentee = (
+        SimpleNamespace(
+            logits=torch.zeros(0, CLASSES, requires_grad=True),
+            hidden_states=(torch.zeros(0, LENGTH, MENTOR_HIDDEN),) * 5,
+            attentions=(torch.zeros(0, MENTOR_HEADS, LENGTH, LENGTH),) * 4,
+        )
+        for _ in range(2)
+    )
+    loss = MutualDistillationLoss(
+        config, mentor_hidden=MENTOR_HIDDEN, mentee_hidden=MENTOR_HIDDEN, layer_pairs=PAIRS
+    )
+    got = loss(mentor, mentee, torch.zeros(0, dtype=torch.int64))
+    got.total.backward()
+    assert all(float(value.detach()) == 0.0 for value in got)

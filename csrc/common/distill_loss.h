@@ -51,6 +51,34 @@ struct DistillMode {
   FEDKD_FORMULA bool plain() const { return temperature == 1.0 && !into_targets; }
 };
 
+// Weighted means over the rows that count, in fp64 and in a fixed order; 0 where none does.
+struct DistillMeans {
+  double task[2];        // task·CE of mentor and mentee
+  double divergence[2];  // divergence·KL(s||t) / D and divergence·KL(t||s) / D
+  double denominator;    // CE_t + CE_s, which may lie below the floor
+  double denominator_grad;
+  double numerator[2];    // divergence·KL(s||t) and divergence·KL(t||s)
+  double inverse_weight;  // 1 / the sum of weights
+};
+
+// What the caller is told: the total, both losses, both tasks, both divergences, each mentor first,
+// and what gradients still have to be multiplied by.
+constexpr int kDistillSummary = 8;
+
+template <typename Real>
+FEDKD_FORMULA void store_summary(const DistillMeans& means, double pending_scale, Real* summary) {
+  const double mentor = means.task[0] + means.divergence[0];
+  const double mentee = means.task[1] + means.divergence[1];
+  summary[0] = static_cast<Real>(mentor + mentee);
+  summary[1] = static_cast<Real>(mentor);
+  summary[2] = static_cast<Real>(mentee);
+  summary[3] = static_cast<Real>(means.task[0]);
+  summary[4] = static_cast<Real>(means.task[1]);
+  summary[5] = static_cast<Real>(means.divergence[0]);
+  summary[6] = static_cast<Real>(means.divergence[1]);
+  summary[7] = static_cast<Real>(pending_scale);
+}
+
 // Softmax statistics of one row of one model at one temperature.
 template <typename Real>
 struct Softmax {

@@ -96,7 +96,7 @@ DistillMeans mean_rows(const DistillLossArgs& args) {
   };
   for (int64_t row = 0; row < args.rows; ++row) {
     if (row_status(args, row) == RowStatus::kIgnored) continue;
-    const double weight = row_weight<Real>(args, row);
+    const double weight = row_weight(args, row);
     weights += weight;
     means.denominator += weight * denominator[row];
     means.denominator_grad += weight * row_denominator_grad<Real>(args, row);
@@ -133,8 +133,7 @@ LabelScan scan_labels(const DistillLossArgs& args) {
   LabelScan scan{-1, -1, 0.0};
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t label = args.labels[row * args.label_stride];
-    const double weight = args.type == LogitType::kFloat64 ? row_weight<double>(args, row)
-                                                           : row_weight<float>(args, row);
+    const double weight = row_weight(args, row);
     if (scan.first_bad_weight < 0 && !(weight >= 0.0 && std::isfinite(weight)))
       scan.first_bad_weight = row;
     if (label == args.ignore_index) continue;

@@ -44,9 +44,10 @@ struct Row {
   int64_t label;
 };
 
-template <typename Real>
-double row_weight(const DistillLossArgs& args, int64_t row) {
-  return args.weights == nullptr ? 1.0 : static_cast<const Real*>(args.weights)[row];
+inline double row_weight(const DistillLossArgs& args, int64_t row) {
+  if (args.weights == nullptr) return 1.0;
+  if (args.type == LogitType::kFloat64) return static_cast<const double*>(args.weights)[row];
+  return static_cast<const float*>(args.weights)[row];
 }
 
 template <typename Real>
@@ -59,8 +60,7 @@ enum class RowStatus { kCounts, kIgnored, kBad };
 
 inline RowStatus row_status(const DistillLossArgs& args, int64_t row) {
   const int64_t label = args.labels[row * args.label_stride];
-  const double weight = args.type == LogitType::kFloat64 ? row_weight<double>(args, row)
-                                                         : row_weight<float>(args, row);
+  const double weight = row_weight(args, row);
   if (label == args.ignore_index || weight == 0.0) return RowStatus::kIgnored;
   const bool good = label >= 0 && label < args.classes && weight > 0.0 && std::isfinite(weight);
   return good ? RowStatus::kCounts : RowStatus::kBad;
@@ -145,7 +145,7 @@ template <typename Real>
 Pull<Real> sample_pull(const DistillLossArgs& args, const ModeOf<Real>& mode, int64_t row,
                        const RowLoss<Real>& loss) {
   return row_pull(loss.total(), mode.divergence * loss.kl_mentor, mode.divergence * loss.kl_mentee,
-                  static_cast<Real>(row_weight<Real>(args, row) * args.gradient_scale),
+                  static_cast<Real>(row_weight(args, row) * args.gradient_scale),
                   row_denominator_grad<Real>(args, row), mode);
 }
 
@@ -154,7 +154,7 @@ Pull<Real> batch_pull(const DistillLossArgs& args, const ModeOf<Real>& mode, int
                       const DistillMeans& means) {
   return row_pull(static_cast<Real>(means.denominator), static_cast<Real>(means.numerator[0]),
                   static_cast<Real>(means.numerator[1]),
-                  static_cast<Real>(row_weight<Real>(args, row) * args.gradient_scale),
+                  static_cast<Real>(row_weight(args, row) * args.gradient_scale),
                   static_cast<Real>(means.denominator_grad), mode);
 }
 

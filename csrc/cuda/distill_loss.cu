@@ -47,10 +47,9 @@ struct Row {
                              ? static_cast<const Real*>(args.denominator_grad)[index]
                              : Real(0)),
         ignored(label == args.ignore_index || weight == Real(0)),
-        bad(!ignored &&
-            !(label >= 0 && label < args.classes && weight > Real(0) && weight <= kMost)) {}
+        bad(!ignored && !(label >= 0 && label < args.classes && weight > Real(0) &&
+                          weight < static_cast<Real>(INFINITY))) {}
 
-  static constexpr Real kMost = Real(3.0e38);
   const Storage* const mentor;
   const Storage* const mentee;
   Storage* const grad_mentor;
@@ -347,16 +346,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* mea
     found.denominator = total;
     found.denominator_grad = sums[7][0] * inverse;
     found.inverse_weight = inverse;
-    const double mentor = found.task[0] + found.divergence[0];
-    const double mentee = found.task[1] + found.divergence[1];
-    summary[0] = static_cast<Real>(mentor + mentee);
-    summary[1] = static_cast<Real>(mentor);
-    summary[2] = static_cast<Real>(mentee);
-    for (int model = 0; model < 2; ++model) {
-      summary[3 + model] = static_cast<Real>(found.task[model]);
-      summary[5 + model] = static_cast<Real>(found.divergence[model]);
-    }
-    summary[7] = static_cast<Real>(inverse);
+    store_summary(found, inverse, summary);
     if (means != nullptr) *means = found;
   }
   if (!args.mode.batch) return;
