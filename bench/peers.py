@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkd_fast import ops, reference
+from fedkd_fast.ops._layer_mse import layer_sums
 from fedkd_fast.reference import DENOMINATOR_FLOOR
 
 # ---- distill_loss --------------------------------------------------------------------------------
@@ -62,6 +63,72 @@ def check_gradient(gradient: Tensor | None, truth: Tensor) -> float:
     allowed = GRADIENT_ROUNDINGS * torch.finfo(gradient.dtype).eps
     assert error <= allowed, f"a gradient is off by {error:.3g}, allowed are {allowed:.3g}"
     return error
+
+
+# ---- layer_mse, projected_mse --------------------------------------------------------------------
+
+Layers = list[Tensor]  # mentor's and mentee's of each pair
+Compare = Callable[[Layers, Tensor], Tensor]
+
+
+def eager_maps(layers: Layers, scale: Tensor) -> Tensor:
+    """Each sample with a weight of its own, as D asks for."""
+    pairs = zip(layers[::2], layers[1::2], strict=True)
+    errors = [(mentor - mentee).square().mean((1, 2, 3)) for mentor, mentee in pairs]
+    return (torch.stack(errors).sum(0) * scale).sum()
+
+
+def our_maps(layers: Layers, scale: Tensor) -> Tensor:
+    pairs = zip(layers[::2], layers[1::2], strict=True)
+    return torch.stack([ops.layer_mse(*pair, scale).total for pair in pairs]).sum()
+
+
+def native_maps(layers: Layers, scale: Tensor, out: Layers) -> tuple[Tensor, ...]:
+    """Call the kernel alone, which writes both gradients of each pair into `out`."""
+    summary = scale.new_empty(1 + len(scale))
+    for mentor, mentee, *gradients in zip(
+        layers[::2], layers[1::2], out[::2], out[1::2], strict=True
+    ):
+        sums = layer_sums(mentor)
+        arguments = mentor, mentee, scale, None, True
+        ops._library.native.layer_mse_out(*arguments, summary, *gradients, sums)
+    return tuple(out)
+
+
+def eager_states(layers: Layers, scale: Tensor) -> Tensor:
+    mentor, mentee, weight = layers
+    return ((mentor - functional.linear(mentee, weight)).square().mean((1, 2)) * scale).sum()
+
+
+def our_states(layers: Layers, scale: Tensor) -> Tensor:
+    return ops.projected_mse(*layers, scale).total
+
+
+def our_states_bf16(layers: Layers, scale: Tensor) -> Tensor:
+    return ops.projected_mse(*layers, scale, products=torch.bfloat16).total
+
+
+def layer_step(compare: Compare, layers: Layers, scale: Tensor) -> tuple[Tensor | None, ...]:
+    for layer in layers:
+        layer.grad = None
+    compare(layers, scale).backward()
+    return tuple(layer.grad for layer in layers)
+
+
+def check_layers(
+    found: tuple[Tensor | None, ...], compare: Compare, layers: Layers, scale: Tensor, eps: float
+) -> float:
+    """Return the largest error of a gradient, relative to its largest value."""
+    with torch.enable_grad():
+        wide = [layer.detach().double().requires_grad_() for layer in layers]
+        truth = layer_step(compare, wide, scale.double())
+    worst = 0.0
+    for gradient, wanted in zip(found, truth, strict=True):
+        assert gradient is not None and wanted is not None, "there is no gradient"
+        error = float((gradient.double() - wanted).abs().max() / wanted.abs().max())
+        assert error <= GRADIENT_ROUNDINGS * eps, f"a gradient is off by {error:.3g}"
+        worst = max(worst, error)
+    return worst
 
 
 # ---- truncated_svd -------------------------------------------------------------------------------

@@ -5,6 +5,12 @@ from __future__ import annotations
 # (R, C): a small classifier's batch, a tagger's tokens, a mid-size output, a vocabulary.
 DISTILL: list[tuple[int, int]] = [(32, 2), (64, 20), (512, 1000), (256, 30522)]
 
+# (pairs, N, heads, L, L): attention maps of the four layers of a BERT mentee and of its mentor.
+MAPS: list[tuple[int, ...]] = [(4, 32, 12, 128, 128)]
+
+# (N, L, H_t, H_s): hidden states of a BERT mentor and its mentee; of MiniLM's and a narrower one.
+STATES: list[tuple[int, ...]] = [(32, 128, 768, 768), (32, 128, 384, 192)]
+
 # (B, P, Q): the matrices of a two-layer MiniLM mentee, of a four-layer BERT mentee's attention, and
 # of a small vision transformer.
 SVD: list[tuple[int, int, int]] = [(8, 384, 384), (2, 1536, 384), (2, 768, 768), (24, 64, 64)]

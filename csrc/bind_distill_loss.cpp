@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "bind_torch.h"
+#include "bind_buffers.h"
 
 namespace fedkd_fast::bind {
 namespace {
@@ -13,25 +13,6 @@ constexpr int64_t kMeans = sizeof(DistillMeans) / sizeof(double);
 int64_t workspace_size(int64_t rows, ScalarType real, bool waits) {
   if (!waits) return 0;
   return kMeans + kRowStates * rows / (real == ScalarType::Double ? 1 : 2);
-}
-
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double:
-      return LogitType::kFloat64;
-    case ScalarType::Float:
-      return LogitType::kFloat32;
-    case ScalarType::BFloat16:
-      return LogitType::kBFloat16;
-    case ScalarType::Half:
-      return LogitType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "mentor_logits must be float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType real_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // One value a row, in the dtype of the arithmetic.
@@ -76,39 +57,10 @@ void check_mode(const DistillMode& mode) {
   STD_TORCH_CHECK(mode.joint || !mode.into_targets, "into_targets must be false unless joint");
 }
 
-// From the first element of a tensor to behind its last one in memory.
-int64_t span_bytes(const Tensor& tensor) {
-  if (tensor.numel() == 0) return 0;
-  int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
-    last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  return (last + 1) * tensor.element_size();
-}
-
-bool apart(const Tensor& left, const Tensor& right) {
-  const auto* const a = static_cast<const char*>(left.const_data_ptr());
-  const auto* const b = static_cast<const char*>(right.const_data_ptr());
-  return a + span_bytes(left) <= b || b + span_bytes(right) <= a;
-}
-
-void check_out(const Tensor& out, const char* name, const Tensor& logits, std::vector<int64_t> size,
-               ScalarType type) {
-  bool fits = out.dim() == static_cast<int64_t>(size.size()) && out.scalar_type() == type &&
-              out.is_contiguous();
-  for (size_t dim = 0; fits && dim < size.size(); ++dim)
-    fits = out.size(static_cast<int64_t>(dim)) == size[dim];
-  std::string wanted;
-  for (const int64_t length : size) wanted += (wanted.empty() ? "" : ", ") + std::to_string(length);
-  STD_TORCH_CHECK(fits, name, " must be a contiguous tensor of shape (", wanted,
-                  ") as distill_buffers makes it for this configuration, got ", shape_text(out),
-                  " or another dtype");
-  check_same_device(logits, "mentor_logits", out, name);
-}
-
 // A gradient may lie exactly on the logits of its own model, whose rows then follow each other.
 void check_gradient_out(const Tensor& out, const char* name, const Tensor& own,
-                        const Tensor& peer) {
-  check_out(out, name, own, {own.size(0), own.size(1)}, own.scalar_type());
+                        const char* own_name, const Tensor& peer) {
+  check_out(out, name, own, own_name, {own.size(0), own.size(1)}, own.scalar_type());
   const bool exactly = out.const_data_ptr() == own.const_data_ptr() && own.is_contiguous();
   STD_TORCH_CHECK(apart(out, peer) && (exactly || apart(out, own)), name,
                   " must not overlap the logits, unless it is those of its own model");
@@ -116,10 +68,6 @@ void check_gradient_out(const Tensor& out, const char* name, const Tensor& own,
 
 Tensor with_unit_columns(const Tensor& logits) {
   return logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
-}
-
-std::optional<Tensor> in_order(const std::optional<Tensor>& values) {
-  return values ? std::optional(torch::stable::contiguous(*values)) : std::nullopt;
 }
 
 void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary) {
@@ -133,7 +81,7 @@ void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary)
                   scan.first_bad_weight);
   // float16 keeps its range: divided by many rows here, a gradient would underflow before the
   // factor of a gradient scaler reaches it in backward.
-  const bool divide = args.type != LogitType::kFloat16 && scan.weight > 0.0;
+  const bool divide = args.type != FloatType::kFloat16 && scan.weight > 0.0;
   if (divide) args.gradient_scale = 1.0 / scan.weight;
   const int64_t grain = row_grain(args.classes), scratch = cpu::distill_loss_scratch(args);
   torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
@@ -171,20 +119,20 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   check_row_values(denominator_grad, "denominator_grad", mentor_logits);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType real = real_type(mentor_logits);
-  check_out(summary, "summary", mentor_logits, {kDistillSummary}, real);
-  check_out(statistics, "statistics", mentor_logits, {5, rows}, real);
-  check_out(workspace, "workspace", mentor_logits, {workspace_size(rows, real, batch && gradients)},
-            ScalarType::Double);
+  check_out(summary, "summary", mentor_logits, "mentor_logits", {kDistillSummary}, real);
+  check_out(statistics, "statistics", mentor_logits, "mentor_logits", {5, rows}, real);
+  check_out(workspace, "workspace", mentor_logits, "mentor_logits",
+            {workspace_size(rows, real, batch && gradients)}, ScalarType::Double);
   if (gradients) {
-    check_gradient_out(grad_mentor, "grad_mentor", mentor_logits, mentee_logits);
-    check_gradient_out(grad_mentee, "grad_mentee", mentee_logits, mentor_logits);
+    check_gradient_out(grad_mentor, "grad_mentor", mentor_logits, "mentor_logits", mentee_logits);
+    check_gradient_out(grad_mentee, "grad_mentee", mentee_logits, "mentee_logits", mentor_logits);
     STD_TORCH_CHECK(apart(grad_mentor, grad_mentee),
                     "grad_mentor and grad_mentee must not overlap");
   }
   const Tensor mentor = with_unit_columns(mentor_logits), mentee = with_unit_columns(mentee_logits);
   const std::optional<Tensor> weights = in_order(sample_weight), pulls = in_order(denominator_grad);
   DistillLossArgs args;
-  args.type = logit_type(mentor_logits);
+  args.type = float_type(mentor_logits, "mentor_logits");
   args.mode = {batch, attached, joint, into_targets, task, divergence, temperature, smoothing};
   check_mode(args.mode);
   args.mentor_logits = mentor.const_data_ptr();

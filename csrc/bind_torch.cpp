@@ -29,6 +29,15 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
         ", Tensor(a!) summary, Tensor(b!) statistics, Tensor(c!) grad_mentor, "
         "Tensor(d!) grad_mentee, Tensor(e!) workspace) -> ()");
 #undef FEDKD_FAST_DISTILL_ARGUMENTS
+#define FEDKD_FAST_LAYER_ARGUMENTS \
+  "Tensor mentor, Tensor mentee, Tensor scale, Tensor? mask, bool masks_values, "
+  m.def("layer_mse(" FEDKD_FAST_LAYER_ARGUMENTS
+        "bool mentor_gradient, bool mentee_gradient) -> (Tensor summary, Tensor grad_mentor, "
+        "Tensor grad_mentee, Tensor sums)");
+  m.def("layer_mse_out(" FEDKD_FAST_LAYER_ARGUMENTS
+        "Tensor(a!) summary, Tensor(b!)? grad_mentor, Tensor(c!)? grad_mentee, Tensor(d!) sums) "
+        "-> ()");
+#undef FEDKD_FAST_LAYER_ARGUMENTS
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
@@ -38,6 +47,8 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
   m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
+  m.impl("layer_mse", TORCH_BOX(&bind::layer_mse));
+  m.impl("layer_mse_out", TORCH_BOX(&bind::layer_mse_out));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
@@ -48,6 +59,8 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CUDA, m) {
   m.impl("truncated_svd", TORCH_BOX(&bind::truncated_svd));
   m.impl("distill_loss", TORCH_BOX(&bind::distill_loss));
   m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
+  m.impl("layer_mse", TORCH_BOX(&bind::layer_mse));
+  m.impl("layer_mse_out", TORCH_BOX(&bind::layer_mse_out));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));

@@ -122,6 +122,16 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
                       const Tensor& grad_mentee, const Tensor& workspace);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const Tensor& mentee,
+                                                     const Tensor& scale,
+                                                     const std::optional<Tensor>& mask,
+                                                     bool masks_values, bool mentor_gradient,
+                                                     bool mentee_gradient);
+void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& scale,
+                   const std::optional<Tensor>& mask, bool masks_values, const Tensor& summary,
+                   const std::optional<Tensor>& grad_mentor,
+                   const std::optional<Tensor>& grad_mentee, const Tensor& sums);
+
 Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);
 Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);
 Tensor reconstruct(const Tensor& left, const Tensor& right);

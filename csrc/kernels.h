@@ -12,6 +12,7 @@
 
 #include "common/distill_loss.h"
 #include "common/half.h"
+#include "common/layer_mse.h"
 #include "common/macros.h"
 #include "common/truncated_svd.h"
 
@@ -294,11 +295,8 @@ cudaError_t finish_factors(const FinishArgs<Scalar>& args, cudaStream_t stream);
 // negative or not finite, becomes NaN. NaN or Inf among the logits makes statistics of that row NaN
 // or Inf.
 
-enum class LogitType { kFloat64, kFloat32, kBFloat16, kFloat16 };
-
-// Real is double for kFloat64, else float.
 struct DistillLossArgs {
-  LogitType type;             // of logits and gradients
+  FloatType type;             // of logits and gradients
   const void* mentor_logits;  // (R, C), unit stride along C
   const void* mentee_logits;
   const int64_t* labels;         // (R,)
@@ -350,6 +348,28 @@ namespace cuda {
 // All of it. means: on the device, or null where D is of a row. summary (kDistillSummary) of Real.
 cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
                          cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
+// ---- layer_mse ----------------------------------------------------------------------------------
+// Squared errors between layers: common/layer_mse.h.
+
+namespace cpu {
+
+// Sums and gradients of blocks [begin, end) of N · G · blocks.
+void layer_mse(const LayerMseArgs& args, int64_t begin, int64_t end);
+
+// The summary from sums.
+void mean_layer_mse(const LayerMseArgs& args);
+
+}  // namespace cpu
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// All of it.
+cudaError_t layer_mse(const LayerMseArgs& args, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

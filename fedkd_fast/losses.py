@@ -7,11 +7,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedkd_fast import ops
 from fedkd_fast.distillation import DistillationConfig
-from fedkd_fast.reference import DistillLoss
+from fedkd_fast.reference import DistillLoss, LayerMse
 
 __all__ = [
     "DistillationConfig",
@@ -201,44 +200,50 @@ class MutualDistillationLoss(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not attached):
                 rows = on_logits()
             shares = _shares(rows.denominator, labels, sample_weight)
-            error = self._layer_errors(mentor, mentee, len(labels), attention_mask)
-            hidden = (error * shares.sample).sum()
+            # A joint loss has the term of each model.
+            scale = 2 * shares.sample if config.loss == "joint" else shares.sample
+            total, error = self._layers(mentor, mentee, scale, attention_mask)
+            hidden = total.detach() / 2 if config.loss == "joint" else total.detach()
             if attached:
-                pull = -(error.detach() * shares.row)
+                pull = -(error * shares.row)
                 pull = pull[:, None].expand(shares.counted.shape).reshape(-1)
                 rows = on_logits(2 * pull if config.loss == "joint" else pull)
+            total = rows.total + total
         else:
             rows = on_logits()
-            hidden = rows.total.new_zeros(())
+            total, hidden = rows.total, rows.total.new_zeros(())
         return MutualLosses(
-            mentor=(rows.mentor_loss + hidden).detach(),
-            mentee=(rows.mentee_loss + hidden).detach(),
-            total=rows.total + (2 * hidden if config.loss == "joint" else hidden),
+            mentor=rows.mentor_loss + hidden,
+            mentee=rows.mentee_loss + hidden,
+            total=total,
             task_mentor=rows.task_mentor,
             task_mentee=rows.task_mentee,
             distill_mentor=rows.distill_mentor,
             distill_mentee=rows.distill_mentee,
-            hidden=hidden.detach(),
+            hidden=hidden,
         )
 
-    def _layer_errors(
-        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
-    ) -> Tensor:
-        """Return the weighted sum of both squared errors over all layer pairs: (N,)."""
+    def _layers(
+        self, mentor: ModelOutput, mentee: ModelOutput, scale: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return Σ_n scale_n · error_n, and the errors: both squared errors over all pairs."""
         config = self.config
-        if config.padding == "included":
-            mask = None
-        terms = []
-        if config.hidden:
-            terms += [config.hidden_weight * e for e in self._hidden(mentor, mentee, samples, mask)]
-        if config.attention:
-            errors = self._attention(mentor, mentee, samples, mask)
-            terms += [config.attention_weight * e for e in errors]
-        return torch.stack(terms).sum(0)
+        counts = None if mask is None or config.padding == "included" else mask != 0
+        found = []
+        for wanted, weight, compare in (
+            (config.hidden, config.hidden_weight, self._hidden),
+            (config.attention, config.attention_weight, self._attention),
+        ):
+            if wanted:
+                factor = scale if weight == 1.0 else scale * weight
+                found += [(weight, one) for one in compare(mentor, mentee, factor, counts)]
+        total = torch.stack([one.total for _, one in found]).sum()
+        return total, torch.stack([weight * one.errors for weight, one in found]).sum(0)
 
     def _hidden(
-        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+        self, mentor: ModelOutput, mentee: ModelOutput, scale: Tensor, counts: Tensor | None
+    ) -> Iterator[LayerMse]:
+        samples = len(scale)
         for index, (top, low) in enumerate(self.layer_pairs):
             # Entry 0 is the output of the embeddings.
             wide = _layer(mentor.hidden_states, top + 1, "mentor", "hidden_states", _HIDDEN_HINT)
@@ -258,44 +263,39 @@ class MutualDistillationLoss(nn.Module):
                     f"shapes {tuple(wide.shape)} and {tuple(narrow.shape)} for "
                     f"{samples} samples"
                 )
-            error = _widen(wide - self._projected(narrow, index)).square().mean(-1)
-            if error.dim() > 1:  # (N, L), else (N,)
-                error = (error * _token_weight(mask, error.shape[0], error.shape[1], error)).sum(1)
-            yield error
-
-    def _projected(self, states: Tensor, index: int) -> Tensor:
-        if not self.projections:
-            return states
-        weight: Tensor = self.projections[index].get_parameter("weight")
-        if self.config.loss == "separate":
-            # Trained by both losses: the same value with twice the gradient.
-            weight = 2 * weight - weight.detach()
-        if self.config.hidden_products == "bfloat16":
-            product = functional.linear(states.bfloat16(), weight.bfloat16())
-            return product.to(states.dtype)
-        return functional.linear(states, weight)
+            mask = None if wide.dim() == 2 else _token_mask(counts, wide.shape[:2])
+            if not self.projections:
+                yield ops.layer_mse(wide, narrow, scale, mask=mask)
+                continue
+            yield ops.projected_mse(
+                *(wide, narrow, self.projections[index].get_parameter("weight"), scale),
+                mask=mask,
+                # Trained by both losses, each of which has the term once.
+                weight_gradient=2.0 if self.config.loss == "separate" else 1.0,
+                products=torch.bfloat16 if self.config.hidden_products == "bfloat16" else None,
+            )
 
     def _attention(
-        self, mentor: ModelOutput, mentee: ModelOutput, samples: int, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+        self, mentor: ModelOutput, mentee: ModelOutput, scale: Tensor, counts: Tensor | None
+    ) -> Iterator[LayerMse]:
         for top, low in self.layer_pairs:
             left = _layer(mentor.attentions, top, "mentor", "attentions", _ATTENTION_HINT)
             right = _layer(mentee.attentions, low, "mentee", "attentions", _ATTENTION_HINT)
             if (
                 left.dim() != 4
                 or left.shape[2:] != right.shape[2:]
-                or not (len(left) == len(right) == samples)
+                or not (len(left) == len(right) == len(scale))
             ):
                 raise ValueError(
                     "attentions of mentor and mentee must have shapes (N, heads, L, L) that agree "
                     f"in N and L, got {tuple(left.shape)} and {tuple(right.shape)} for "
-                    f"{samples} samples"
+                    f"{len(scale)} samples"
                 )
             if left.shape[1] != right.shape[1]:
                 left, right = left.mean(1, keepdim=True), right.mean(1, keepdim=True)
-            error = _widen(left - right).square().mean(1)  # (N, L, L)
-            tokens = _token_weight(mask, error.shape[0], error.shape[1], error)  # (N, L)
-            yield (error * tokens[:, :, None] * tokens[:, None, :]).sum((1, 2))  # (N,)
+            yield ops.layer_mse(
+                left, right, scale, mask=_token_mask(counts, (left.shape[0], left.shape[2]))
+            )
 
 
 _HIDDEN_HINT = "call the model with output_hidden_states=True"
@@ -335,11 +335,6 @@ def _layer(
     return layers[index]
 
 
-def _widen(error: Tensor) -> Tensor:
-    """Square and sum 16-bit differences in float32."""
-    return error.float() if error.dtype in (torch.float16, torch.bfloat16) else error
-
-
 class _Shares(NamedTuple):
     """What the layers' errors are multiplied by; 0 for a sample without a counted label."""
 
@@ -368,13 +363,9 @@ def _shares(denominator: Tensor, labels: Tensor, sample_weight: Tensor | None) -
     )
 
 
-def _token_weight(mask: Tensor | None, samples: int, length: int, like: Tensor) -> Tensor:
-    """Weigh the tokens of a sample equally and its padding by 0: (N, L), each row sums to 1."""
-    if mask is None:
-        return like.new_full((samples, length), 1.0 / length)
-    if mask.shape != (samples, length):
+def _token_mask(counts: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    if counts is not None and counts.shape != tuple(shape):
         raise ValueError(
-            f"attention_mask must have shape {(samples, length)}, got {tuple(mask.shape)}"
+            f"attention_mask must have shape {tuple(shape)}, got {tuple(counts.shape)}"
         )
-    tokens = (mask != 0).to(like.dtype)
-    return tokens / tokens.sum(1, keepdim=True).clamp(min=1)
+    return counts

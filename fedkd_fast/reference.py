@@ -297,6 +297,45 @@ def distill_loss(
     )
 
 
+# ---- layer_mse, projected_mse --------------------------------------------------------------------
+
+
+class LayerMse(NamedTuple):
+    """Squared error between one layer of two models: what to differentiate, and what it is of."""
+
+    total: Tensor  # () Σ_n scale_n · errors_n
+    errors: Tensor  # (N,) mean squared error of each sample, detached
+
+
+def layer_mse(
+    mentor: Tensor, mentee: Tensor, scale: Tensor, *, mask: Tensor | None = None
+) -> LayerMse:
+    """Specify `ops.layer_mse` in the dtype of the values, for autograd to differentiate."""
+    counts = torch.ones_like(mentor, dtype=torch.bool)
+    if mask is not None and mentor.dim() == 3:
+        counts = mask[:, :, None].expand_as(mentor)
+    elif mask is not None:
+        counts = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(mentor)
+    squares = torch.where(counts, mentor - mentee, 0.0).square().flatten(1).sum(1)
+    errors = squares / counts.flatten(1).sum(1).clamp(min=1)
+    return LayerMse((scale.detach() * errors).sum(), errors.detach())
+
+
+def projected_mse(
+    mentor: Tensor,
+    mentee: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weight_gradient: float = 1.0,
+) -> LayerMse:
+    """Specify `ops.projected_mse`, likewise."""
+    # The value of the weight with a multiple of its gradient.
+    weight = weight.detach() + weight_gradient * (weight - weight.detach())
+    return layer_mse(mentor, mentee @ weight.mT, scale, mask=mask)
+
+
 # ---- pack_factors, unpack_factors, reconstruct ---------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,38 @@ def distill_loss(classes: int, config: DistillationConfig) -> Op:
     )
 
 
+class Compared(NamedTuple):
+    found: reference.LayerMse
+    layers: list[Tensor]  # that have gradients
+
+
+def layer_mse(mse: Callable[..., reference.LayerMse], *shapes: tuple[int, ...]) -> Op:
+    """Compare layers of these shapes, or project the second by the third."""
+    specified = getattr(reference, mse.__name__)
+    samples, tokens = shapes[0][0], shapes[0][-2]
+
+    def sample(seed: int) -> list[Tensor]:
+        layers = [noise(seed + 100 * i, *shape).double() for i, shape in enumerate(shapes)]
+        mask = torch.arange(samples * tokens).view(samples, tokens) % (seed + 3) > 0
+        return [*layers, noise(seed + 300, samples).double().abs(), mask]
+
+    def compare(call: Callable[..., reference.LayerMse], data: Sequence[Tensor]) -> Compared:
+        layers = [layer.detach().requires_grad_() for layer in data[:-2]]
+        return Compared(call(*layers, data[-2], mask=data[-1]), layers)
+
+    def finish(compared: Compared) -> list[Tensor]:
+        total = compared.found.total
+        gradients = torch.autograd.grad(total, compared.layers, retain_graph=True)
+        return [*(value.detach() for value in compared.found), *gradients]
+
+    return Op(
+        sample,
+        lambda *data: compare(mse, data),
+        lambda *data: finish(compare(specified, data)),
+        finish=finish,
+    )
+
+
 OPS = {
     "distill_loss": distill_loss(1500, DistillationConfig.paper()),
     "distill_loss of few classes": distill_loss(100, DistillationConfig.paper()),
@@ -97,6 +129,9 @@ OPS = {
     "distill_loss of few classes over the batch": distill_loss(
         100, DistillationConfig.public_code()
     ),
+    "layer_mse of maps": layer_mse(ops.layer_mse, (2, 3, 70, 70), (2, 3, 70, 70)),
+    "layer_mse of states": layer_mse(ops.layer_mse, (4, 9, 33), (4, 9, 33)),
+    "projected_mse": layer_mse(ops.projected_mse, (4, 9, 33), (4, 9, 16), (33, 16)),
     "pack_factors": Op(
         lambda seed: [noise(seed, len(BITS), COUNT)],
         lambda values: [ops.pack_factors(values, SCALE, BITS)],
@@ -132,6 +167,8 @@ OPS = {
 }
 # truncated_svd waits for the ranks.
 ASYNCHRONOUS = [name for name in OPS if not name.startswith("truncated_svd")]
+# Torch's products are its own.
+ALL_OURS = [name for name in ASYNCHRONOUS if name != "projected_mse"]
 
 
 def check(found: list[Tensor], truth: list[Tensor], eps: float = EPS) -> None:

@@ -98,6 +98,7 @@ SPLITS = [
     (name, odd)
     for name, count in [
         ("distill_loss", 3),
+        ("layer_mse of maps", 4),
         ("pack_factors", 3),
         ("unpack_factors", 3),
         ("reconstruct", 2),
@@ -113,13 +114,16 @@ def call(name: str, devices: list[str]) -> None:
     if name.endswith("pack_factors"):
         tensors += [SCALE, BITS]
     arguments = [part.to(place) for part, place in zip(tensors, devices, strict=False)]
+    if name.startswith("layer_mse"):
+        ops.layer_mse(*arguments[:3], mask=arguments[3])
+        return
     getattr(ops, name)(*arguments, *([COUNT] if name == "unpack_factors" else []))
 
 
 @pytest.mark.parametrize(("name", "odd"), REFUSED_ON_CPU)
 def test_one_argument_on_the_cpu_is_refused(name: str, odd: int) -> None:
     with pytest.raises(RuntimeError, match="must be on one device"):
-        call(name, ["cpu" if index == odd else "cuda" for index in range(3)])
+        call(name, ["cpu" if index == odd else "cuda" for index in range(4)])
 
 
 def test_a_basis_on_the_cpu_is_refused() -> None:
@@ -138,7 +142,7 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 @pytest.mark.parametrize(("name", "odd"), SPLITS)
 def test_one_argument_on_another_gpu_is_refused(name: str, odd: int) -> None:
     with pytest.raises(RuntimeError, match="must be on one device"):
-        call(name, [f"cuda:{int(index == odd)}" for index in range(3)])
+        call(name, [f"cuda:{int(index == odd)}" for index in range(4)])
 
 
 @two_devices

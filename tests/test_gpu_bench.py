@@ -27,6 +27,8 @@ SMALL = {
     "truncated_svd": (2, 24, 40),
     "truncated_svd_list": (2, 24, 40, 1, 40, 24),
     "distill_loss": (8, 50),
+    "layer_mse": (2, 3, 2, 10, 10),
+    "projected_mse": (3, 5, 12, 8),
 }
 
 

@@ -21,6 +21,7 @@ PLACES = [
 def test_there_are_barriers() -> None:
     assert {name for name, _ in PLACES} == {
         "distill_loss.cu",
+        "layer_mse.cu",
         "truncated_svd.cu",
         "truncated_svd_small.cu",
     }

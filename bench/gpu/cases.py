@@ -100,6 +100,71 @@ def distill_loss(shape: tuple[int, ...], dtype: str, device: torch.device) -> Pr
     return Prepared(calls, check, moved_bytes)
 
 
+# ---- layer_mse, projected_mse --------------------------------------------------------------------
+
+
+def layer_mse(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    pairs, samples, *rest = shape
+    layers = [
+        noise(device, samples, *rest, seed=seed).softmax(-1).to(getattr(torch, dtype))
+        for seed in range(2 * pairs)
+    ]
+    out = [torch.empty_like(layer) for layer in layers]
+    scale = torch.full((samples,), 1 / samples, device=device)
+    moved_bytes = 2 * sum(layer.nbytes for layer in layers)
+    plain = [layer.detach() for layer in layers]
+    calls = {
+        "ours": stepping(peers.our_maps, layers, scale),
+        "ours-op": lambda: peers.native_maps(plain, scale, out),
+        "eager": stepping(peers.eager_maps, layers, scale),
+        "copy": copying(moved_bytes, device),
+        COMPILED: stepping(torch.compile(peers.eager_maps, dynamic=False), layers, scale),
+    }
+    return Prepared(calls, checking(peers.eager_maps, layers, scale), moved_bytes)
+
+
+def projected_mse(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
+    samples, tokens, wide, narrow = shape
+    sizes = (samples, tokens, wide), (samples, tokens, narrow), (wide, narrow)
+    layers = [
+        noise(device, *size, seed=seed).to(getattr(torch, dtype)) for seed, size in enumerate(sizes)
+    ]
+    layers[2] /= narrow**0.5
+    scale = torch.full((samples,), 1 / samples, device=device)
+    residual, states, weight = (layer.detach().flatten(0, -2) for layer in layers)
+    check = checking(peers.eager_states, layers, scale)
+
+    def products() -> tuple[Tensor, ...]:
+        return states @ weight.mT, residual @ weight, residual.mT @ states
+
+    def check_all(impl: str, found: tuple[Tensor | None, ...]) -> float:
+        return 0.0 if impl == "products" else check(impl, found)  # those are no gradients
+
+    calls = {
+        "ours": stepping(peers.our_states, layers, scale),
+        "products": products,
+        "eager": stepping(peers.eager_states, layers, scale),
+        COMPILED: stepping(torch.compile(peers.eager_states, dynamic=False), layers, scale),
+    }
+    flops = 6 * samples * tokens * wide * narrow
+    return Prepared(calls, check_all, 2 * sum(layer.nbytes for layer in layers), flops)
+
+
+def stepping(
+    compare: peers.Compare, layers: peers.Layers, scale: Tensor
+) -> Callable[[], tuple[Tensor | None, ...]]:
+    for layer in layers:
+        layer.requires_grad_()
+    return lambda: peers.layer_step(compare, layers, scale)
+
+
+def checking(
+    specified: peers.Compare, layers: peers.Layers, scale: Tensor
+) -> Callable[[str, tuple[Tensor | None, ...]], float]:
+    eps = torch.finfo(layers[0].dtype).eps
+    return lambda impl, found: peers.check_layers(found, specified, layers, scale, eps)
+
+
 # ---- pack_factors, unpack_factors ----------------------------------------------------------------
 
 
@@ -312,4 +377,6 @@ BUILDERS: dict[str, Callable[[tuple[int, ...], str, torch.device], Prepared]] = 
     "truncated_svd": truncated_svd,
     "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,
+    "layer_mse": layer_mse,
+    "projected_mse": projected_mse,
 }

@@ -22,6 +22,7 @@ LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASSES = (7, 64, 1500, 2047)
 COUNTS = (21, 1024)
 BITS = (0, 1, 4, 7, 8, 16)
+LAYERS = ((3, 2, 40, 40), (2, 3, 7, 7), (3, 300, 65))
 PRODUCTS = ((5, 33, 47), (8, 64, 128))
 MATRICES = ((2, 24, 40), (1, 64, 32))
 # With subspaces that fit in shared memory, and that do not.
@@ -39,6 +40,25 @@ def distill_loss(device: torch.device) -> None:
             labels[3] = -100
             for config in (DistillationConfig.paper(), DistillationConfig.public_code()):
                 ops.distill_loss(mentor, mentee, labels, config=config).total.backward()
+
+
+def layer_mse(device: torch.device) -> None:
+    for dtype in LOGITS:
+        for shape in LAYERS:
+            mentor, mentee = (
+                cases.noise(device, *shape, seed=seed).to(dtype).requires_grad_() for seed in (0, 1)
+            )
+            scale = torch.ones(shape[0], device=device)
+            mask = torch.arange(shape[0] * shape[-2], device=device) % 3 > 0
+            for chosen in (None, mask.view(shape[0], shape[-2])):
+                ops.layer_mse(mentor, mentee, scale, mask=chosen).total.backward()
+
+
+def projected_mse(device: torch.device) -> None:
+    mentor, mentee, weight = (
+        cases.noise(device, *size).requires_grad_() for size in ((3, 9, 33), (3, 9, 17), (33, 17))
+    )
+    ops.projected_mse(mentor, mentee, weight, torch.ones(3, device=device)).total.backward()
 
 
 def rows(count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -88,6 +108,8 @@ RUNS: dict[str, Callable[[torch.device], None]] = {
     "truncated_svd": truncated_svd,
     "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,
+    "layer_mse": layer_mse,
+    "projected_mse": projected_mse,
 }
 
 

@@ -2,7 +2,8 @@
 
 A job is one implementation on one case. `ours…` are ways to call the op: `ours` as a caller does,
 `ours-op` without autograd, `ours-warm` from earlier subspaces. `copy` moves as many bytes as the op
-has to. `bench.gpu.cases` makes the calls.
+has to; `products` are the matrix products alone that it has to make. `bench.gpu.cases` makes the
+calls.
 """
 
 from __future__ import annotations
@@ -62,6 +63,18 @@ TABLE: dict[str, Row] = {
         shapes.DISTILL + shapes.DISTILL_LARGE,
         ("float32", "bfloat16"),
         ("ours", "ours-op", "eager", "copy", COMPILED),
+    ),
+    "layer_mse": Row(
+        "layer_mse",
+        shapes.MAPS,
+        ("float32", "bfloat16"),
+        ("ours", "ours-op", "eager", "copy", COMPILED),
+    ),
+    "projected_mse": Row(
+        "layer_mse",
+        shapes.STATES,
+        ("float32", "bfloat16"),
+        ("ours", "products", "eager", COMPILED),
     ),
 }
 

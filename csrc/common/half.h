@@ -31,6 +31,9 @@ struct Float16 {
   std::uint16_t bits;
 };
 
+// Storage types of tensors.
+enum class FloatType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
 // The arithmetic type of a storage type: 16-bit formats compute in fp32.
 template <typename Storage>
 struct Compute {

@@ -145,20 +145,20 @@ LabelScan scan_labels(const DistillLossArgs& args) {
 }
 
 int64_t distill_loss_scratch(const DistillLossArgs& args) {
-  const bool stashes = args.type != LogitType::kFloat64 && args.classes > kLaneClasses &&
+  const bool stashes = args.type != FloatType::kFloat64 && args.classes > kLaneClasses &&
                        args.grad_mentor != nullptr && args.states == nullptr && args.mode.plain();
   return stashes ? 2 * stash_stride(args.classes) : 0;
 }
 
 void distill_loss(const DistillLossArgs& args, float* scratch, int64_t begin, int64_t end) {
   switch (args.type) {
-    case LogitType::kFloat64:
+    case FloatType::kFloat64:
       return double_rows(args, begin, end);
-    case LogitType::kFloat32:
+    case FloatType::kFloat32:
       return kernels<float>().rows(args, scratch, begin, end);
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       return kernels<BFloat16>().rows(args, scratch, begin, end);
-    case LogitType::kFloat16:
+    case FloatType::kFloat16:
       return kernels<Float16>().rows(args, scratch, begin, end);
   }
 }
@@ -166,19 +166,19 @@ void distill_loss(const DistillLossArgs& args, float* scratch, int64_t begin, in
 void distill_loss_gradients(const DistillLossArgs& args, const DistillMeans& means, int64_t begin,
                             int64_t end) {
   switch (args.type) {
-    case LogitType::kFloat64:
+    case FloatType::kFloat64:
       return double_gradients(args, means, begin, end);
-    case LogitType::kFloat32:
+    case FloatType::kFloat32:
       return kernels<float>().gradients(args, means, begin, end);
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       return kernels<BFloat16>().gradients(args, means, begin, end);
-    case LogitType::kFloat16:
+    case FloatType::kFloat16:
       return kernels<Float16>().gradients(args, means, begin, end);
   }
 }
 
 DistillMeans mean_distill_loss(const DistillLossArgs& args) {
-  return args.type == LogitType::kFloat64 ? mean_rows<double>(args) : mean_rows<float>(args);
+  return args.type == FloatType::kFloat64 ? mean_rows<double>(args) : mean_rows<float>(args);
 }
 
 }  // namespace fedkd_fast::cpu

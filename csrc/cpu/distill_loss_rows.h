@@ -5,16 +5,13 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/half_vectors.h"
+#include "cpu/streaming.h"
 #include "cpu/vectors.h"
 // After what it is compiled with.
 #include "common/distill_loss.h"
 #include "common/half.h"
 #include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FEDKD_X86_VECTORS
-#include <immintrin.h>
-#endif
 
 namespace fedkd_fast::cpu {
 
@@ -24,8 +21,6 @@ constexpr int64_t kLaneClasses = 64;  // rows of more are not computed in lanes
 constexpr int64_t stash_stride(int64_t classes) { return (classes + 15) / 16 * 16; }
 constexpr int kStatistics = 5;
 constexpr float kFloor = static_cast<float>(kDenominatorFloor);
-// Gradients of both models beyond this leave no room in the caches for what is worth keeping.
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 // What a kernel needs of the arguments, with its own types.
 template <typename Storage>
@@ -46,7 +41,7 @@ struct Row {
 
 inline double row_weight(const DistillLossArgs& args, int64_t row) {
   if (args.weights == nullptr) return 1.0;
-  if (args.type == LogitType::kFloat64) return static_cast<const double*>(args.weights)[row];
+  if (args.type == FloatType::kFloat64) return static_cast<const double*>(args.weights)[row];
   return static_cast<const float*>(args.weights)[row];
 }
 
@@ -163,8 +158,8 @@ inline bool in_place(const DistillLossArgs& args) {
 }
 
 inline int64_t gradient_bytes(const DistillLossArgs& args) {
-  const int64_t size = args.type == LogitType::kFloat64   ? 8
-                       : args.type == LogitType::kFloat32 ? 4
+  const int64_t size = args.type == FloatType::kFloat64   ? 8
+                       : args.type == FloatType::kFloat32 ? 4
                                                           : 2;
   return 2 * size * args.rows * args.classes;
 }
@@ -173,16 +168,9 @@ inline bool streams_gradients(const DistillLossArgs& args) {
   return args.grad_mentor != nullptr && !in_place(args) && gradient_bytes(args) > kStreamedBytes;
 }
 
-// Stores around the caches become visible to other threads.
-inline void finish_streaming() {
-#ifdef FEDKD_X86_VECTORS
-  _mm_sfence();
-#endif
-}
-
 // fp32 gradients that wait for the mean of D.
 inline bool stashes_in_gradients(const DistillLossArgs& args) {
-  return args.type == LogitType::kFloat32 && args.states != nullptr && args.mode.plain() &&
+  return args.type == FloatType::kFloat32 && args.states != nullptr && args.mode.plain() &&
          gradient_bytes(args) <= kStreamedBytes;
 }
 

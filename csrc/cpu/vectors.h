@@ -1,11 +1,6 @@
 // For sources that compute with vectors of the compiler.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// They are never passed between functions that are not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 // Into each FEDKD_CLONES function, with its instructions.
 #if defined(__GNUC__)
 #define FEDKD_INLINE inline __attribute__((always_inline))

@@ -389,13 +389,13 @@ cudaError_t run(const DistillLossArgs& args, DistillMeans* means, void* summary,
 cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
                          cudaStream_t stream) {
   switch (args.type) {
-    case LogitType::kFloat64:
+    case FloatType::kFloat64:
       return run<double>(args, means, summary, stream);
-    case LogitType::kFloat32:
+    case FloatType::kFloat32:
       return run<float>(args, means, summary, stream);
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       return run<BFloat16>(args, means, summary, stream);
-    case LogitType::kFloat16:
+    case FloatType::kFloat16:
       return run<Float16>(args, means, summary, stream);
   }
   return cudaErrorInvalidValue;

@@ -11,6 +11,7 @@ from fedkd_fast.ops._distill_loss import (
     distill_loss,
     distill_loss_out,
 )
+from fedkd_fast.ops._layer_mse import layer_mse, projected_mse
 from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
 from fedkd_fast.ops._truncated_svd import truncated_svd, truncated_svd_list
 
@@ -19,7 +20,9 @@ __all__ = [
     "distill_buffers",
     "distill_loss",
     "distill_loss_out",
+    "layer_mse",
     "pack_factors",
+    "projected_mse",
     "reconstruct",
     "truncated_svd",
     "truncated_svd_list",

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.ops import _library
+from fedkd_fast.ops._autograd import differentiable_once, scaled
 from fedkd_fast.reference import PAPER, DistillLoss
 
 _STATISTICS = 5  # rows of statistics
@@ -208,28 +208,23 @@ class _DistillLoss(torch.autograd.Function):
         *values, pending_scale = summary.unbind()
         ctx.mark_non_differentiable(*values[1:], statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(pending_scale)
-        ctx.gradients = out.grad_mentor, out.grad_mentee
+        # Memory that is free after backward, whoever still holds the losses.
+        gradients = (out.grad_mentor.detach(), out.grad_mentee.detach()) if wanted else ()
+        ctx.save_for_backward(pending_scale, *gradients)
         ctx.workspace = out.workspace  # until the stream has passed
         return *values, statistics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("distill_loss")
     def backward(ctx: Any, outer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        (pending_scale,) = ctx.saved_tensors
+        if outer is None:
+            return (None,) * 8
+        pending_scale, *kept = ctx.saved_tensors
         gradients = [
-            _scaled(gradient, outer, pending_scale) if wanted and outer is not None else None
-            for gradient, wanted in zip(ctx.gradients, ctx.needs_input_grad[:2], strict=True)
+            scaled(gradient, outer * pending_scale) if wanted else None
+            for gradient, wanted in zip(kept, ctx.needs_input_grad[:2], strict=True)
         ]
         return *gradients, None, None, None, None, None, None
-
-
-def _scaled(gradient: Tensor, outer: Tensor, pending_scale: Tensor) -> Tensor:
-    factor = outer * pending_scale
-    # On the CPU a look at the factor is cheap, and mostly saves a pass over the gradient.
-    if factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0:
-        return gradient
-    return gradient * factor
 
 
 @torch.library.register_fake("fedkd_fast::distill_loss")

@@ -57,7 +57,7 @@ DistillMode full_mode(bool batch) { return {batch, true, true, true, 0.5, 2.0, 1
 constexpr DistillMode kPlainMode{false, false, false, false, 1.0, 1.0, 1.0, 0.0};
 
 template <typename Storage>
-void distill_loss(LogitType type, int64_t rows, int64_t classes, const DistillMode& mode) {
+void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMode& mode) {
   using Real = typename Compute<Storage>::type;
   const auto logits = [&](unsigned seed) {
     std::vector<Storage> stored;
@@ -134,6 +134,66 @@ void distill_loss(LogitType type, int64_t rows, int64_t classes, const DistillMo
          near);
 }
 
+template <typename Storage>
+void layer_mse(FloatType type, int64_t samples, int64_t groups, int64_t positions, int64_t values,
+               bool masked) {
+  using Real = typename Compute<Storage>::type;
+  LayerMseArgs args{};
+  args.type = type;
+  args.samples = samples;
+  args.groups = groups;
+  args.positions = positions;
+  args.values = values;
+  args.masks_values = masked && positions == values;
+  const int64_t cells = samples * groups * positions * values;
+  const auto stored = [&](unsigned seed) {
+    std::vector<Storage> narrow(static_cast<size_t>(cells));
+    const std::vector<float> wide = normal(cells, seed);
+    for (size_t i = 0; i < narrow.size(); ++i) store_value(&narrow[i], static_cast<Real>(wide[i]));
+    return narrow;
+  };
+  const std::vector<Storage> mentor = stored(6), mentee = stored(7);
+  const std::vector<Real> scale(static_cast<size_t>(samples), Real(0.5));
+  std::vector<uint8_t> mask(static_cast<size_t>(samples * positions));
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 3 != 1;
+  args.mentor = mentor.data();
+  args.mentee = mentee.data();
+  args.scale = scale.data();
+  args.mask = masked ? mask.data() : nullptr;
+  const int64_t blocks = samples * groups * layer_mse_blocks(args);
+  struct Result {
+    std::vector<double> sums;
+    std::vector<Real> summary;
+    std::vector<Storage> grad_mentor, grad_mentee;
+  };
+  const auto empty = [&] {
+    return Result{std::vector<double>(static_cast<size_t>(blocks)),
+                  std::vector<Real>(static_cast<size_t>(1 + samples)), mentor, mentee};
+  };
+  const auto point_at = [&args](Result& result) {
+    args.sums = result.sums.data();
+    args.summary = result.summary.data();
+    args.grad_mentor = result.grad_mentor.data();
+    args.grad_mentee = result.grad_mentee.data();
+  };
+  Result here = empty(), there = empty();
+  point_at(here);
+  cpu::layer_mse(args, 0, blocks);
+  cpu::mean_layer_mse(args);
+  point_at(there);
+  bool same = cuda::layer_mse(args, nullptr) == cudaSuccess;
+  for (size_t i = 0; i < here.summary.size(); ++i)  // the order of a sum differs
+    same &= std::abs(here.summary[i] - there.summary[i]) <= Real(1e-5) * here.summary[i];
+  const size_t bytes = mentor.size() * sizeof(Storage);
+  same &= std::memcmp(here.grad_mentor.data(), there.grad_mentor.data(), bytes) == 0;
+  const auto equal = [](Storage a, Storage b) { return load_value(a) == load_value(b); };
+  same &= std::equal(here.grad_mentee.begin(), here.grad_mentee.end(), there.grad_mentee.begin(),
+                     equal);
+  report("layer_mse " + text({samples, groups, positions, values,
+                              static_cast<int64_t>(sizeof(Storage)), masked}),
+         same);
+}
+
 }  // namespace
 
 int main() {
@@ -144,17 +204,24 @@ int main() {
   reconstruct(0, 3, 3);
   // A warp owns a row up to 1024 classes, a block beyond.
   for (const int64_t rows : {1, 9}) {
-    distill_loss<float>(LogitType::kFloat32, rows, 33, kPlainMode);
-    distill_loss<float>(LogitType::kFloat32, rows, 33, full_mode(true));
-    distill_loss<double>(LogitType::kFloat64, rows, 2, full_mode(false));
-    distill_loss<BFloat16>(LogitType::kBFloat16, rows, 31, kPlainMode);
-    distill_loss<Float16>(LogitType::kFloat16, rows, 1, kPlainMode);
+    distill_loss<float>(FloatType::kFloat32, rows, 33, kPlainMode);
+    distill_loss<float>(FloatType::kFloat32, rows, 33, full_mode(true));
+    distill_loss<double>(FloatType::kFloat64, rows, 2, full_mode(false));
+    distill_loss<BFloat16>(FloatType::kBFloat16, rows, 31, kPlainMode);
+    distill_loss<Float16>(FloatType::kFloat16, rows, 1, kPlainMode);
   }
   for (const int64_t rows : {1, 3}) {
-    distill_loss<float>(LogitType::kFloat32, rows, 1031, kPlainMode);
-    distill_loss<double>(LogitType::kFloat64, rows, 1025, full_mode(true));
+    distill_loss<float>(FloatType::kFloat32, rows, 1031, kPlainMode);
+    distill_loss<double>(FloatType::kFloat64, rows, 1025, full_mode(true));
   }
-  distill_loss<float>(LogitType::kFloat32, 260, 1, kPlainMode);
+  distill_loss<float>(FloatType::kFloat32, 260, 1, kPlainMode);
+  for (const bool masked : {false, true}) {
+    layer_mse<float>(FloatType::kFloat32, 3, 2, 36, 36, masked);
+    layer_mse<float>(FloatType::kFloat32, 2, 1, 300, 130, masked);
+    layer_mse<double>(FloatType::kFloat64, 2, 1, 5, 17, masked);
+    layer_mse<BFloat16>(FloatType::kBFloat16, 3, 3, 24, 24, masked);
+    layer_mse<Float16>(FloatType::kFloat16, 2, 2, 7, 7, masked);
+  }
   truncated_svd_cases();
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
