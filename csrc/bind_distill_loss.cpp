@@ -10,8 +10,7 @@ namespace {
 // Doubles that gradients need which wait for the mean of D: DistillMeans, then the states. The
 // caller keeps them, so that kernels still in the stream read no memory that died with the call.
 constexpr int64_t kMeans = sizeof(DistillMeans) / sizeof(double);
-int64_t workspace_size(int64_t rows, ScalarType real, bool waits) {
-  if (!waits) return 0;
+int64_t workspace_size(int64_t rows, ScalarType real) {
   return kMeans + kRowStates * rows / (real == ScalarType::Double ? 1 : 2);
 }
 
@@ -113,7 +112,7 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       bool batch, bool attached, bool joint, bool into_targets, double task,
                       double divergence, double temperature, double smoothing, bool gradients,
                       const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
-                      const Tensor& grad_mentee, const Tensor& workspace) {
+                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace) {
   check_logits(mentor_logits, mentee_logits, labels);
   check_row_values(sample_weight, "sample_weight", mentor_logits);
   check_row_values(denominator_grad, "denominator_grad", mentor_logits);
@@ -121,8 +120,11 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   const ScalarType real = real_type(mentor_logits);
   check_out(summary, "summary", mentor_logits, "mentor_logits", {kDistillSummary}, real);
   check_out(statistics, "statistics", mentor_logits, "mentor_logits", {5, rows}, real);
-  check_out(workspace, "workspace", mentor_logits, "mentor_logits",
-            {workspace_size(rows, real, batch && gradients)}, ScalarType::Double);
+  const bool waits = batch && gradients;
+  STD_TORCH_CHECK(!waits || workspace, "workspace is needed where D is the mean over the batch");
+  if (waits)
+    check_out(*workspace, "workspace", mentor_logits, "mentor_logits", {workspace_size(rows, real)},
+              ScalarType::Double);
   if (gradients) {
     check_gradient_out(grad_mentor, "grad_mentor", mentor_logits, "mentor_logits", mentee_logits);
     check_gradient_out(grad_mentee, "grad_mentee", mentee_logits, "mentee_logits", mentor_logits);
@@ -148,8 +150,7 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   args.ignore_index = ignore_index;
   args.gradient_scale = 1.0;
   args.statistics = statistics.mutable_data_ptr();
-  const bool waits = batch && gradients;
-  auto* const means = waits ? static_cast<DistillMeans*>(workspace.mutable_data_ptr()) : nullptr;
+  auto* const means = waits ? static_cast<DistillMeans*>(workspace->mutable_data_ptr()) : nullptr;
   args.states = waits ? means + 1 : nullptr;
   args.grad_mentor = gradients ? grad_mentor.mutable_data_ptr() : nullptr;
   args.grad_mentee = gradients ? grad_mentee.mutable_data_ptr() : nullptr;
@@ -175,10 +176,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
   const Tensor summary = empty_like_device(mentor_logits, {kDistillSummary}, real);
   const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
   const std::vector<int64_t> size{gradients ? rows : 0, classes};
-  const Tensor grad_mentor = empty_like_device(mentor_logits, size, type);
-  const Tensor grad_mentee = empty_like_device(mentor_logits, size, type);
+  const Tensor grad_mentor = empty_results(mentor_logits, size, type);
+  const Tensor grad_mentee = empty_results(mentor_logits, size, type);
   const Tensor workspace = empty_like_device(
-      mentor_logits, {workspace_size(rows, real, batch && gradients)}, ScalarType::Double);
+      mentor_logits, {batch && gradients ? workspace_size(rows, real) : 0}, ScalarType::Double);
   distill_loss_out(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad,
                    ignore_index, batch, attached, joint, into_targets, task, divergence,
                    temperature, smoothing, gradients, summary, statistics, grad_mentor, grad_mentee,

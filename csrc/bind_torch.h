@@ -120,7 +120,7 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       bool batch, bool attached, bool joint, bool into_targets, double task,
                       double divergence, double temperature, double smoothing, bool gradients,
                       const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
-                      const Tensor& grad_mentee, const Tensor& workspace);
+                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const Tensor& mentee,
                                                      const Tensor& scale,

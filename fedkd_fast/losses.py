@@ -179,15 +179,16 @@ class MutualDistillationLoss(nn.Module):
                 f"sample_weight must have shape {tuple(labels.shape[:1])}, "
                 f"got {tuple(sample_weight.shape)}"
             )
-        classes = mentor.logits.shape[-1]
-        logits = mentor.logits.reshape(-1, classes), mentee.logits.reshape(-1, classes)
-        weight = sample_weight
-        if weight is not None and labels.dim() > 1:
-            weight = weight[:, None].expand(labels.shape).reshape(-1)
+        logits, targets, weight = (mentor.logits, mentee.logits), labels, sample_weight
+        if labels.dim() > 1:
+            logits = logits[0].flatten(0, 1), logits[1].flatten(0, 1)
+            targets = labels.flatten()
+            if weight is not None:
+                weight = weight[:, None].expand(labels.shape).flatten()
 
         def on_logits(denominator_grad: Tensor | None = None) -> DistillLoss:
             return ops.distill_loss(
-                *(*logits, labels.reshape(-1)),
+                *(*logits, targets),
                 sample_weight=weight,
                 denominator_grad=denominator_grad,
                 config=self.config,
@@ -208,14 +209,13 @@ class MutualDistillationLoss(nn.Module):
                 pull = -(error * shares.row)
                 pull = pull[:, None].expand(shares.counted.shape).reshape(-1)
                 rows = on_logits(2 * pull if config.loss == "joint" else pull)
-            total = rows.total + total
+            losses = rows.mentor_loss + hidden, rows.mentee_loss + hidden, rows.total + total
         else:
             rows = on_logits()
-            total, hidden = rows.total, rows.total.new_zeros(())
+            hidden = rows.task_mentor.new_zeros(())
+            losses = rows.mentor_loss, rows.mentee_loss, rows.total
         return MutualLosses(
-            mentor=rows.mentor_loss + hidden,
-            mentee=rows.mentee_loss + hidden,
-            total=total,
+            *losses,
             task_mentor=rows.task_mentor,
             task_mentee=rows.task_mentee,
             distill_mentor=rows.distill_mentor,

@@ -377,7 +377,7 @@ LOGITS, LABELS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("mentor", "mentee", "labels", "message"),
     [
-        (LOGITS[0], LOGITS, LABELS, r"mentor_logits must have shape \(R, C\), got \(3\)"),
+        (LOGITS[0], LOGITS, LABELS, r"mentor_logits must have shape \(R, C\), got \(3,\)"),
         (LOGITS, LOGITS[:, :2], LABELS, r"mentee_logits must have the shape .* got \(4, 2\)"),
         (LOGITS[:, :0], LOGITS[:, :0], LABELS, "mentor_logits must have at least one class"),
         (LOGITS, LOGITS, LABELS[:3], r"one entry per row of logits, 4, got shape \(3\)"),
@@ -407,14 +407,18 @@ def test_devices_must_agree() -> None:
         ("summary", torch.zeros(3), r"summary must be a contiguous tensor of shape \(8\) .* \(3\)"),
         ("statistics", torch.zeros(5, 4).double(), r"statistics must be .* \(5, 4\) .* dtype"),
         ("grad_mentee", torch.zeros(3, 4).t(), r"grad_mentee must be a contiguous tensor"),
-        ("workspace", torch.zeros(7).double(), r"workspace must be .* shape \(0\) .* got \(7\)"),
+        ("workspace", torch.zeros(7).double(), r"workspace must be .* shape \(73\) .* got \(7\)"),
+        ("workspace", None, "workspace is needed where D is the mean over the batch"),
     ],
 )
-def test_wrong_buffers(device: torch.device, field: str, value: Tensor, message: str) -> None:
+def test_wrong_buffers(
+    device: torch.device, field: str, value: Tensor | None, message: str
+) -> None:
     logits = LOGITS.to(device)
-    buffers = ops.distill_buffers(logits)._replace(**{field: value.to(device)})
+    wrong = {field: None if value is None else value.to(device)}
+    buffers = ops.distill_buffers(logits, PUBLIC)._replace(**wrong)
     with pytest.raises(RuntimeError, match=message):
-        ops.distill_loss_out(logits, logits.clone(), LABELS.to(device), buffers)
+        ops.distill_loss_out(logits, logits.clone(), LABELS.to(device), buffers, config=PUBLIC)
 
 
 def test_buffers_may_not_overlap_the_other_logits(device: torch.device) -> None:

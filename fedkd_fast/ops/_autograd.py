@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, ...]
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return gradient · factor, without a pass over it where the factor is seen to be 1."""
-    # On the CPU a look at the factor is cheap, and mostly saves a pass over the gradient.
-    if factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0:
-        return gradient
-    return gradient * factor
+def scaled(gradients: Sequence[Tensor], factor: Tensor, wanted: Sequence[bool]) -> Gradients:
+    """Return gradients · factor, without a pass over them where the factor is seen to be 1."""
+    # On the CPU a look at the factor is cheap, and mostly saves a pass over the gradients.
+    one = factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0
+    return tuple(
+        (gradient if one else gradient * factor) if there else None
+        for gradient, there in zip(gradients, wanted, strict=True)
+    )
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -46,11 +48,13 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Gradients]], Callabl
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @functools.wraps(backward)
         def guarded(ctx: Any, *outer: Tensor | None) -> Gradients:
+            # What is compiled never has a graph of its gradients.
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return backward(ctx, *outer)
             with torch.no_grad():
                 gradients = backward(ctx, *outer)
             there = [gradient for gradient in gradients if gradient is not None]
-            # What is compiled never has a graph of its gradients.
-            if not there or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if not there:
                 return gradients
             anchor = there[0].new_zeros((), requires_grad=True)
             found = iter(_NoSecondDerivative.apply(op, anchor, *there))  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.ops import _library
-from fedkd_fast.ops._autograd import differentiable_once, scaled
+from fedkd_fast.ops._autograd import Gradients, differentiable_once, scaled
+from fedkd_fast.ops._memory import fresh
 from fedkd_fast.reference import PAPER, DistillLoss
 
 _STATISTICS = 5  # rows of statistics
@@ -25,7 +26,7 @@ class DistillBuffers(NamedTuple):
     statistics: Tensor  # (5, R) CE_t, CE_s, KL(s||t), KL(t||s), D
     grad_mentor: Tensor  # (R, C) of total, once multiplied by the pending scale
     grad_mentee: Tensor  # (R, C)
-    workspace: Tensor  # float64; empty where D is not the mean over the batch
+    workspace: Tensor | None  # float64; None where D is not the mean over the batch
 
 
 def distill_loss(
@@ -74,7 +75,11 @@ def distill_loss(
     are computed with the losses where one is wanted, and kept for backward: extra memory 2·R·C.
     Differentiable once.
     """
-    values = _DistillLoss.apply(  # type: ignore[no-untyped-call]
+    if mentor_logits.dim() != 2:
+        raise RuntimeError(
+            f"mentor_logits must have shape (R, C), got {tuple(mentor_logits.shape)}"
+        )
+    total, summary, statistics = _DistillLoss.apply(  # type: ignore[no-untyped-call]
         mentor_logits,
         mentee_logits,
         labels,
@@ -84,20 +89,26 @@ def distill_loss(
         config,
         in_place and not torch.compiler.is_compiling(),
     )
-    return DistillLoss(*values[:-1], *values[-1].unbind())
+    return DistillLoss(total, *summary.unbind()[1:-1], *statistics.unbind())
 
 
 def distill_buffers(logits: Tensor, config: DistillationConfig = PAPER) -> DistillBuffers:
     """Make buffers for logits of this shape, (R, C), dtype and device, and this configuration."""
+    return _buffers(logits, config, fresh(logits, *logits.shape), fresh(logits, *logits.shape))
+
+
+def _buffers(
+    logits: Tensor, config: DistillationConfig, grad_mentor: Tensor, grad_mentee: Tensor
+) -> DistillBuffers:
     rows = logits.shape[0]
     real = _real_dtype(logits)
-    waits = config.denominator == "batch"
+    waits = config.denominator == "batch" and len(grad_mentor) == rows
     return DistillBuffers(
         logits.new_empty(_SUMMARY, dtype=real),
-        logits.new_empty(_STATISTICS, rows, dtype=real),
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        logits.new_empty(_workspace(rows, real) if waits else 0, dtype=torch.float64),
+        logits.new_empty((_STATISTICS, rows), dtype=real),
+        grad_mentor,
+        grad_mentee,
+        logits.new_empty(_workspace(rows, real), dtype=torch.float64) if waits else None,
     )
 
 
@@ -192,38 +203,44 @@ class _DistillLoss(torch.autograd.Function):
         in_place: bool,
     ) -> tuple[Tensor, ...]:
         wanted = any(ctx.needs_input_grad[:2])
+        shape = mentor_logits.shape
         arguments = (
             *(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad, ignore_index),
             *_mode(config, mentor_logits),
             wanted,
         )
-        if wanted and in_place:
-            out = distill_buffers(mentor_logits[:, :0], config)._replace(
-                grad_mentor=mentor_logits, grad_mentee=mentee_logits
-            )
-            _library.native.distill_loss_out(*arguments, *out)
-        else:
+        if torch.compiler.is_compiling():
             out = DistillBuffers(*_library.native.distill_loss(*arguments))
-        summary, statistics = out.summary, out.statistics
-        *values, pending_scale = summary.unbind()
-        ctx.mark_non_differentiable(*values[1:], statistics)
-        ctx.set_materialize_grads(False)
+        else:
+            if not wanted:
+                gradients = mentor_logits[:0], mentee_logits[:0]
+            elif in_place:
+                gradients = mentor_logits, mentee_logits
+            else:
+                gradients = fresh(mentor_logits, *shape), fresh(mentor_logits, *shape)
+            out = _buffers(mentor_logits, config, *gradients)
+            _library.native.distill_loss_out(*arguments, *out)
+        summary, kept = out.summary, [out.grad_mentor, out.grad_mentee]
+        if in_place:
+            kept = [gradient.detach() for gradient in kept]
+        # On the CPU nothing is pending but in float16.
+        if mentor_logits.dtype == torch.float16 or not summary.is_cpu:
+            kept.append(summary[-1])
         # Memory that is free after backward, whoever still holds the losses.
-        gradients = (out.grad_mentor.detach(), out.grad_mentee.detach()) if wanted else ()
-        ctx.save_for_backward(pending_scale, *gradients)
+        ctx.save_for_backward(*kept)
         ctx.workspace = out.workspace  # until the stream has passed
-        return *values, statistics
+        ctx.mark_non_differentiable(summary, out.statistics)
+        ctx.set_materialize_grads(False)
+        return summary[0], summary, out.statistics
 
     @staticmethod
     @differentiable_once("distill_loss")
-    def backward(ctx: Any, outer: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor | None, *_: None) -> Gradients:
         if outer is None:
             return (None,) * 8
-        pending_scale, *kept = ctx.saved_tensors
-        gradients = [
-            scaled(gradient, outer * pending_scale) if wanted else None
-            for gradient, wanted in zip(kept, ctx.needs_input_grad[:2], strict=True)
-        ]
+        grad_mentor, grad_mentee, *pending_scale = ctx.saved_tensors
+        factor = outer * pending_scale[0] if pending_scale else outer
+        gradients = scaled((grad_mentor, grad_mentee), factor, ctx.needs_input_grad[:2])
         return *gradients, None, None, None, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fedkd_fast.ops import _library
 from fedkd_fast.ops._autograd import Gradients, differentiable_once, scaled
+from fedkd_fast.ops._memory import fresh
 from fedkd_fast.reference import LayerMse
 
 _BLOCK = 16384  # values of a block of positions: kLayerMseBlock
@@ -124,31 +125,46 @@ def _grouped(values: Tensor) -> Tensor:
 
 class _Found(NamedTuple):
     summary: Tensor  # (1 + N,) the total, then the errors
-    grad_mentor: Tensor  # in the shape of the native op; empty where it is not wanted
-    grad_mentee: Tensor
+    grad_mentor: Tensor | None  # in the shape of the native op; None or empty if not wanted
+    grad_mentee: Tensor | None
     workspace: Tensor
 
 
 def _call(
     mentor: Tensor, mentee: Tensor, scale: Tensor, mask: Tensor | None, *wanted: bool
 ) -> _Found:
-    arguments = _grouped(mentor), _grouped(mentee), scale, mask, mentor.dim() == 4
-    return _Found(*_library.native.layer_mse(*arguments, *wanted))
+    left, right, maps = _grouped(mentor), _grouped(mentee), mentor.dim() == 4
+    if torch.compiler.is_compiling():
+        return _Found(*_library.native.layer_mse(left, right, scale, mask, maps, *wanted))
+    gradients = [fresh(left, *left.shape) if one else None for one in wanted]
+    return _write(left, right, scale, mask, maps, *gradients)
 
 
 def _call_in_place(mentor: Tensor, mentee: Tensor, scale: Tensor, mask: Tensor | None) -> _Found:
     """Let the mentor's gradient take the memory of the mentee's values."""
     left, right = _grouped(mentor), _grouped(mentee)
-    found = _Found(scale.new_empty(1 + len(scale)), right, right[:0], layer_sums(left))
-    arguments = left, right, scale, mask, False
-    _library.native.layer_mse_out(*arguments, found.summary, right, None, found.workspace)
-    return found
+    return _write(left, right, scale, mask, False, right, None)
+
+
+def _write(
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    maps: bool,
+    grad_mentor: Tensor | None,
+    grad_mentee: Tensor | None,
+) -> _Found:
+    summary, sums = scale.new_empty(1 + len(scale)), layer_sums(left)
+    gradients = grad_mentor, grad_mentee
+    _library.native.layer_mse_out(left, right, scale, mask, maps, summary, *gradients, sums)
+    return _Found(summary, *gradients, sums)
 
 
 def layer_sums(values: Tensor) -> Tensor:
     """Make the workspace: a double for each block of positions."""
     samples, groups, positions, length = values.shape
-    blocks = -(-positions // max(1, _BLOCK // length))
+    blocks = -(-positions // max(1, _BLOCK // max(1, length)))
     return values.new_empty(samples, groups * blocks, dtype=torch.float64)
 
 
@@ -184,11 +200,10 @@ class _LayerMse(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if ctx.late:
             mentor, mentee, scale, mask = ctx.saved_tensors
-            gradients = list(_call(mentor, mentee, scale * outer, mask, *wanted)[1:3])
+            gradients: Gradients = _call(mentor, mentee, scale * outer, mask, *wanted)[1:3]
         else:
-            gradients = [scaled(part, outer) for part in ctx.saved_tensors]
-        parts = zip(gradients, wanted, strict=True)
-        return *(part.view(ctx.shape) if one else None for part, one in parts), None, None
+            gradients = scaled(ctx.saved_tensors, outer, wanted)
+        return *(part if part is None else part.view(ctx.shape) for part in gradients), None, None
 
 
 class _ProjectedMse(torch.autograd.Function):
@@ -229,9 +244,10 @@ class _ProjectedMse(torch.autograd.Function):
         for_mentor, for_mentee, for_weight = ctx.needs_input_grad[:3]
         if ctx.late:
             mentor, product, scale, mask = rest
-            gradient = _call(mentor, product, scale * outer, mask, True, False).grad_mentor
+            found = _call(mentor, product, scale * outer, mask, True, False).grad_mentor
         else:
-            gradient = scaled(rest[0], outer)
+            (found,) = scaled(rest, outer, [True])
+        gradient = cast(Tensor, found)
         factor, states = gradient.to(mentee.dtype).flatten(0, -2), mentee.flatten(0, -2)
         return (
             gradient.view(ctx.shape) if for_mentor else None,
