@@ -1,34 +1,9 @@
 // What bindings check of tensors of several types, and of buffers that the caller brings.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "bind_torch.h"
 
 namespace fedkd_fast::bind {
-
-// A fresh page costs the system more than the kernel takes to fill it, so memory of a large result
-// asks for huge ones, which come where the system grants them on request.
-inline void prefer_huge_pages(const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kWorthwhile = uintptr_t{4} << 20;
-  const auto bytes = static_cast<uintptr_t>(fresh.numel() * fresh.element_size());
-  if (!fresh.is_cpu() || bytes < kWorthwhile) return;
-  const auto place = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t begin = (place + kPage - 1) / kPage * kPage;
-  // A wish: what the system makes of it changes no result.
-  (void)madvise(reinterpret_cast<void*>(begin), place + bytes - begin, MADV_HUGEPAGE);
-#endif
-}
-
-inline Tensor empty_results(const Tensor& device, const std::vector<int64_t>& size,
-                            ScalarType type) {
-  Tensor results = empty_like_device(device, size, type);
-  prefer_huge_pages(results);
-  return results;
-}
 
 inline FloatType float_type(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {

@@ -176,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
   const Tensor summary = empty_like_device(mentor_logits, {kDistillSummary}, real);
   const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
   const std::vector<int64_t> size{gradients ? rows : 0, classes};
-  const Tensor grad_mentor = empty_results(mentor_logits, size, type);
-  const Tensor grad_mentee = empty_results(mentor_logits, size, type);
+  const Tensor grad_mentor = empty_like_device(mentor_logits, size, type);
+  const Tensor grad_mentee = empty_like_device(mentor_logits, size, type);
   const Tensor workspace = empty_like_device(
       mentor_logits, {batch && gradients ? workspace_size(rows, real) : 0}, ScalarType::Double);
   distill_loss_out(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad,

@@ -118,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const
   const Tensor summary = empty_like_device(mentor, {1 + args.samples}, real_type(mentor));
   const Tensor sums = empty_like_device(mentor, sums_size(args), ScalarType::Double);
   const auto gradient = [&](bool wanted) {
-    return empty_results(mentor,
-                         {wanted ? args.samples : 0, args.groups, args.positions, args.values},
-                         mentor.scalar_type());
+    return empty_like_device(mentor,
+                             {wanted ? args.samples : 0, args.groups, args.positions, args.values},
+                             mentor.scalar_type());
   };
   const Tensor grad_mentor = gradient(mentor_gradient), grad_mentee = gradient(mentee_gradient);
   const auto given = [](const Tensor& tensor, bool wanted) {

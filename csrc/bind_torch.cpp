@@ -1,6 +1,6 @@
 // Schemas of the ops library, and which function serves which device.
 
-#include "bind_buffers.h"
+#include "bind_torch.h"
 
 namespace bind = fedkd_fast::bind;
 
@@ -38,7 +38,6 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
         "Tensor(a!) summary, Tensor(b!)? grad_mentor, Tensor(c!)? grad_mentee, Tensor(d!) sums) "
         "-> ()");
 #undef FEDKD_FAST_LAYER_ARGUMENTS
-  m.def("prefer_huge_pages(Tensor fresh) -> ()");
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
@@ -50,7 +49,6 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
   m.impl("layer_mse", TORCH_BOX(&bind::layer_mse));
   m.impl("layer_mse_out", TORCH_BOX(&bind::layer_mse_out));
-  m.impl("prefer_huge_pages", TORCH_BOX(&bind::prefer_huge_pages));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));

@@ -104,6 +104,7 @@ class MutualDistillationLoss(nn.Module):
         mentor_hidden: int = 1,
         mentee_hidden: int = 1,
         layer_pairs: Sequence[tuple[int, int]] = (),
+        in_place: bool = False,
     ) -> None:
         """Build the projections: identity where the widths are equal, else Xavier-uniform.
 
@@ -113,6 +114,9 @@ class MutualDistillationLoss(nn.Module):
             mentee_hidden: width H of the mentee's hidden states, likewise.
             layer_pairs: (mentor index, mentee index) pairs as `map_layers` makes them; may be empty
                 when the config asks for logits alone.
+            in_place: let the gradients of the logits take their memory, as `ops.distill_loss` does:
+                for vocabularies, where these are the largest tensors there are. Nobody may read the
+                logits afterwards; backward raises where a model needs them for its own gradients.
 
         Raises:
             ValueError: a width below 1, a negative index, no pair although the config asks for
@@ -135,6 +139,7 @@ class MutualDistillationLoss(nn.Module):
                 'projection="identity" needs hidden states of one width, got '
                 f"mentor_hidden={mentor_hidden} and mentee_hidden={mentee_hidden}"
             )
+        self.in_place = in_place
         self.mentor_hidden = mentor_hidden
         self.mentee_hidden = mentee_hidden
         self.projections = nn.ModuleList()
@@ -192,6 +197,7 @@ class MutualDistillationLoss(nn.Module):
                 sample_weight=weight,
                 denominator_grad=denominator_grad,
                 config=self.config,
+                in_place=self.in_place,
             )
 
         config = self.config

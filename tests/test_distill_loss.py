@@ -145,6 +145,23 @@ def test_gradients_in_the_memory_of_the_logits(
     assert not torch.equal(logits[0], mentor)
 
 
+def test_without_a_graph_the_logits_stay(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(9, 7, torch.float32, device)
+    before = mentor.clone()
+    with torch.no_grad():
+        ops.distill_loss(mentor.requires_grad_(), mentee, labels, in_place=True)
+    assert torch.equal(mentor, before)
+
+
+def test_in_place_tells_who_needs_the_logits(device: torch.device) -> None:
+    mentor, mentee, labels = make_inputs(9, 7, torch.float32, device)
+    # The derivative of an exponential is what it returned.
+    logits = [one.requires_grad_().exp() for one in (mentor, mentee)]
+    found = ops.distill_loss(*logits, labels, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.total.backward()
+
+
 @pytest.mark.parametrize("margin", [8.0, 11.0])
 @pytest.mark.parametrize("classes", [2, 20, 1500])
 def test_easy_samples_keep_relative_accuracy(

@@ -249,6 +249,37 @@ def test_gradients_of_parts_of_a_batch_add_up() -> None:
     assert all(close(one.grad, gradient) for one, gradient in zip(logits, whole, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["paper", "attached", "public_code"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_gradients_in_the_memory_of_the_logits(mode: str, tokens: bool) -> None:
+    labels = TOKEN_LABELS if tokens else LABELS
+    found = []
+    for in_place in (False, True):
+        outputs = [
+            make_output(seed, MENTOR_HIDDEN, MENTOR_HEADS, layers, mask=MASK, tokens=tokens)
+            for seed, layers in ((1, MENTOR_LAYERS), (2, MENTEE_LAYERS))
+        ]
+        loss = MutualDistillationLoss(
+            MODES[mode],
+            mentor_hidden=MENTOR_HIDDEN,
+            mentee_hidden=MENTOR_HIDDEN,
+            layer_pairs=PAIRS,
+            in_place=in_place,
+        ).double()
+        parameters = [leaf for output in outputs for leaf in leaves(output)]
+        logits = [output.logits * 1 for output in outputs]
+        before = logits[0].detach().clone()
+        shown = [
+            SimpleNamespace(**{**vars(output), "logits": one})
+            for output, one in zip(outputs, logits, strict=True)
+        ]
+        losses = loss(*shown, labels, MASK, WEIGHT)
+        assert torch.equal(logits[0].detach(), before) != in_place
+        gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
+        found.append([*losses, *(one for one in gradients if one is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["public_code", "everything", "everything by sample"])
 def test_where_nothing_is_constant_gradcheck_agrees(mode: str) -> None:
     config = MODES[mode]

@@ -10,7 +10,6 @@ from torch import Tensor
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.ops import _library
 from fedkd_fast.ops._autograd import Gradients, differentiable_once, scaled
-from fedkd_fast.ops._memory import fresh
 from fedkd_fast.reference import PAPER, DistillLoss
 
 _STATISTICS = 5  # rows of statistics
@@ -88,13 +87,15 @@ def distill_loss(
         ignore_index,
         config,
         in_place and not torch.compiler.is_compiling(),
+        torch.is_grad_enabled(),
     )
     return DistillLoss(total, *summary.unbind()[1:-1], *statistics.unbind())
 
 
 def distill_buffers(logits: Tensor, config: DistillationConfig = PAPER) -> DistillBuffers:
     """Make buffers for logits of this shape, (R, C), dtype and device, and this configuration."""
-    return _buffers(logits, config, fresh(logits, *logits.shape), fresh(logits, *logits.shape))
+    shape = logits.shape
+    return _buffers(logits, config, logits.new_empty(shape), logits.new_empty(shape))
 
 
 def _buffers(
@@ -201,8 +202,10 @@ class _DistillLoss(torch.autograd.Function):
         ignore_index: int,
         config: DistillationConfig,
         in_place: bool,
+        with_graph: bool,
     ) -> tuple[Tensor, ...]:
-        wanted = any(ctx.needs_input_grad[:2])
+        # What is told to need gradients is also told so where there is no graph for them.
+        wanted = with_graph and any(ctx.needs_input_grad[:2])
         shape = mentor_logits.shape
         arguments = (
             *(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad, ignore_index),
@@ -216,8 +219,10 @@ class _DistillLoss(torch.autograd.Function):
                 gradients = mentor_logits[:0], mentee_logits[:0]
             elif in_place:
                 gradients = mentor_logits, mentee_logits
+                # Who has kept the logits for its own backward must not take these for them.
+                torch.autograd.graph.increment_version(gradients)
             else:
-                gradients = fresh(mentor_logits, *shape), fresh(mentor_logits, *shape)
+                gradients = mentor_logits.new_empty(shape), mentor_logits.new_empty(shape)
             out = _buffers(mentor_logits, config, *gradients)
             _library.native.distill_loss_out(*arguments, *out)
         summary, kept = out.summary, [out.grad_mentor, out.grad_mentee]
@@ -237,11 +242,11 @@ class _DistillLoss(torch.autograd.Function):
     @differentiable_once("distill_loss")
     def backward(ctx: Any, outer: Tensor | None, *_: None) -> Gradients:
         if outer is None:
-            return (None,) * 8
+            return (None,) * 9
         grad_mentor, grad_mentee, *pending_scale = ctx.saved_tensors
         factor = outer * pending_scale[0] if pending_scale else outer
         gradients = scaled((grad_mentor, grad_mentee), factor, ctx.needs_input_grad[:2])
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *(None,) * 7
 
 
 @torch.library.register_fake("fedkd_fast::distill_loss")

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from fedkd_fast.ops import _library
 from fedkd_fast.ops._autograd import Gradients, differentiable_once, scaled
-from fedkd_fast.ops._memory import fresh
 from fedkd_fast.reference import LayerMse
 
 _BLOCK = 16384  # values of a block of positions: kLayerMseBlock
@@ -46,7 +45,8 @@ def layer_mse(
     _check_layer(mentor, mask)
     common = torch.promote_types(mentor.dtype, mentee.dtype)
     values = mentor.to(common), mentee.to(common)
-    return LayerMse(*_LayerMse.apply(*values, _real(scale, common), mask))  # type: ignore[no-untyped-call]
+    arguments = *values, _real(scale, common), mask, torch.is_grad_enabled()
+    return LayerMse(*_LayerMse.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def projected_mse(
@@ -136,7 +136,7 @@ def _call(
     left, right, maps = _grouped(mentor), _grouped(mentee), mentor.dim() == 4
     if torch.compiler.is_compiling():
         return _Found(*_library.native.layer_mse(left, right, scale, mask, maps, *wanted))
-    gradients = [fresh(left, *left.shape) if one else None for one in wanted]
+    gradients = [left.new_empty(left.shape) if one else None for one in wanted]
     return _write(left, right, scale, mask, maps, *gradients)
 
 
@@ -182,11 +182,18 @@ class _LayerMse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mentor: Tensor, mentee: Tensor, scale: Tensor, mask: Tensor | None
+        ctx: Any,
+        mentor: Tensor,
+        mentee: Tensor,
+        scale: Tensor,
+        mask: Tensor | None,
+        with_graph: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.shape = mentor.shape
         ctx.late = mentor.dtype == torch.float16
-        wanted = (False, False) if ctx.late else ctx.needs_input_grad[:2]
+        # What is told to need gradients is also told so where there is no graph for them.
+        now = with_graph and not ctx.late
+        wanted = ctx.needs_input_grad[:2] if now else (False, False)
         found = _call(mentor, mentee, scale, mask, *wanted)
         kept = (mentor, mentee, scale, mask) if ctx.late else found[1:3]
         ctx.save_for_backward(*kept)
@@ -196,14 +203,15 @@ class _LayerMse(torch.autograd.Function):
     @differentiable_once("layer_mse")
     def backward(ctx: Any, outer: Tensor | None, *_: None) -> Gradients:
         if outer is None:
-            return None, None, None, None
+            return (None,) * 5
         wanted = ctx.needs_input_grad[:2]
         if ctx.late:
             mentor, mentee, scale, mask = ctx.saved_tensors
             gradients: Gradients = _call(mentor, mentee, scale * outer, mask, *wanted)[1:3]
         else:
             gradients = scaled(ctx.saved_tensors, outer, wanted)
-        return *(part if part is None else part.view(ctx.shape) for part in gradients), None, None
+        gradients = tuple(part if part is None else part.view(ctx.shape) for part in gradients)
+        return *gradients, None, None, None
 
 
 class _ProjectedMse(torch.autograd.Function):
