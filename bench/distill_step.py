@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peers import eager_losses
@@ -116,15 +116,24 @@ def detached(output: Any) -> SimpleNamespace:
     )
 
 
-def seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+class Call(NamedTuple):
+    """What is measured, and what has to be done before."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def seconds(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     """Return the median of each, of rounds in which every one has its turn."""
     for call in calls.values():
-        call()
+        call.prepare()
+        call.run()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call.prepare()
             start = time.perf_counter()
-            call()
+            call.run()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -173,16 +182,19 @@ def measure(labelled: float | None, rounds: int) -> dict[str, Any]:
         loss(*outputs_of(models, ids, mask, True)).backward()
         optimizer.step()
 
-    def alone(name: str) -> None:
-        for one in kept[name]:
+    def renew(name: str) -> None:
+        for one, output in zip(kept[name], outputs, strict=True):
             for part in (one.logits, *one.hidden_states, *one.attentions):
                 part.grad = None
+            one.logits.data.copy_(output.logits)  # which gradients may have taken the place of
+
+    def alone(name: str) -> None:
         losses[name](*kept[name]).backward()
 
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for name, loss in losses.items():
-        calls[f"step {name}"] = lambda loss=loss: step(loss)
-        calls[f"loss {name}"] = lambda name=name: alone(name)
+        calls[f"step {name}"] = Call(lambda loss=loss: step(loss))
+        calls[f"loss {name}"] = Call(lambda name=name: alone(name), lambda name=name: renew(name))
     found = seconds(calls, rounds)
     mine = found["step ours"]
     return {
@@ -200,7 +212,7 @@ def measure(labelled: float | None, rounds: int) -> dict[str, Any]:
 def cost_of_maps(rounds: int) -> dict[str, Any]:
     """Forward and backward of both models: eager attention with maps, and without, and sdpa."""
     ids, mask, labels = batch(None)
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for name, attention, maps in (
         ("eager, maps returned", "eager", True),
         ("eager", "eager", False),
@@ -212,7 +224,7 @@ def cost_of_maps(rounds: int) -> dict[str, Any]:
             logits = [one.logits for one in outputs_of(models, ids, mask, maps)]
             sum(functional.cross_entropy(one, labels) for one in logits).backward()
 
-        calls[name] = run
+        calls[name] = Call(run)
     found = seconds(calls, rounds)
     return {
         "ms": {name: round(1e3 * value, 2) for name, value in found.items()},

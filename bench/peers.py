@@ -85,13 +85,13 @@ def our_maps(layers: Layers, scale: Tensor) -> Tensor:
 
 def native_maps(layers: Layers, scale: Tensor, out: Layers) -> tuple[Tensor, ...]:
     """Call the kernel alone, which writes both gradients of each pair into `out`."""
-    summary = scale.new_empty(1 + len(scale))
+    results = scale.new_empty(()), torch.empty_like(scale)
     for mentor, mentee, *gradients in zip(
         layers[::2], layers[1::2], out[::2], out[1::2], strict=True
     ):
         sums = layer_sums(mentor)
         arguments = mentor, mentee, scale, None, True
-        ops._library.native.layer_mse_out(*arguments, summary, *gradients, sums)
+        ops._library.native.layer_mse_out(*arguments, *results, *gradients, sums)
     return tuple(out)
 
 

@@ -69,7 +69,8 @@ Tensor with_unit_columns(const Tensor& logits) {
   return logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
 }
 
-void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary) {
+void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& total,
+                const Tensor& summary) {
   const cpu::LabelScan scan = cpu::scan_labels(args);
   STD_TORCH_CHECK(scan.first_bad_label < 0, "labels must lie in [0, ", args.classes,
                   ") or equal ignore_index ", args.ignore_index, ", got ",
@@ -99,9 +100,11 @@ void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& summary)
     });
   const double pending_scale = divide ? 1.0 : means.inverse_weight;
   if (summary.scalar_type() == ScalarType::Double)
-    store_summary(means, pending_scale, summary.mutable_data_ptr<double>());
+    store_summary(means, pending_scale, total.mutable_data_ptr<double>(),
+                  summary.mutable_data_ptr<double>());
   else
-    store_summary(means, pending_scale, summary.mutable_data_ptr<float>());
+    store_summary(means, pending_scale, total.mutable_data_ptr<float>(),
+                  summary.mutable_data_ptr<float>());
 }
 
 }  // namespace
@@ -111,13 +114,15 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
                       bool batch, bool attached, bool joint, bool into_targets, double task,
                       double divergence, double temperature, double smoothing, bool gradients,
-                      const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
-                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace) {
+                      const Tensor& total, const Tensor& summary, const Tensor& statistics,
+                      const Tensor& grad_mentor, const Tensor& grad_mentee,
+                      const std::optional<Tensor>& workspace) {
   check_logits(mentor_logits, mentee_logits, labels);
   check_row_values(sample_weight, "sample_weight", mentor_logits);
   check_row_values(denominator_grad, "denominator_grad", mentor_logits);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType real = real_type(mentor_logits);
+  check_out(total, "total", mentor_logits, "mentor_logits", {}, real);
   check_out(summary, "summary", mentor_logits, "mentor_logits", {kDistillSummary}, real);
   check_out(statistics, "statistics", mentor_logits, "mentor_logits", {5, rows}, real);
   const bool waits = batch && gradients;
@@ -158,14 +163,15 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   if (on_gpu(mentor_logits)) {
     // A bad label makes its row NaN: to raise for it would stall the stream.
     const GpuScope gpu(mentor_logits);
-    check_launch(cuda::distill_loss(args, means, summary.mutable_data_ptr(), gpu.stream));
+    check_launch(cuda::distill_loss(args, means, total.mutable_data_ptr(),
+                                    summary.mutable_data_ptr(), gpu.stream));
     return;
   }
 #endif
-  run_on_cpu(args, means, summary);
+  run_on_cpu(args, means, total, summary);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
     const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
     int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
@@ -173,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
   check_logits(mentor_logits, mentee_logits, labels);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType type = mentor_logits.scalar_type(), real = real_type(mentor_logits);
+  const Tensor total = empty_like_device(mentor_logits, {}, real);
   const Tensor summary = empty_like_device(mentor_logits, {kDistillSummary}, real);
   const Tensor statistics = empty_like_device(mentor_logits, {5, rows}, real);
   const std::vector<int64_t> size{gradients ? rows : 0, classes};
@@ -182,9 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
       mentor_logits, {batch && gradients ? workspace_size(rows, real) : 0}, ScalarType::Double);
   distill_loss_out(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad,
                    ignore_index, batch, attached, joint, into_targets, task, divergence,
-                   temperature, smoothing, gradients, summary, statistics, grad_mentor, grad_mentee,
-                   workspace);
-  return {summary, statistics, grad_mentor, grad_mentee, workspace};
+                   temperature, smoothing, gradients, total, summary, statistics, grad_mentor,
+                   grad_mentee, workspace);
+  return {total, summary, statistics, grad_mentor, grad_mentee, workspace};
 }
 
 }  // namespace fedkd_fast::bind

@@ -16,6 +16,8 @@ void check_layers(const Tensor& mentor, const Tensor& mentee, const Tensor& scal
   for (int64_t dim = 1; dim < 4; ++dim)
     STD_TORCH_CHECK(mentor.size(dim) > 0, "mentor must have values in every sample, got shape ",
                     shape_text(mentor));
+  STD_TORCH_CHECK(mentor.size(3) < (int64_t{1} << 31), "mentor has too many values in a position, ",
+                  mentor.size(3));
   STD_TORCH_CHECK(mentee.scalar_type() == mentor.scalar_type(),
                   "mentor and mentee must have one dtype");
   STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == mentor.size(0),
@@ -74,12 +76,13 @@ void run_on_cpu(const LayerMseArgs& args) {
 }  // namespace
 
 void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& scale,
-                   const std::optional<Tensor>& mask, bool masks_values, const Tensor& summary,
-                   const std::optional<Tensor>& grad_mentor,
+                   const std::optional<Tensor>& mask, bool masks_values, const Tensor& total,
+                   const Tensor& errors, const std::optional<Tensor>& grad_mentor,
                    const std::optional<Tensor>& grad_mentee, const Tensor& sums) {
   check_layers(mentor, mentee, scale, mask, masks_values);
   LayerMseArgs args = shape_of(mentor);
-  check_out(summary, "summary", mentor, "mentor", {1 + args.samples}, real_type(mentor));
+  check_out(total, "total", mentor, "mentor", {}, real_type(mentor));
+  check_out(errors, "errors", mentor, "mentor", {args.samples}, real_type(mentor));
   check_out(sums, "sums", mentor, "mentor", sums_size(args), ScalarType::Double);
   check_gradient_out(grad_mentor, "grad_mentor", mentor, mentee);
   check_gradient_out(grad_mentee, "grad_mentee", mentor, mentee);
@@ -95,7 +98,8 @@ void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& sca
   args.mask = counts ? static_cast<const uint8_t*>(counts->const_data_ptr()) : nullptr;
   args.masks_values = masks_values && counts;
   args.sums = sums.mutable_data_ptr<double>();
-  args.summary = summary.mutable_data_ptr();
+  args.total = total.mutable_data_ptr();
+  args.errors = errors.mutable_data_ptr();
   args.grad_mentor = grad_mentor ? grad_mentor->mutable_data_ptr() : nullptr;
   args.grad_mentee = grad_mentee ? grad_mentee->mutable_data_ptr() : nullptr;
 #ifdef FEDKD_FAST_HAS_CUDA
@@ -108,14 +112,14 @@ void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& sca
   run_on_cpu(args);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const Tensor& mentee,
-                                                     const Tensor& scale,
-                                                     const std::optional<Tensor>& mask,
-                                                     bool masks_values, bool mentor_gradient,
-                                                     bool mentee_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_mse(
+    const Tensor& mentor, const Tensor& mentee, const Tensor& scale,
+    const std::optional<Tensor>& mask, bool masks_values, bool mentor_gradient,
+    bool mentee_gradient) {
   check_layers(mentor, mentee, scale, mask, masks_values);
   const LayerMseArgs args = shape_of(mentor);
-  const Tensor summary = empty_like_device(mentor, {1 + args.samples}, real_type(mentor));
+  const Tensor total = empty_like_device(mentor, {}, real_type(mentor));
+  const Tensor errors = empty_like_device(mentor, {args.samples}, real_type(mentor));
   const Tensor sums = empty_like_device(mentor, sums_size(args), ScalarType::Double);
   const auto gradient = [&](bool wanted) {
     return empty_like_device(mentor,
@@ -126,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const
   const auto given = [](const Tensor& tensor, bool wanted) {
     return wanted ? std::optional(tensor) : std::nullopt;
   };
-  layer_mse_out(mentor, mentee, scale, mask, masks_values, summary,
+  layer_mse_out(mentor, mentee, scale, mask, masks_values, total, errors,
                 given(grad_mentor, mentor_gradient), given(grad_mentee, mentee_gradient), sums);
-  return {summary, grad_mentor, grad_mentee, sums};
+  return {total, errors, grad_mentor, grad_mentee, sums};
 }
 
 }  // namespace fedkd_fast::bind

@@ -23,19 +23,22 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
   "bool into_targets, float task, float divergence, float temperature, float smoothing, " \
   "bool gradients"
   m.def("distill_loss(" FEDKD_FAST_DISTILL_ARGUMENTS
-        ") -> (Tensor summary, Tensor statistics, Tensor grad_mentor, Tensor grad_mentee, "
+        ") -> (Tensor total, Tensor summary, Tensor statistics, Tensor grad_mentor, Tensor "
+        "grad_mentee, "
         "Tensor workspace)");
   m.def("distill_loss_out(" FEDKD_FAST_DISTILL_ARGUMENTS
-        ", Tensor(a!) summary, Tensor(b!) statistics, Tensor(c!) grad_mentor, "
-        "Tensor(d!) grad_mentee, Tensor(e!)? workspace) -> ()");
+        ", Tensor(a!) total, Tensor(b!) summary, Tensor(c!) statistics, Tensor(d!) grad_mentor, "
+        "Tensor(e!) grad_mentee, Tensor(f!)? workspace) -> ()");
 #undef FEDKD_FAST_DISTILL_ARGUMENTS
 #define FEDKD_FAST_LAYER_ARGUMENTS \
   "Tensor mentor, Tensor mentee, Tensor scale, Tensor? mask, bool masks_values, "
   m.def("layer_mse(" FEDKD_FAST_LAYER_ARGUMENTS
-        "bool mentor_gradient, bool mentee_gradient) -> (Tensor summary, Tensor grad_mentor, "
+        "bool mentor_gradient, bool mentee_gradient) -> (Tensor total, Tensor errors, Tensor "
+        "grad_mentor, "
         "Tensor grad_mentee, Tensor sums)");
   m.def("layer_mse_out(" FEDKD_FAST_LAYER_ARGUMENTS
-        "Tensor(a!) summary, Tensor(b!)? grad_mentor, Tensor(c!)? grad_mentee, Tensor(d!) sums) "
+        "Tensor(a!) total, Tensor(b!) errors, Tensor(c!)? grad_mentor, Tensor(d!)? grad_mentee, "
+        "Tensor(e!) sums) "
         "-> ()");
 #undef FEDKD_FAST_LAYER_ARGUMENTS
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");

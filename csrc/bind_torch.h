@@ -109,7 +109,7 @@ truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
               const std::vector<Tensor>& shares, const std::vector<int64_t>& budgets_bytes,
               int64_t seed);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
     const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
     int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
@@ -119,17 +119,17 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
                       bool batch, bool attached, bool joint, bool into_targets, double task,
                       double divergence, double temperature, double smoothing, bool gradients,
-                      const Tensor& summary, const Tensor& statistics, const Tensor& grad_mentor,
-                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace);
+                      const Tensor& total, const Tensor& summary, const Tensor& statistics,
+                      const Tensor& grad_mentor, const Tensor& grad_mentee,
+                      const std::optional<Tensor>& workspace);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_mse(const Tensor& mentor, const Tensor& mentee,
-                                                     const Tensor& scale,
-                                                     const std::optional<Tensor>& mask,
-                                                     bool masks_values, bool mentor_gradient,
-                                                     bool mentee_gradient);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_mse(
+    const Tensor& mentor, const Tensor& mentee, const Tensor& scale,
+    const std::optional<Tensor>& mask, bool masks_values, bool mentor_gradient,
+    bool mentee_gradient);
 void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& scale,
-                   const std::optional<Tensor>& mask, bool masks_values, const Tensor& summary,
-                   const std::optional<Tensor>& grad_mentor,
+                   const std::optional<Tensor>& mask, bool masks_values, const Tensor& total,
+                   const Tensor& errors, const std::optional<Tensor>& grad_mentor,
                    const std::optional<Tensor>& grad_mentee, const Tensor& sums);
 
 Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);

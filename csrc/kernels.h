@@ -345,9 +345,10 @@ void distill_loss_gradients(const DistillLossArgs& args, const DistillMeans& mea
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
-// All of it. means: on the device, or null where D is of a row. summary (kDistillSummary) of Real.
-cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
-                         cudaStream_t stream);
+// All of it. means: on the device, or null where D is of a row. total (1) and summary
+// (kDistillSummary) of Real.
+cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* total,
+                         void* summary, cudaStream_t stream);
 
 }  // namespace cuda
 #endif
@@ -360,7 +361,7 @@ namespace cpu {
 // Sums and gradients of blocks [begin, end) of N · G · blocks.
 void layer_mse(const LayerMseArgs& args, int64_t begin, int64_t end);
 
-// The summary from sums.
+// Errors and total from sums.
 void mean_layer_mse(const LayerMseArgs& args);
 
 }  // namespace cpu

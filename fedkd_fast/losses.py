@@ -34,7 +34,10 @@ class ModelOutput(Protocol):
 
     @property
     def attentions(self) -> Sequence[Tensor] | None:
-        """Attention probabilities of each layer: (N, heads, L, L)."""
+        """Attention maps of each layer, (N, heads, L, L), as they multiply the values.
+
+        So transformers returns them: in training, after dropout.
+        """
 
 
 class MutualLosses(NamedTuple):
@@ -176,7 +179,7 @@ class MutualDistillationLoss(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, or hidden states or attentions that are missing.
-            RuntimeError: from `ops.distill_loss`.
+            RuntimeError: from the ops.
         """
         _check_logits(mentor.logits, mentee.logits, labels)
         if sample_weight is not None and sample_weight.shape != labels.shape[:1]:

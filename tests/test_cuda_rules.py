@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from op_samples import ASYNCHRONOUS, BITS, COUNT, OPS, SCALE, check, noise, overwrite
+from torch import Tensor
 
 from fedkd_fast import ops, reference
+from fedkd_fast.losses import MutualDistillationLoss
 
 pytestmark = [
     pytest.mark.cuda,
@@ -91,6 +94,67 @@ def test_a_graph_replays_it_on_new_data(name: str) -> None:
     overwrite(data, late)
     graph.replay()
     check(found, op.truth(*op.sample(1)), op.eps)
+
+
+def a_layered_loss() -> tuple[MutualDistillationLoss, list[Tensor], Callable[[], Tensor]]:
+    """The whole loss, the tensors it has gradients for, and a step of it."""
+    torch.manual_seed(0)
+    loss = MutualDistillationLoss(
+        mentor_hidden=12, mentee_hidden=8, layer_pairs=[(1, 0)], in_place=False
+    ).cuda()
+    parts = [
+        torch.randn(*shape, device="cuda").requires_grad_()
+        for shape in [(4, 3), (4, 3), (4, 5, 12), (4, 5, 8), (4, 2, 5, 5), (4, 2, 5, 5)]
+    ]
+    labels = torch.arange(4, device="cuda") % 3
+    mask = (torch.arange(5, device="cuda") < torch.arange(2, 6, device="cuda")[:, None]).long()
+
+    def step() -> Tensor:
+        for part in (*parts, *loss.parameters()):
+            part.grad = None
+        outputs = [
+            SimpleNamespace(
+                logits=parts[model],
+                hidden_states=[parts[2 + model]] * 3,
+                attentions=[parts[4 + model]] * 2,
+            )
+            for model in range(2)
+        ]
+        total = loss(*outputs, labels, mask).total
+        total.backward()
+        return total.detach()
+
+    return loss, parts, step
+
+
+def test_the_whole_loss_does_not_wait(request: pytest.FixtureRequest) -> None:
+    _, _, step = a_layered_loss()
+    step()
+    request.getfixturevalue("waiting_is_an_error")
+    step()
+
+
+def test_a_graph_replays_the_whole_loss() -> None:
+    loss, parts, step = a_layered_loss()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = step()
+    captured = [part.grad for part in (*parts, *loss.parameters())]
+    with torch.no_grad():
+        for part in parts:
+            part.mul_(0.5)
+    graph.replay()
+    found = [total.clone(), *(one.clone() for one in captured if one is not None)]
+    expected = [step(), *(part.grad for part in (*parts, *loss.parameters()))]
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
 # Tensors of each call; all but one of them on one device.

@@ -14,6 +14,7 @@ from fedkd_fast import ops, reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MAPS = [(3, 2, 5, 5), (1, 1, 1, 1), (2, 3, 64, 64), (1, 2, 130, 130)]
 STATES = [(2, 37, 384), (3, 7, 5), (1, 1, 20_000), (2, 400, 50), (5, 33)]
+ROW = list(enumerate([(1, 8), (1, 8), (8, 8)]))
 # A value passes a difference, a square, a factor and the rounding of its storage.
 ROUNDINGS = 8
 Loss = Callable[..., reference.LayerMse]
@@ -151,20 +152,28 @@ def test_only_gradients_that_are_wanted(device: torch.device) -> None:
         model.requires_grad_(False)
     assert not ops.layer_mse(mentor, mentee, scale).total.requires_grad
     found = ops._library.native.layer_mse(mentor, mentee, scale, None, True, False, True)
-    assert [part.numel() for part in found[1:3]] == [0, mentor.numel()]
+    assert [part.numel() for part in found[2:4]] == [0, mentor.numel()]
 
 
 def test_values_in_any_order(device: torch.device) -> None:
-    mentor, mentee, scale, mask = inputs((3, 2, 6, 6), torch.float32, device, True)
+    mentor, mentee, scale, mask = inputs((3, 2, 8, 8), torch.float32, device, True)
     assert mask is not None
-    expected = ops.layer_mse(mentor, mentee, scale, mask=mask)
-    found = ops.layer_mse(
-        mentor.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-        mentee.mT.contiguous().mT,
-        scale.repeat_interleave(2)[::2],
-        mask=mask.mT.contiguous().mT,
-    )
-    assert torch.equal(found.errors, expected.errors)
+    expected = evaluate(ops.layer_mse, torch.float32, mentor, mentee, scale, mask=mask)
+    odd = torch.zeros(mentor.numel() + 1, device=device)[1:].view(mentor.shape)  # not on 16 bytes
+    odd.copy_(mentor)
+    for left, right in (
+        (mentor.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), mentee.mT.contiguous().mT),
+        (odd, mentee),
+    ):
+        leaves = left.requires_grad_(), right.detach().requires_grad_()
+        found = ops.layer_mse(
+            *leaves, scale.repeat_interleave(2)[::2], mask=mask.mT.contiguous().mT
+        )
+        gradients = torch.autograd.grad(found.total, leaves)
+        # Vectors and single values add squares in different orders.
+        assert torch.allclose(found.errors.double().cpu(), expected[1], rtol=1e-6)
+        for one, other in zip(gradients, expected[2:], strict=True):
+            assert torch.equal(one.double().cpu(), other)
 
 
 def test_dtypes_meet_in_the_wider_one(device: torch.device) -> None:
@@ -173,7 +182,10 @@ def test_dtypes_meet_in_the_wider_one(device: torch.device) -> None:
     found = ops.layer_mse(mentor, narrow, scale)
     found.total.backward()
     assert torch.equal(found.errors, ops.layer_mse(mentor, narrow.float(), scale).errors)
-    assert narrow.grad is not None and narrow.grad.dtype == torch.bfloat16
+    wide = narrow.detach().float().requires_grad_()
+    ops.layer_mse(mentor, wide, scale).total.backward()
+    assert narrow.grad is not None and wide.grad is not None
+    assert torch.equal(narrow.grad, wide.grad.bfloat16())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -181,20 +193,22 @@ def test_dtypes_meet_in_the_wider_one(device: torch.device) -> None:
 def test_large_layers_are_those_of_their_samples(dtype: torch.dtype, masked: bool) -> None:
     # Large enough for stores around the caches, which a sample alone is not.
     cpu = torch.device("cpu")
-    mentor, mentee, scale, mask = inputs((40, 4, 130, 130), dtype, cpu, masked)
-    summary, *gradients, _ = ops._library.native.layer_mse(
+    samples = 40 if dtype == torch.float32 else 80
+    mentor, mentee, scale, mask = inputs((samples, 4, 130, 130), dtype, cpu, masked)
+    assert mentor.nbytes + mentee.nbytes > 16 << 20
+    _, errors, *gradients, _ = ops._library.native.layer_mse(
         mentor, mentee, scale, mask, True, True, True
     )
     for sample in (0, 17, 39):
         part = slice(sample, sample + 1)
-        alone, *parts, _ = ops._library.native.layer_mse(
+        _, alone, *parts, _ = ops._library.native.layer_mse(
             mentor[part],
             mentee[part],
             scale[part],
             None if mask is None else mask[part],
             *(True, True, True),
         )
-        assert torch.equal(alone[1:], summary[1:][part])
+        assert torch.equal(alone, errors[part])
         assert all(torch.equal(one, all_[part]) for one, all_ in zip(parts, gradients, strict=True))
 
 
@@ -226,6 +240,33 @@ def test_gradients_are_derivatives(shape: tuple[int, ...], masked: bool) -> None
             lambda t, s, w: ops.projected_mse(t, s, w, scale, mask=mask).total * 3.0,
             [*leaves, weight],
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_scales_and_repeats(device: torch.device, dtype: torch.dtype) -> None:
+    mentor, mentee, scale, _ = inputs((2, 5, 8), dtype, device, False)
+    weight = torch.eye(8, dtype=dtype, device=device).requires_grad_()
+    leaves = [mentor.requires_grad_(), mentee.requires_grad_(), weight]
+    for found in (
+        ops.layer_mse(mentor, mentee, scale),
+        ops.projected_mse(mentor, mentee, weight, scale),
+    ):
+        total, expected = found.total, None
+        for factor in (1.0, 0.5, 1.0):
+            for leaf in leaves:
+                leaf.grad = None
+            (total * factor).backward(retain_graph=True)
+            gradients = [leaf.grad / factor for leaf in leaves if leaf.grad is not None]
+            expected = expected or [gradient.clone() for gradient in gradients]
+            assert all(map(torch.equal, gradients, expected))
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    leaf.grad.zero_()  # which are nobody else's
+        total /= 2
+        total.backward()
+        assert mentor.grad is not None and expected is not None
+        assert torch.equal(2 * mentor.grad, expected[0])
+        mentor.grad = mentee.grad = weight.grad = None
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
@@ -269,19 +310,35 @@ def test_memory_of_gradients_is_free_after_backward() -> None:
 
 
 def test_compiles_as_a_whole() -> None:
-    mentor, mentee, scale, mask = inputs((2, 6, 8), torch.float32, torch.device("cpu"), True)
-    weight = noise(9, 8, 8) / 3
+    mentor, mentee, scale, masks = inputs((2, 6, 8), torch.float32, torch.device("cpu"), True)
+    assert masks is not None
+    weight, mask = noise(9, 8, 8) / 3, masks
 
     def loss(t: Tensor, s: Tensor, w: Tensor, scale: Tensor) -> reference.LayerMse:
         plain = ops.layer_mse(t.sin(), s, scale, mask=mask)
         total = plain.total + ops.projected_mse(t.sin(), s, w, scale, mask=mask).total
         return reference.LayerMse(total, plain.errors)
 
-    expected = evaluate(loss, torch.float32, mentor, mentee, weight, scale)
     compiled = torch.compile(loss, fullgraph=True)
-    found = evaluate(compiled, torch.float32, mentor, mentee, weight, scale)
+    for samples in (2, 1):
+        parts = mentor[:samples], mentee[:samples], weight, scale[:samples]
+        mask = masks[:samples]
+        expected = evaluate(loss, torch.float32, *parts)
+        found = evaluate(compiled, torch.float32, *parts)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_small_row_compiles(dtype: torch.dtype) -> None:
+    mentor, mentee, weight = (noise(seed, *size).to(dtype) for seed, size in ROW)
+    scale = torch.ones(1)
+    expected = evaluate(ops.projected_mse, dtype, mentor, mentee, weight, scale)
+    compiled = torch.compile(ops.projected_mse, fullgraph=True)
+    found = evaluate(compiled, dtype, mentor, mentee, weight, scale)
+    eps = torch.finfo(dtype).eps
     for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+        assert largest(one - other) <= ROUNDINGS * eps * max(1.0, largest(other))
 
 
 def test_products_in_16_bits() -> None:
@@ -310,7 +367,7 @@ def test_opcheck(wanted: tuple[bool, bool]) -> None:
         torch.ops.fedkd_fast.layer_mse.default, (mentor, mentee, scale, mask, True, *wanted)
     )
     sums = mentor.new_empty(3, 2, dtype=torch.float64)
-    outs = (torch.empty(4), torch.empty_like(mentor), None, sums)
+    outs = (torch.empty(()), torch.empty(3), torch.empty_like(mentor), None, sums)
     torch.library.opcheck(
         torch.ops.fedkd_fast.layer_mse_out.default,
         (mentor, mentee, scale, mask, True, *outs),
@@ -322,13 +379,24 @@ def test_opcheck(wanted: tuple[bool, bool]) -> None:
     ("change", "message"),
     [
         ({"mentor": torch.zeros(2, 3, 4, 5, 6)}, r"mentor must have shape .* \(2, 3, 4, 5, 6\)"),
-        ({"mentee": torch.zeros(2, 4, 7)}, r"shape of mentor, \(2, 1, 4, 6\), got \(2, 1, 4, 7\)"),
+        ({"mentee": torch.zeros(2, 4, 7)}, r"shape of mentor, \(2, 4, 6\), got \(2, 4, 7\)"),
+        ({"mentee": torch.zeros(2, 1, 4, 6)}, r"of mentor, \(2, 4, 6\), got \(2, 1, 4, 6\)"),
         ({"scale": torch.zeros(3)}, r"scale must have one entry per sample, 2, got shape \(3\)"),
         ({"mask": torch.zeros(2, 4)}, "mask must be bool"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, r"mask must have shape \(2, 4\), got"),
         ({"mentor": torch.zeros(2, 4, 0), "mentee": torch.zeros(2, 4, 0)}, "must have values"),
-        ({"mentor": torch.zeros(2, 4, 6).long(), "mentee": torch.zeros(2, 4, 6).long()}, "float"),
-        ({"mentor": torch.zeros(2, 1, 4, 6), "mentee": torch.zeros(2, 1, 4, 6)}, "as many of them"),
+        (
+            {"mentor": torch.zeros(2, 4, 6).long(), "mentee": torch.zeros(2, 4, 6).long()},
+            "be float",
+        ),
+        (
+            {
+                "mentor": torch.zeros(2, 1, 4, 6),
+                "mentee": torch.zeros(2, 1, 4, 6),
+                "mask": torch.ones(2, 4, dtype=torch.bool),
+            },
+            "as many of them",
+        ),
         ({"mentor": torch.zeros(2, 6), "mask": torch.ones(2, 4).bool()}, "mask must be None"),
     ],
 )
@@ -360,15 +428,24 @@ def test_bad_projections(mentee: tuple[int, ...], weight: tuple[int, ...], messa
 
 
 def test_gradients_must_not_overlap(device: torch.device) -> None:
-    memory = torch.zeros(3, 2, 1, 4, 4, device=device)
-    mentor, mentee, scale = memory[0], memory[1], torch.zeros(2, device=device)
-    summary, sums = torch.zeros(3), torch.zeros(2, 1, dtype=torch.float64)
+    memory = noise(0, 3, 2, 1, 4, 4).to(device)
+    mentor, mentee, scale = memory[0], memory[1], torch.ones(2, device=device)
+    expected = evaluate(ops.layer_mse, torch.float32, mentor, mentee, scale)
+    total, errors = torch.zeros((), device=device), torch.zeros(2, device=device)
+    sums = torch.zeros(2, 1, dtype=torch.float64)
     call = partial(
         ops._library.native.layer_mse_out,
-        *(mentor, mentee, scale, None, True, summary.to(device)),
+        *(mentor, mentee, scale, None, True, total, errors),
     )
     sums = sums.to(device)
-    call(mentor, mentee, sums)  # each in the place of a model
+    before = memory.clone()
+    call(mentor, mentee, sums)  # each in the place of a model, its own or the other
+    assert torch.equal(memory[0].double().cpu(), expected[2])
+    assert torch.equal(memory[1].double().cpu(), expected[3])
+    memory.copy_(before)
+    call(mentee, mentor, sums)
+    assert torch.equal(memory[1].double().cpu(), expected[2])
+    assert torch.equal(memory[0].double().cpu(), expected[3])
     with pytest.raises(RuntimeError, match="grad_mentor must not overlap mentor or mentee"):
         call(memory.flatten()[8:40].view(2, 1, 4, 4), None, sums)
     with pytest.raises(RuntimeError, match="grad_mentor and grad_mentee must not overlap"):

@@ -61,22 +61,23 @@ struct DistillMeans {
   double inverse_weight;  // 1 / the sum of weights
 };
 
-// What the caller is told: the total, both losses, both tasks, both divergences, each mentor first,
-// and what gradients still have to be multiplied by.
-constexpr int kDistillSummary = 8;
+// What the caller is told beside the total: both losses, both tasks, both divergences, each mentor
+// first, and what gradients still have to be multiplied by.
+constexpr int kDistillSummary = 7;
 
 template <typename Real>
-FEDKD_FORMULA void store_summary(const DistillMeans& means, double pending_scale, Real* summary) {
+FEDKD_FORMULA void store_summary(const DistillMeans& means, double pending_scale, Real* total,
+                                 Real* summary) {
   const double mentor = means.task[0] + means.divergence[0];
   const double mentee = means.task[1] + means.divergence[1];
-  summary[0] = static_cast<Real>(mentor + mentee);
-  summary[1] = static_cast<Real>(mentor);
-  summary[2] = static_cast<Real>(mentee);
-  summary[3] = static_cast<Real>(means.task[0]);
-  summary[4] = static_cast<Real>(means.task[1]);
-  summary[5] = static_cast<Real>(means.divergence[0]);
-  summary[6] = static_cast<Real>(means.divergence[1]);
-  summary[7] = static_cast<Real>(pending_scale);
+  *total = static_cast<Real>(mentor + mentee);
+  summary[0] = static_cast<Real>(mentor);
+  summary[1] = static_cast<Real>(mentee);
+  summary[2] = static_cast<Real>(means.task[0]);
+  summary[3] = static_cast<Real>(means.task[1]);
+  summary[4] = static_cast<Real>(means.divergence[0]);
+  summary[5] = static_cast<Real>(means.divergence[1]);
+  summary[6] = static_cast<Real>(pending_scale);
 }
 
 // Softmax statistics of one row of one model at one temperature.

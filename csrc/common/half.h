@@ -31,8 +31,13 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// Storage types of tensors.
+// Storage types of tensors. `Real`, the type of their arithmetic, is double for kFloat64, else
+// float.
 enum class FloatType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+inline std::int64_t storage_bytes(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
 
 // The arithmetic type of a storage type: 16-bit formats compute in fp32.
 template <typename Storage>

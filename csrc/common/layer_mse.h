@@ -23,8 +23,9 @@ struct LayerMseArgs {
   const uint8_t* mask;  // (N, P), or null where all positions count
   bool masks_values;
   int64_t samples, groups, positions, values;
-  double* sums;   // (N, G · blocks) workspace, blocks as by layer_mse_blocks
-  void* summary;  // (1 + N,) of Real: sum_n scale[n] · error[n], then the errors
+  double* sums;  // (N, G · blocks) workspace, blocks as by layer_mse_blocks
+  void* total;   // (1,) of Real: sum_n scale[n] · error[n]
+  void* errors;  // (N,) of Real
   // (N, G, P, K), contiguous; null where not wanted. Each may be mentor or mentee themselves.
   void* grad_mentor;
   void* grad_mentee;

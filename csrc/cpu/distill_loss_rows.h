@@ -158,10 +158,7 @@ inline bool in_place(const DistillLossArgs& args) {
 }
 
 inline int64_t gradient_bytes(const DistillLossArgs& args) {
-  const int64_t size = args.type == FloatType::kFloat64   ? 8
-                       : args.type == FloatType::kFloat32 ? 4
-                                                          : 2;
-  return 2 * size * args.rows * args.classes;
+  return 2 * storage_bytes(args.type) * args.rows * args.classes;
 }
 
 inline bool streams_gradients(const DistillLossArgs& args) {

@@ -205,16 +205,12 @@ int64_t counted_positions(const LayerMseArgs& args, int64_t sample) {
   return args.positions - std::count(mask, mask + args.positions, 0);
 }
 
-int64_t value_bytes(FloatType type) {
-  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
-}
-
 bool streams_gradients(const LayerMseArgs& args) {
   const auto in_place = [&](const void* gradient) {
     return gradient != nullptr && (gradient == args.mentor || gradient == args.mentee);
   };
   const int64_t bytes =
-      2 * value_bytes(args.type) * args.samples * args.groups * args.positions * args.values;
+      2 * storage_bytes(args.type) * args.samples * args.groups * args.positions * args.values;
   return bytes > kStreamedBytes && !in_place(args.grad_mentor) && !in_place(args.grad_mentee);
 }
 
@@ -273,16 +269,16 @@ template <typename Real>
 void mean_blocks(const LayerMseArgs& args) {
   const int64_t blocks = args.groups * layer_mse_blocks(args);
   const auto* const scale = static_cast<const Real*>(args.scale);
-  auto* const summary = static_cast<Real*>(args.summary);
+  auto* const errors = static_cast<Real*>(args.errors);
   double total = 0.0;
   for (int64_t sample = 0; sample < args.samples; ++sample) {
     double error = 0.0;
     for (int64_t block = 0; block < blocks; ++block) error += args.sums[sample * blocks + block];
     error *= layer_mse_weight<double>(args, counted_positions(args, sample));
-    summary[1 + sample] = static_cast<Real>(error);
+    errors[sample] = static_cast<Real>(error);
     total += error * double{scale[sample]};
   }
-  summary[0] = static_cast<Real>(total);
+  *static_cast<Real*>(args.total) = static_cast<Real>(total);
 }
 
 }  // namespace

@@ -298,7 +298,8 @@ __global__ void distill_loss_gradients_kernel(DistillLossArgs args, const Distil
 }
 
 template <typename Real>
-__global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* means, Real* summary) {
+__global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* means,
+                                         Real* total_loss, Real* summary) {
   // task, divergence and numerator of both models, D, its gradient, weights.
   constexpr int kMeans = 9;
   __shared__ double sums[kMeans][kThreads];
@@ -346,7 +347,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* mea
     found.denominator = total;
     found.denominator_grad = sums[7][0] * inverse;
     found.inverse_weight = inverse;
-    store_summary(found, inverse, summary);
+    store_summary(found, inverse, total_loss, summary);
     if (means != nullptr) *means = found;
   }
   if (!args.mode.batch) return;
@@ -360,7 +361,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* mea
 dim3 grid_for(int64_t rows, int64_t teams) { return dim3(blocks_of((rows + teams - 1) / teams)); }
 
 template <typename Storage, int kTeam>
-cudaError_t run_teams(const DistillLossArgs& args, DistillMeans* means, void* summary,
+cudaError_t run_teams(const DistillLossArgs& args, DistillMeans* means, void* total, void* summary,
                       cudaStream_t stream) {
   using Real = typename Compute<Storage>::type;
   const dim3 grid = grid_for(args.rows, kThreads / kTeam);
@@ -369,6 +370,7 @@ cudaError_t run_teams(const DistillLossArgs& args, DistillMeans* means, void* su
     error = launch<distill_loss_kernel<Storage, kTeam>>(grid, dim3(kThreads), 0, stream, args);
   if (error == cudaSuccess)
     error = launch<mean_distill_loss_kernel<Real>>(dim3(1), dim3(kThreads), 0, stream, args, means,
+                                                   static_cast<Real*>(total),
                                                    static_cast<Real*>(summary));
   if (error == cudaSuccess && args.rows > 0 && args.states != nullptr)
     error = launch<distill_loss_gradients_kernel<Storage, kTeam>>(
@@ -377,26 +379,26 @@ cudaError_t run_teams(const DistillLossArgs& args, DistillMeans* means, void* su
 }
 
 template <typename Storage>
-cudaError_t run(const DistillLossArgs& args, DistillMeans* means, void* summary,
+cudaError_t run(const DistillLossArgs& args, DistillMeans* means, void* total, void* summary,
                 cudaStream_t stream) {
   return args.classes <= kWarpRowClasses
-             ? run_teams<Storage, kWarp>(args, means, summary, stream)
-             : run_teams<Storage, kThreads>(args, means, summary, stream);
+             ? run_teams<Storage, kWarp>(args, means, total, summary, stream)
+             : run_teams<Storage, kThreads>(args, means, total, summary, stream);
 }
 
 }  // namespace
 
-cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* summary,
-                         cudaStream_t stream) {
+cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void* total,
+                         void* summary, cudaStream_t stream) {
   switch (args.type) {
     case FloatType::kFloat64:
-      return run<double>(args, means, summary, stream);
+      return run<double>(args, means, total, summary, stream);
     case FloatType::kFloat32:
-      return run<float>(args, means, summary, stream);
+      return run<float>(args, means, total, summary, stream);
     case FloatType::kBFloat16:
-      return run<BFloat16>(args, means, summary, stream);
+      return run<BFloat16>(args, means, total, summary, stream);
     case FloatType::kFloat16:
-      return run<Float16>(args, means, summary, stream);
+      return run<Float16>(args, means, total, summary, stream);
   }
   return cudaErrorInvalidValue;
 }

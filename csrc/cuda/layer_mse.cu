@@ -124,19 +124,19 @@ __global__ void mean_layer_mse_kernel(LayerMseArgs args) {
       own += args.sums[sample * blocks + block];
     const double weight = layer_mse_weight<double>(args, counted_positions(args, sample));
     const double error = sum_block(own) * weight;
-    if (threadIdx.x == 0) static_cast<Real*>(args.summary)[1 + sample] = static_cast<Real>(error);
+    if (threadIdx.x == 0) static_cast<Real*>(args.errors)[sample] = static_cast<Real>(error);
   }
 }
 
 template <typename Real>
 __global__ void total_layer_mse_kernel(LayerMseArgs args) {
-  auto* const summary = static_cast<Real*>(args.summary);
+  const auto* const errors = static_cast<const Real*>(args.errors);
   double own = 0.0;
   for (int64_t sample = static_cast<int>(threadIdx.x); sample < args.samples; sample += kThreads)
-    own += static_cast<double>(summary[1 + sample]) *
+    own += static_cast<double>(errors[sample]) *
            static_cast<double>(static_cast<const Real*>(args.scale)[sample]);
   const double total = sum_block(own);
-  if (threadIdx.x == 0) summary[0] = static_cast<Real>(total);
+  if (threadIdx.x == 0) *static_cast<Real*>(args.total) = static_cast<Real>(total);
 }
 
 template <typename Storage>

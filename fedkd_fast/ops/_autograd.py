@@ -12,12 +12,23 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, ...]
 
 
-def scaled(gradients: Sequence[Tensor], factor: Tensor, wanted: Sequence[bool]) -> Gradients:
-    """Return gradients · factor, without a pass over them where the factor is seen to be 1."""
+def scaled(
+    gradients: Sequence[Tensor], factor: Tensor, wanted: Sequence[bool], in_place: bool = False
+) -> Gradients:
+    """Return gradients · factor, without a pass over them where the factor is seen to be 1.
+
+    In place, autograd refuses to hand the gradients out once more.
+    """
     # On the CPU a look at the factor is cheap, and mostly saves a pass over the gradients.
     one = factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1.0
+
+    def times_factor(gradient: Tensor) -> Tensor:
+        if one:
+            return gradient
+        return gradient.mul_(factor) if in_place else gradient * factor
+
     return tuple(
-        (gradient if one else gradient * factor) if there else None
+        times_factor(gradient) if there else None
         for gradient, there in zip(gradients, wanted, strict=True)
     )
 

@@ -13,7 +13,7 @@ from fedkd_fast.ops._autograd import Gradients, differentiable_once, scaled
 from fedkd_fast.reference import PAPER, DistillLoss
 
 _STATISTICS = 5  # rows of statistics
-_SUMMARY = 8  # scalars: total, losses, tasks, divergences, pending scale
+_SUMMARY = 7  # scalars: losses, tasks, divergences, pending scale
 # What gradients need that wait for the mean of D: doubles, and values of each row.
 _MEANS, _ROW_STATES = 9, 32
 
@@ -21,7 +21,8 @@ _MEANS, _ROW_STATES = 9, 32
 class DistillBuffers(NamedTuple):
     """Memory that `distill_loss_out` writes to; `distill_buffers` makes it."""
 
-    summary: Tensor  # (8,) total, L_t, L_s, task_t, task_s, distill_t, distill_s, pending scale
+    total: Tensor  # () L_t + L_s
+    summary: Tensor  # (7,) L_t, L_s, task_t, task_s, distill_t, distill_s, pending scale
     statistics: Tensor  # (5, R) CE_t, CE_s, KL(s||t), KL(t||s), D
     grad_mentor: Tensor  # (R, C) of total, once multiplied by the pending scale
     grad_mentee: Tensor  # (R, C)
@@ -59,7 +60,8 @@ def distill_loss(
         ignore_index: the label of rows to leave out of the means; their gradients are 0.
         config: the modes; those of hidden states and attention do not matter here.
         in_place: let the gradients take the memory of the logits, which nobody may read afterwards:
-            no memory is needed but O(R). Contiguous logits only; not while compiling.
+            no memory is needed but O(R), and one backward is all there is. Contiguous logits only;
+            not while compiling.
 
     Returns:
         `DistillLoss`, float64 for float64 logits and float32 otherwise; `total` alone is
@@ -78,6 +80,8 @@ def distill_loss(
         raise RuntimeError(
             f"mentor_logits must have shape (R, C), got {tuple(mentor_logits.shape)}"
         )
+    if in_place and not (mentor_logits.is_contiguous() and mentee_logits.is_contiguous()):
+        raise RuntimeError("in_place needs logits that are contiguous")
     total, summary, statistics = _DistillLoss.apply(  # type: ignore[no-untyped-call]
         mentor_logits,
         mentee_logits,
@@ -89,7 +93,7 @@ def distill_loss(
         in_place and not torch.compiler.is_compiling(),
         torch.is_grad_enabled(),
     )
-    return DistillLoss(total, *summary.unbind()[1:-1], *statistics.unbind())
+    return DistillLoss(total, *summary.unbind()[:-1], *statistics.unbind())
 
 
 def distill_buffers(logits: Tensor, config: DistillationConfig = PAPER) -> DistillBuffers:
@@ -105,6 +109,7 @@ def _buffers(
     real = _real_dtype(logits)
     waits = config.denominator == "batch" and len(grad_mentor) == rows
     return DistillBuffers(
+        logits.new_empty((), dtype=real),
         logits.new_empty(_SUMMARY, dtype=real),
         logits.new_empty((_STATISTICS, rows), dtype=real),
         grad_mentor,
@@ -130,7 +135,7 @@ def distill_loss_out(
 ) -> None:
     """Compute `distill_loss` into buffers, without autograd: the least that a call can cost.
 
-    ``total``'s gradients are ``out.grad_mentor · out.summary[7]`` and likewise for the mentee; the
+    ``total``'s gradients are ``out.grad_mentor · out.summary[-1]`` and likewise for the mentee; the
     factor is 1 on the CPU but for float16, where it keeps gradients in range. A gradient buffer may
     be the logits of its own model, which are then overwritten.
 
@@ -139,7 +144,7 @@ def distill_loss_out(
         mentee_logits: likewise.
         labels: likewise.
         out: contiguous buffers, as `distill_buffers` makes them.
-        sample_weight: likewise, in the dtype of ``out.summary``.
+        sample_weight: likewise, in the dtype of ``out.total``.
         denominator_grad: likewise, in that dtype.
         ignore_index: likewise.
         config: likewise.
@@ -219,33 +224,31 @@ class _DistillLoss(torch.autograd.Function):
                 gradients = mentor_logits[:0], mentee_logits[:0]
             elif in_place:
                 gradients = mentor_logits, mentee_logits
-                # Who has kept the logits for its own backward must not take these for them.
-                torch.autograd.graph.increment_version(gradients)
             else:
                 gradients = mentor_logits.new_empty(shape), mentor_logits.new_empty(shape)
             out = _buffers(mentor_logits, config, *gradients)
             _library.native.distill_loss_out(*arguments, *out)
-        summary, kept = out.summary, [out.grad_mentor, out.grad_mentee]
-        if in_place:
-            kept = [gradient.detach() for gradient in kept]
-        # On the CPU nothing is pending but in float16.
-        if mentor_logits.dtype == torch.float16 or not summary.is_cpu:
-            kept.append(summary[-1])
+        ctx.in_place = in_place and wanted
+        kept = out.grad_mentor, out.grad_mentee
+        if ctx.in_place:
+            # Who has kept the logits for its own backward must not take these for them.
+            torch.autograd.graph.increment_version(kept)
+            kept = kept[0].detach(), kept[1].detach()
         # Memory that is free after backward, whoever still holds the losses.
         ctx.save_for_backward(*kept)
+        ctx.summary = out.summary  # for its last value, which nobody else sees
         ctx.workspace = out.workspace  # until the stream has passed
-        ctx.mark_non_differentiable(summary, out.statistics)
+        ctx.mark_non_differentiable(out.summary, out.statistics)
         ctx.set_materialize_grads(False)
-        return summary[0], summary, out.statistics
+        return out.total, out.summary, out.statistics
 
     @staticmethod
     @differentiable_once("distill_loss")
     def backward(ctx: Any, outer: Tensor | None, *_: None) -> Gradients:
         if outer is None:
             return (None,) * 9
-        grad_mentor, grad_mentee, *pending_scale = ctx.saved_tensors
-        factor = outer * pending_scale[0] if pending_scale else outer
-        gradients = scaled((grad_mentor, grad_mentee), factor, ctx.needs_input_grad[:2])
+        factor = outer * ctx.summary[-1]
+        gradients = scaled(ctx.saved_tensors, factor, ctx.needs_input_grad[:2], ctx.in_place)
         return *gradients, *(None,) * 7
 
 
@@ -258,6 +261,7 @@ def _distill_loss_fake(
     batch, wanted = arguments[3], arguments[-1]
     kept = rows if wanted else 0
     return (
+        mentor_logits.new_empty((), dtype=real),
         mentor_logits.new_empty(_SUMMARY, dtype=real),
         mentor_logits.new_empty(_STATISTICS, rows, dtype=real),
         mentor_logits.new_empty(kept, classes),

@@ -27,7 +27,7 @@ def layer_mse(
         mentor: attention maps (N, heads, L, L), hidden states (N, L, H) or (N, H): float32,
             float64, bfloat16 or float16.
         mentee: same shape and device; of two dtypes, both are taken in the wider one.
-        scale: (N,), a constant to autograd.
+        scale: (N,), finite, a constant to autograd.
         mask: (N, L) bool, True for tokens: what belongs to others, rows and columns of maps, is
             left out of the means. It may be NaN, and its gradients are 0. None: all count.
 
@@ -43,6 +43,11 @@ def layer_mse(
     leave, they are computed in backward. Differentiable once.
     """
     _check_layer(mentor, mask)
+    if mentee.shape != mentor.shape:
+        raise RuntimeError(
+            f"mentee must have the shape of mentor, {tuple(mentor.shape)}, "
+            f"got {tuple(mentee.shape)}"
+        )
     common = torch.promote_types(mentor.dtype, mentee.dtype)
     values = mentor.to(common), mentee.to(common)
     arguments = *values, _real(scale, common), mask, torch.is_grad_enabled()
@@ -68,8 +73,8 @@ def projected_mse(
         scale: as in `layer_mse`.
         mask: likewise.
         weight_gradient: what the gradient of `weight` is multiplied by.
-        products: dtype of the factors of the three products, None for that of autocast where it
-            is on, else that of the mentee: bfloat16 is faster where the machine has it.
+        products: dtype of the factors of the three products, None for that of the mentee; where
+            autocast is on, its dtype is taken. bfloat16 is faster where the machine has it.
 
     Returns:
         As `layer_mse`.
@@ -124,7 +129,8 @@ def _grouped(values: Tensor) -> Tensor:
 
 
 class _Found(NamedTuple):
-    summary: Tensor  # (1 + N,) the total, then the errors
+    total: Tensor  # ()
+    errors: Tensor  # (N,)
     grad_mentor: Tensor | None  # in the shape of the native op; None or empty if not wanted
     grad_mentee: Tensor | None
     workspace: Tensor
@@ -133,7 +139,7 @@ class _Found(NamedTuple):
 def _call(
     mentor: Tensor, mentee: Tensor, scale: Tensor, mask: Tensor | None, *wanted: bool
 ) -> _Found:
-    left, right, maps = _grouped(mentor), _grouped(mentee), mentor.dim() == 4
+    left, right, maps = _grouped(mentor), _grouped(mentee), mentor.dim() == 4 and mask is not None
     if torch.compiler.is_compiling():
         return _Found(*_library.native.layer_mse(left, right, scale, mask, maps, *wanted))
     gradients = [left.new_empty(left.shape) if one else None for one in wanted]
@@ -155,10 +161,10 @@ def _write(
     grad_mentor: Tensor | None,
     grad_mentee: Tensor | None,
 ) -> _Found:
-    summary, sums = scale.new_empty(1 + len(scale)), layer_sums(left)
-    gradients = grad_mentor, grad_mentee
-    _library.native.layer_mse_out(left, right, scale, mask, maps, summary, *gradients, sums)
-    return _Found(summary, *gradients, sums)
+    results = scale.new_empty(()), torch.empty_like(scale)
+    found = _Found(*results, grad_mentor, grad_mentee, layer_sums(left))
+    _library.native.layer_mse_out(left, right, scale, mask, maps, *found)
+    return found
 
 
 def layer_sums(values: Tensor) -> Tensor:
@@ -168,13 +174,17 @@ def layer_sums(values: Tensor) -> Tensor:
     return values.new_empty(samples, groups * blocks, dtype=torch.float64)
 
 
+def _shaped(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a gradient in the shape of its layer; None where it is not wanted."""
+    return None if gradient is None or len(gradient) != len(like) else gradient.view(like.shape)
+
+
 def _give(ctx: Any, found: _Found) -> tuple[Tensor, Tensor]:
     """Return total and errors, as autograd functions do."""
-    total, errors = found.summary[0], found.summary[1:]
     ctx.workspace = found.workspace  # until the stream has passed
-    ctx.mark_non_differentiable(errors)
+    ctx.mark_non_differentiable(found.errors)
     ctx.set_materialize_grads(False)
-    return total, errors
+    return found.total, found.errors
 
 
 class _LayerMse(torch.autograd.Function):
@@ -189,14 +199,15 @@ class _LayerMse(torch.autograd.Function):
         mask: Tensor | None,
         with_graph: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.shape = mentor.shape
         ctx.late = mentor.dtype == torch.float16
         # What is told to need gradients is also told so where there is no graph for them.
         now = with_graph and not ctx.late
         wanted = ctx.needs_input_grad[:2] if now else (False, False)
         found = _call(mentor, mentee, scale, mask, *wanted)
-        kept = (mentor, mentee, scale, mask) if ctx.late else found[1:3]
-        ctx.save_for_backward(*kept)
+        if ctx.late:
+            ctx.save_for_backward(mentor, mentee, scale, mask)
+        else:
+            ctx.save_for_backward(*(_shaped(part, mentor) for part in found[2:4]))
         return _give(ctx, found)
 
     @staticmethod
@@ -207,10 +218,10 @@ class _LayerMse(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if ctx.late:
             mentor, mentee, scale, mask = ctx.saved_tensors
-            gradients: Gradients = _call(mentor, mentee, scale * outer, mask, *wanted)[1:3]
+            found = _call(mentor, mentee, scale * outer, mask, *wanted)
+            gradients: Gradients = tuple(_shaped(part, mentor) for part in found[2:4])
         else:
             gradients = scaled(ctx.saved_tensors, outer, wanted)
-        gradients = tuple(part if part is None else part.view(ctx.shape) for part in gradients)
         return *gradients, None, None, None
 
 
@@ -228,7 +239,6 @@ class _ProjectedMse(torch.autograd.Function):
         weight_gradient: float,
     ) -> tuple[Tensor, Tensor]:
         product = functional.linear(mentee, weight).to(mentor.dtype)
-        ctx.shape = mentor.shape
         ctx.weight_gradient = weight_gradient
         ctx.late = mentor.dtype == torch.float16
         if ctx.late:
@@ -240,7 +250,7 @@ class _ProjectedMse(torch.autograd.Function):
                 if torch.compiler.is_compiling()
                 else _call_in_place(mentor, product, scale, mask)
             )
-            ctx.save_for_backward(mentee, weight, found.grad_mentor)
+            ctx.save_for_backward(mentee, weight, _shaped(found.grad_mentor, mentor))
         return _give(ctx, found)
 
     @staticmethod
@@ -252,13 +262,14 @@ class _ProjectedMse(torch.autograd.Function):
         for_mentor, for_mentee, for_weight = ctx.needs_input_grad[:3]
         if ctx.late:
             mentor, product, scale, mask = rest
-            found = _call(mentor, product, scale * outer, mask, True, False).grad_mentor
+            late = _call(mentor, product, scale * outer, mask, True, False)
+            found = _shaped(late.grad_mentor, mentor)
         else:
             (found,) = scaled(rest, outer, [True])
         gradient = cast(Tensor, found)
         factor, states = gradient.to(mentee.dtype).flatten(0, -2), mentee.flatten(0, -2)
         return (
-            gradient.view(ctx.shape) if for_mentor else None,
+            gradient if for_mentor else None,
             _product(factor, weight, -1.0).view(mentee.shape) if for_mentee else None,
             _product(factor.mT, states, -ctx.weight_gradient) if for_weight else None,
             *(None, None, None),
@@ -266,7 +277,8 @@ class _ProjectedMse(torch.autograd.Function):
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    return torch.addmm(left.new_empty(1), left, right, beta=0.0, alpha=factor)
+    # Zeros: compiled, 0 · NaN is not left out.
+    return torch.addmm(left.new_zeros(1), left, right, beta=0.0, alpha=factor)
 
 
 @torch.library.register_fake("fedkd_fast::layer_mse")
@@ -280,7 +292,7 @@ def _layer_mse_fake(
 ) -> tuple[Tensor, ...]:
     samples, *rest = mentor.shape
     gradients = [mentor.new_empty(samples if one else 0, *rest) for one in wanted]
-    return scale.new_empty(1 + samples), *gradients, layer_sums(mentor)
+    return scale.new_empty(()), torch.empty_like(scale), *gradients, layer_sums(mentor)
 
 
 @torch.library.register_fake("fedkd_fast::layer_mse_out")
