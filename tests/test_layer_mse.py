@@ -283,22 +283,24 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
 
 
 def test_small_gradients_in_float16_wait_for_their_scale(device: torch.device) -> None:
-    scaler = 2.0**16
-    mentor = torch.full((64, 1, 64, 64), 0.25, dtype=torch.float16, device=device).requires_grad_()
-    mentee = torch.full_like(mentor, 0.125).requires_grad_()
-    scale = torch.full((64,), 1 / 64, device=device)
-    total = ops.layer_mse(mentor, mentee, scale).total
-    (total * scaler).backward()
-    expected = 2 * 0.125 / 64 / 64**2 * scaler
+    # Before the scaler reaches them they are 3.5 times the smallest step of float16.
+    scaler, share, difference, side = 2.0**16, 0.11, 2.0**-10, 32
+    mentor = torch.full((2, 1, side, side), 0.25, dtype=torch.float16, device=device)
+    mentee = (mentor - difference).requires_grad_()
+    mentor.requires_grad_()
+    scale = torch.full((2,), share, device=device)
+    (ops.layer_mse(mentor, mentee, scale).total * scaler).backward()
+    expected = torch.tensor(2 * difference * share / side**2 * scaler, dtype=torch.float64)
+    rounding = torch.finfo(torch.float16).eps
     assert mentor.grad is not None and mentee.grad is not None
-    assert torch.allclose(mentor.grad.double().cpu(), torch.tensor(expected).double(), rtol=1e-3)
+    assert torch.allclose(mentor.grad.double().cpu(), expected, rtol=rounding)
     assert torch.equal(mentee.grad, -mentor.grad)
-    states = mentor.detach().flatten(1, 2).requires_grad_()
-    weight = torch.eye(64, dtype=torch.float16, device=device).requires_grad_()
-    total = ops.projected_mse(states, mentee.detach().flatten(1, 2), weight, scale).total
-    (total * scaler).backward()
-    assert states.grad is not None
-    assert torch.equal(states.grad.flatten(), mentor.grad.flatten())
+    states, weight = mentor.detach().flatten(1, 2), torch.eye(side, device=device).half()
+    leaves = [states.requires_grad_(), mentee.detach().flatten(1, 2).requires_grad_()]
+    (ops.projected_mse(*leaves, weight, scale).total * scaler).backward()
+    for leaf, sign in zip(leaves, (1, -1), strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad.flatten(), sign * mentor.grad.flatten())
 
 
 def test_memory_of_gradients_is_free_after_backward() -> None:
