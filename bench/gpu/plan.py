@@ -71,7 +71,7 @@ TABLE: dict[str, Row] = {
         ("ours", "ours-op", "eager", "copy", COMPILED),
     ),
     "projected_mse": Row(
-        "layer_mse",
+        "projected_mse",
         shapes.STATES,
         ("float32", "bfloat16"),
         ("ours", "products", "eager", COMPILED),

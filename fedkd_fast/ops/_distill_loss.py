@@ -60,8 +60,9 @@ def distill_loss(
         ignore_index: the label of rows to leave out of the means; their gradients are 0.
         config: the modes; those of hidden states and attention do not matter here.
         in_place: let the gradients take the memory of the logits, which nobody may read afterwards:
-            no memory is needed but O(R), and one backward is all there is. Contiguous logits only;
-            not while compiling.
+            then a few values of each row, and on the CPU one row of both models for each thread,
+            are all the memory that it needs, and one backward is all there is. Contiguous logits
+            only; not while compiling.
 
     Returns:
         `DistillLoss`, float64 for float64 logits and float32 otherwise; `total` alone is
