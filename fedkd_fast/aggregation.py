@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedkd_fast.compress import Compressor, decode_frame
+from fedkd_fast.compress import Compressor
+from fedkd_fast.decompress import decode_frame
 from fedkd_fast.tensors import Shaped
-from fedkd_fast.wire import DEFAULT_MAX_BYTES
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 
@@ -19,13 +20,13 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 class Aggregate(dict[str, Tensor]):
     """The mean by tensor name, and the base that it is a difference to, if the frames had one."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], base_digest: bytes | None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], relative_to: Base | None) -> None:
         super().__init__(tensors)
-        self.base_digest = base_digest
+        self.relative_to = relative_to
 
     def recompress(self, compressor: Compressor, *, energy: float | None = None) -> bytes:
         """Encode the mean for the broadcast; receivers decode it against the base of the frames."""
-        return compressor.compress(self, energy=energy, base_digest=self.base_digest)
+        return compressor.compress(self, energy=energy, relative_to=self.relative_to)
 
 
 # Sums run in float64, which holds integers up to here.
@@ -89,18 +90,18 @@ def aggregate(
     sums: dict[str, Tensor] = {}
     wanted, what = schema, "schema"
     ties: dict[str, str] = {}
-    digest: bytes | None = None
+    relative_to: Base | None = None
     total = 0.0
     for index, (frame, weight) in enumerate(_frame_weights(frames, weights)):
-        tensors, frame_digest = decode_frame(
+        tensors, made_against = decode_frame(
             frame, wanted, schema_name=what, max_bytes=max_bytes, backend=backend
         )
         owners: dict[int, str] = {}
         tied = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         if index == 0:
-            digest, ties = frame_digest, tied
+            relative_to, ties = made_against, tied
             wanted = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
-        elif frame_digest != digest:
+        elif made_against != relative_to:
             raise ValueError(f"frame {index} was made against another base than frame 0")
         # One sender's ties must not overwrite what the others sent.
         ties = {name: owner for name, owner in ties.items() if tied[name] == owner}
@@ -114,7 +115,7 @@ def aggregate(
     if wanted is None or not total:
         raise ValueError("frames must hold at least one frame, got none")
     means = {name: _cast(sums[name].div_(total), wanted[name].dtype) for name in sums}
-    return Aggregate({name: means[ties.get(name, name)] for name in means}, digest)
+    return Aggregate({name: means[ties.get(name, name)] for name in means}, relative_to)
 
 
 def _exact(integers: Tensor) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkd_fast._seeds import derived_seed, seeded
-from fedkd_fast.compress import Compressor, decompress
+from fedkd_fast.compress import Compressor
+from fedkd_fast.decompress import decompress
 from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.tasks import Batch, Task

@@ -1,43 +1,29 @@
-"""Named tensors <-> frames: the one call that makes an update small, and its inverse."""
+"""Named tensors -> frames: the one call that makes an update small."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from threading import Lock
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from fedkd_fast import codec as _codec
 from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES, all_finite
+from fedkd_fast.decode import backend_named, decode_entry
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
-from fedkd_fast.reference import Factors
-from fedkd_fast.rows import Rows, touched, whole_entry
-from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
-from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
+from fedkd_fast.message import CODECS, Message, wide
+from fedkd_fast.rows import Rows, touched
+from fedkd_fast.targets import Target, check_energy, make_target
+from fedkd_fast.tensors import as_tensors, check_same_tensors, digest_of, tied_names
+from fedkd_fast.wire import Base, Entry
 
-CODECS = ("wf0", "factors-fp32", "raw")
-BACKENDS = ("native", "reference")
+SCOPES = ("tensor", "message")
+DEFAULT_ENERGY = 0.95
 _FEEDBACK_PREFIX, _CACHE_PREFIX = "feedback.", "cache."
-
-
-def _backend(name: str) -> ModuleType:
-    if name == "native":
-        from fedkd_fast import ops
-
-        return ops
-    if name == "reference":
-        from fedkd_fast import reference
-
-        return reference
-    raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
-
-
-def _check_energy(energy: float) -> float:
-    if not 0.0 < energy <= 1.0:
-        raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    return float(energy)
 
 
 def _difference(value: Tensor, base: Tensor) -> Tensor:
@@ -49,59 +35,99 @@ def _dense(value: Tensor) -> Tensor:
     return value if value.layout == torch.strided else value.to_dense()
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
+def _check_names(update: Mapping[str, object], base: Mapping[str, object]) -> None:
+    missing = [name for name in update if name not in base]
+    extra = [name for name in base if name not in update]
+    if missing or extra:
+        raise ValueError(f"base does not match: missing {missing[:3]}, unexpected {extra[:3]}")
+
+
+def _found(name: str, value: Tensor, dtype: torch.dtype, lossy: bool) -> Rows:
+    """Return the rows that are sent; what goes in is finite."""
+    found = touched(value, exactly=not (lossy and value.is_floating_point()))
+    if dtype.is_floating_point and not all_finite(found.values.to(dtype)):
+        raise ValueError(
+            f"update[{name!r}], less its base and with its residual, overflows {DTYPES[dtype]}"
+        )
+    return found
 
 
 class Compressor:
-    """Make updates small: truncated SVD by energy, factors quantised to integer bits per column.
+    """Make updates small: truncated SVD by energy, factors quantised and entropy-coded.
 
-    For every matrix of an update X, ``wf0`` sends ``Y = Σ_k s_k · a_k b_kᵀ`` with integer vectors
-    a_k, b_k of 1 to 12 bits an entry, chosen so that ``|X - Y|² ≤ (1 - energy)·|X|²``: truncation
-    and quantisation together, measured on the decoded bytes. Where two factors do not pay in
-    encoded bytes, rows are quantised directly, or the tensor travels raw. Vectors keep a 16 times
-    smaller error. ``factors-fp32`` is the paper's payload, ``U·diag(σ)·Vᵀ`` in float32 with the
-    smallest rank K whose energy exceeds the threshold (Nature Communications 13:2032, eq (8)), or
-    raw bytes where that is smaller. ``raw`` loses nothing; nor does any codec with ``energy=1``.
-    Where at least half of a matrix's rows are zero, only the others are factorised and sent; lossy
-    codecs take -0.0 for zero there. With a base it is ``update - base`` that is encoded, after one
-    rounding to the tensor's dtype.
+    ``wf1`` sends every matrix X of an update so that the decoded Y has
+    ``|X - Y|² ≤ (1 - energy)·|X|²``: truncation and quantisation together, measured on what the
+    receiver will have. One quantisation step serves all coefficients of ``U·diag(σ)`` and
+    ``V·diag(σ)``, which is the optimum, and a static entropy coder gives each column the bits it
+    needs. Where two factors do not pay, rows are coded directly, or a few factors and the rest.
+    Vectors keep a 16 times smaller error. ``wf0`` does the same with whole bits for each column and
+    no entropy coder: some 10 % more bytes, less time. ``factors-fp32`` is the paper's payload,
+    ``U·diag(σ)·Vᵀ`` in float32 with the smallest rank K whose energy exceeds the threshold (Nature
+    Communications 13:2032, eq (8)), or raw bytes where that is smaller. ``raw`` loses nothing; nor
+    does any codec with ``energy=1``. Where at least half of a matrix's rows are zero, only the
+    others are factorised and sent; lossy codecs take -0.0 for zero there. With a base it is
+    ``update - base`` that is encoded, after one rounding to the tensor's dtype.
 
     Args:
-        energy: share of the squared norm to keep, in (0, 1]; larger means more bytes.
-        codec: "wf0", "factors-fp32" or "raw".
-        feedback: add to each update what the messages before left out (`ErrorFeedback`).
+        energy: share of the squared norm of each tensor to keep, in (0, 1]; larger means more
+            bytes. 0.95 where nothing else is asked for.
+        codec: "wf1", "wf0", "factors-fp32" or "raw".
+        error: instead, the largest relative error ``|X - Y| / |X|`` of each tensor, in [0, 1).
+        budget_bytes: instead, the most bytes that a frame may take; as little as that allows is
+            lost (wf1).
+        bits_per_param: instead, the budget as bits for each element of the update.
+        scope: "tensor" keeps the promise for each tensor; "message" for all matrices together:
+            smaller, because more is lost where that saves most, up to 4 times the share (wf1).
+        feedback: add to each update what the messages before left out: True, or an `ErrorFeedback`
+            with options of its own.
         cache: start the factorisations where the last ones ended (`SubspaceCache`): several times
             faster.
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
+        schema: write names, dtypes and shapes into frames, so that they describe themselves; left
+            out, receivers have to know them.
         backend: "native", or "reference" where the ops library is not built: the same promise, and
             decoding to the same bits, slowly.
 
+    One Compressor serves one sender: concurrent calls of one that keeps state are an error.
+
     Raises:
-        ValueError: an argument out of its range, or `stateless` together with state.
+        ValueError: an argument out of its range, more than one wish, or `stateless` together with
+            state.
     """
 
     def __init__(
         self,
-        energy: float = 0.95,
-        codec: str = "wf0",
+        energy: float | None = None,
+        codec: str = "wf1",
         *,
-        feedback: bool = False,
+        error: float | None = None,
+        budget_bytes: int | None = None,
+        bits_per_param: float | None = None,
+        scope: str = "tensor",
+        feedback: bool | ErrorFeedback = False,
         cache: SubspaceCache | None = None,
         stateless: bool = False,
+        schema: bool = True,
         backend: str = "native",
     ) -> None:
         if codec not in CODECS:
             raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
         if feedback and stateless:
             raise ValueError("stateless=True excludes feedback=True: a residual is state")
         if cache is not None and stateless:
             raise ValueError("stateless=True excludes cache: a subspace is state")
-        self.energy = _check_energy(energy)
-        self.codec = codec
-        self._backend = _backend(backend)
-        self._feedback = ErrorFeedback() if feedback else None
+        self.target = make_target(energy, error, budget_bytes, bits_per_param, DEFAULT_ENERGY)
+        if codec != "wf1" and (self.target.energy is None or scope != "tensor"):
+            raise ValueError(f"budgets and scope='message' need codec 'wf1', got {codec!r}")
+        self.codec, self.scope, self.schema = codec, scope, schema
+        self._backend = backend_named(backend)
+        self._feedback = ErrorFeedback() if feedback is True else feedback or None
         self._cache = cache
+        self._lock = Lock()
+        for state in self._state().values():
+            state.claim(self)
 
     def compress(
         self,
@@ -109,7 +135,7 @@ class Compressor:
         base: Mapping[str, object] | None = None,
         *,
         energy: float | None = None,
-        base_digest: bytes | None = None,
+        relative_to: Base | None = None,
     ) -> bytes:
         """Encode named tensors as one frame.
 
@@ -120,143 +146,167 @@ class Compressor:
                 and take their memory here only with a base or with feedback.
             base: if given, ``update - base`` is encoded (integers and booleans whole) and the frame
                 carries the base's digest, so that it only decodes against the same base.
-            energy: overrides the instance's energy for this call.
-            base_digest: instead of a base, for updates that are differences already: the digest of
-                what they are differences to (`tensors.digest_of`).
+            energy: overrides what the instance was asked for in this call.
+            relative_to: how the frame names the base, instead of by its digest: a run and a round
+                that receivers know (`wire.Base`). Without `base`, the update is taken for a
+                difference already.
 
         Returns:
-            The frame; its length is the cost. Same input and state give the same bytes.
+            The frame; its length is the cost. Same input and state give the same bytes on one type
+            of machine.
 
         Raises:
             TypeError: a value that is no such CPU/CUDA tensor of a known dtype; names the tensor.
             ValueError: NaN or Inf (names the tensor), an energy out of (0, 1], a base that does not
-                match. State is unchanged then.
+                match, a budget that is too small. State is unchanged then.
+            RuntimeError: another thread is in the middle of a call, and there is state.
         """
-        kept = self.energy if energy is None else _check_energy(energy)
+        finish = self._finish(base, relative_to)
+        with self._alone():
+            entries, keep = self._encode(update, base, tied_names(update), energy, finish)
+            frame = finish(entries)
+            keep()
+        return frame
+
+    def compress_to(
+        self,
+        file: BinaryIO,
+        update: Mapping[str, object],
+        base: Mapping[str, object] | None = None,
+        *,
+        energy: float | None = None,
+        relative_to: Base | None = None,
+    ) -> int:
+        """Encode into a file, one tensor in memory at a time: for models larger than memory.
+
+        The frame is that of `compress`, but that ties are only found between the values of a dict,
+        and without a base. Where the values of `update` and `base` are loaded as they are asked
+        for, nothing else is held.
+
+        Args:
+            file: open for writing bytes, seekable; the frame begins where it stands.
+            update: as in `compress`.
+            base: as in `compress`.
+            energy: as in `compress`.
+            relative_to: as in `compress`.
+
+        Returns:
+            The length of the frame.
+
+        Raises:
+            ValueError: as `compress`, and for a budget or scope "message", which need the whole
+                update at once. The file holds no frame then, but state has moved on for the
+                tensors before.
+        """
+        if energy is None and (self.target.energy is None or self.scope != "tensor"):
+            raise ValueError("compress_to takes an energy or error for each tensor, not a budget")
+        if base is not None:
+            _check_names(update, base)
+        # Of values that are loaded when asked for, one may lie where another one lay.
+        tied = tied_names(update) if isinstance(update, dict) and base is None else {}
+        order = {name: index for index, name in enumerate(update)}
+        start = file.tell()
+        header = self._finish(base, relative_to).keywords
+        with self._alone(), wire.FrameWriter(file, **header) as writer:
+            for name in update:
+                part = {name: update[name]}
+                before = None if base is None else {name: base[name]}
+                owner = {name: tied[name]} if name in tied else {}
+                entries, keep = self._encode(part, before, owner, energy, None, order)
+                writer.add(entries[0])
+                keep()
+        return file.tell() - start
+
+    def _finish(
+        self, base: Mapping[str, object] | None, relative_to: Base | None
+    ) -> partial[bytes]:
+        """Return what makes a frame of entries."""
+        if base is not None and relative_to is None:
+            relative_to = Base(digest=digest_of(base))
+        return partial(wire.encode, codec=self.codec, base=relative_to, schema=self.schema)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second call beside one that changes the state."""
+        stateful = bool(self._state())
+        if stateful and not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "this Compressor keeps state and is in the middle of another call: "
+                "give each sender a Compressor of its own"
+            )
+        try:
+            yield
+        finally:
+            if stateful:
+                self._lock.release()
+
+    def _encode(
+        self,
+        update: Mapping[str, object],
+        base: Mapping[str, object] | None,
+        tied: Mapping[str, str],
+        energy: float | None,
+        finish: Callable[[list[Entry]], bytes] | None,
+        order: Mapping[str, int] | None = None,
+    ) -> tuple[list[Entry], Callable[[], None]]:
+        """Return the entries of an update, and what records in the state that they were sent."""
+        target = self.target if energy is None else Target(energy=check_energy(energy))
         tensors = as_tensors(update, "update", sparse=True)
-        tied = tied_names(update)
-        digest = base_digest
         if base is not None or self._feedback:
             tensors = {name: _dense(value) for name, value in tensors.items()}
         if base is not None:
-            if base_digest is not None:
-                raise ValueError("give base or base_digest, not both")
             bases = as_tensors(base, "base")
             check_same_tensors(tensors, bases, "base")
             base_ties = tied_names(base)
             tied = {name: owner for name, owner in tied.items() if base_ties.get(name) == owner}
             tensors = {name: _difference(value, bases[name]) for name, value in tensors.items()}
-            digest = digest_of_tensors(bases)
         sent = tensors
-        if self._feedback:
+        if self._feedback is not None:
             # A tensor with a residual of its own is not what it is tied to.
-            tied = {name: owner for name, owner in tied.items() if name not in self._feedback}
+            feedback = self._feedback
+            tied = {name: owner for name, owner in tied.items() if name not in feedback}
             sent = {
-                name: self._feedback.add(name, _wide(value))
+                name: feedback.add(name, wide(value))
                 if name not in tied and value.is_floating_point()
                 else value
                 for name, value in tensors.items()
             }
-
-        rows: dict[str, Rows] = {}
-        lossy = self.codec != "raw" and kept < 1.0
-        for name, value in sent.items():
-            if name in tied:
-                continue
-            rows[name] = touched(value, exactly=not (lossy and value.is_floating_point()))
-            # Finite inputs: what is not finite now, a difference or a residual made so.
-            dtype = tensors[name].dtype
-            if dtype.is_floating_point and not all_finite(rows[name].values.to(dtype)):
-                raise ValueError(
-                    f"update[{name!r}], less its base and with its residual, overflows "
-                    f"{DTYPES[dtype]}"
-                )
-        entries, factors = self._encode(tensors, rows, tied, kept)
-        frame = wire.encode(entries, base_digest=digest)
-        if self._feedback:
-            for entry in entries:
-                if entry.name in rows and sent[entry.name].is_floating_point():
-                    decoded = _codec.decode_entry(entry, self._backend)
-                    self._feedback.keep(entry.name, sent[entry.name], decoded)
-        if self._cache is not None:
-            for name, found in factors.items():
-                self._cache.keep(name, found, some_rows=rows[name].ids is not None)
-        return frame
-
-    def _encode(
-        self,
-        tensors: Mapping[str, Tensor],
-        rows: Mapping[str, Rows],
-        tied: Mapping[str, str],
-        energy: float,
-    ) -> tuple[list[Entry], dict[str, Factors]]:
-        """Encode the rows that were found in each tensor; of tensors only dtype and shape count."""
-        factors: dict[str, Factors] = {}
-        entries = {
-            name: _codec.raw_entry(name, found.values.to(tensors[name].dtype))
-            for name, found in rows.items()
+        lossy = self.codec != "raw" and target.energy != 1.0
+        rows = {
+            name: _found(name, value, tensors[name].dtype, lossy)
+            for name, value in sent.items()
+            if name not in tied
         }
-        if self.codec != "raw" and energy < 1.0:
-            lossy = {
-                name: _wide(found.values)
-                for name, found in rows.items()
-                if entries[name].mode is Mode.RAW
-                and found.values.is_floating_point()
-                and _codec.representable(found.values)
-            }
-            factors = self._factorise(lossy, entries, energy)
-            for name, value in lossy.items():
-                # What may be lost depends on the tensor: a row alone of a matrix is no vector.
-                allowed = _codec.may_lose(tuple(tensors[name].shape), energy)
-                entries[name] = self._encode_lossy(entries[name], value, allowed, factors.get(name))
-        order = {name: index for index, name in enumerate(tensors)}
-        listed = [
-            whole_entry(tuple(tensor.shape), rows[name].ids, entries[name])
-            if name in entries
-            else Entry(
-                name, DTYPES[tensor.dtype], tuple(tensor.shape), Mode.ALIAS, order[tied[name]]
-            )
-            for name, tensor in tensors.items()
-        ]
-        return listed, factors
+        message = Message(tensors, rows, tied, order, self._cache, self._backend)
+        entries = self._coded(message, target, finish)
 
-    def _encode_lossy(
-        self, raw: Entry, value: Tensor, allowed: float, factors: Factors | None
-    ) -> Entry:
-        if factors is not None and not factors.pays:
-            factors = None
-        if self.codec == "wf0":
-            return _codec.encode_lossy(raw, value, allowed, factors, self._backend)
-        if factors is None:
-            return raw
-        entry = _codec.factors_entry(raw.name, raw.dtype, raw.shape, factors)
-        return entry if len(entry.payload) < len(raw.payload) else raw
+        def keep() -> None:
+            if self._feedback is not None:
+                for entry in entries:
+                    if entry.name in rows and sent[entry.name].is_floating_point():
+                        decoded = decode_entry(entry, self._backend)
+                        self._feedback.keep(entry.name, sent[entry.name], decoded)
+            if self._cache is not None:
+                for name, factors in message.factors.items():
+                    self._cache.keep(name, factors, some_rows=rows[name].ids is not None)
 
-    def _factorise(
-        self, lossy: Mapping[str, Tensor], raws: Mapping[str, Entry], energy: float
-    ) -> dict[str, Factors]:
-        """Factorise all matrices in one call."""
+        return entries, keep
+
+    def _coded(
+        self, message: Message, target: Target, finish: Callable[[list[Entry]], bytes] | None
+    ) -> list[Entry]:
+        one_step = self.scope == "message"
+        if target.energy is None:
+            limit = target.limit_bytes(message.numel)
+            assert limit is not None and finish is not None
+            return message.wf1_within(limit, lambda e: len(finish(e)), one_step=one_step)
+        if self.codec == "raw" or target.energy == 1.0:
+            return message.raw()
+        if self.codec == "factors-fp32":
+            return message.factors_fp32(target.energy)
         if self.codec == "wf0":
-            energy = 1.0 - (1.0 - energy) * _codec.TAIL_SHARE
-        matrices = {
-            name: value.reshape(_codec.matrix_shape(tuple(value.shape))).float()
-            for name, value in lossy.items()
-            if _codec.is_matrix(tuple(value.shape))
-        }
-        earlier = [
-            self._cache.get(name, (matrix.shape[0], matrix.shape[1])) if self._cache else None
-            for name, matrix in matrices.items()
-        ]
-        factors: list[Factors] = self._backend.truncated_svd_list(
-            list(matrices.values()),
-            energy=energy,
-            earlier=earlier,
-            budgets_bytes=[
-                len(raws[name].payload) if self.codec == "factors-fp32" else None
-                for name in matrices
-            ],
-        )
-        return dict(zip(matrices, factors, strict=True))
+            return message.wf0(target.energy)
+        return message.wf1(1.0 - target.energy, one_step=one_step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is kept between calls, as tensors that safetensors can store."""
@@ -294,99 +344,3 @@ class Compressor:
     def _state(self) -> dict[str, ErrorFeedback | SubspaceCache]:
         kept = {_FEEDBACK_PREFIX: self._feedback, _CACHE_PREFIX: self._cache}
         return {prefix: part for prefix, part in kept.items() if part is not None}
-
-
-def decode_frame(
-    frame: bytes | bytearray | memoryview,
-    schema: Mapping[str, Shaped] | None = None,
-    *,
-    schema_name: str = "schema",
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    backend: str = "native",
-) -> tuple[dict[str, Tensor], bytes | None]:
-    """Decode a frame without applying it to a base; also return the base's digest, if any.
-
-    The schema is compared before anything is decoded, so that a frame costs no more than what the
-    receiver expects. `schema_name` is what messages call it.
-    """
-    module = _backend(backend)
-    parsed = wire.decode(frame, max_bytes=max_bytes)
-    if schema is not None:
-        check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
-    tensors: dict[str, Tensor] = {}
-    names = [entry.name for entry in parsed.entries]
-    for entry in parsed.entries:
-        if entry.mode is Mode.ALIAS:
-            tensors[entry.name] = tensors[names[entry.rank]]
-            continue
-        try:
-            tensor = _codec.decode_entry(entry, module)
-        except RuntimeError as error:
-            # torch has no error of its own for this.
-            if "allocate" not in str(error):
-                raise
-            raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
-        # No honest sender sends these, and one of them would poison a mean.
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
-        tensors[entry.name] = tensor
-    return tensors, parsed.base_digest
-
-
-def decompress(
-    frame: bytes | bytearray | memoryview,
-    schema: Mapping[str, Shaped] | None = None,
-    base: Mapping[str, object] | None = None,
-    *,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    backend: str = "native",
-) -> dict[str, Tensor]:
-    """Decode a frame into CPU tensors.
-
-    Args:
-        frame: what `Compressor.compress` returned; any contiguous bytes-like object.
-        schema: expected tensors; names, shapes and dtypes must be equal. Anything with `.shape` and
-            `.dtype` serves as a value, for instance the model's own state dict.
-        base: the tensors that the frame is a difference to; the result is then base + difference.
-        max_bytes: refuse frames that would decode to more; decoding may take some four times that
-            for a moment, where tensors have 16 bits, and 50 times that where a matrix lists nearly
-            all of its rows of one byte.
-        backend: as in `Compressor`.
-
-    Returns:
-        Tensors by name, in the order they were sent; tied tensors share their memory.
-
-    Raises:
-        WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
-        ValueError: a schema or base that does not match, or a missing or unneeded base.
-    """
-    bases = None if base is None else as_tensors(base, "base")
-    wanted, name = (bases, "base") if schema is None else (schema, "schema")
-    tensors, digest = decode_frame(
-        frame, wanted, schema_name=name, max_bytes=max_bytes, backend=backend
-    )
-    if digest is None:
-        if base is not None:
-            raise ValueError("base was given, but the frame is not a difference: decode it without")
-        return tensors
-    if base is None or bases is None:
-        raise ValueError(f"frame is a difference to base {digest.hex()}: pass base=")
-    check_same_tensors(tensors, bases, "base")
-    own = digest_of_tensors(bases)
-    if own != digest:
-        raise ValueError(
-            f"base does not match: the frame was made against {digest.hex()}, "
-            f"this base is {own.hex()}"
-        )
-    # Tied differences give tied results only where the base is tied as well.
-    base_ties = tied_names(base)
-    applied: dict[tuple[int, str], Tensor] = {}
-    result: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        key = id(value), base_ties.get(name, name)
-        if key not in applied:
-            applied[key] = bases[name] + value if value.is_floating_point() else value
-            if value.is_floating_point() and not all_finite(applied[key]):
-                raise ValueError(f"base[{name!r}] + difference overflows {DTYPES[value.dtype]}")
-        result[name] = applied[key]
-    return result

@@ -2,7 +2,8 @@
 
 Error feedback: ``x_r = δ_r + e_{r-1}``; send ``C(x_r)``; ``e_r = x_r - decode(C(x_r))``
 (Seide et al. 2014; Karimireddy et al. 2019). The residual is taken from the decoded bytes, so it is
-exactly what the receiver lacks.
+exactly what the receiver lacks. EF21 (Richtárik et al. 2021) sends ``C(δ_r - g_{r-1})`` instead,
+and both ends keep ``g_r = g_{r-1} + decode(C(δ_r - g_{r-1}))``.
 
 Warm starts: the update of a layer points much the same way in the next round, so the subspace of
 the last factors is where the search for the next ones begins, and their spectrum tells how many
@@ -11,6 +12,7 @@ there will be.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -19,10 +21,39 @@ from torch import Tensor
 from fedkd_fast.reference import Factors, Subspace
 
 
-class ErrorFeedback:
-    """Residuals by tensor name, float32 (float64 for float64 tensors)."""
+class State:
+    """What belongs to one Compressor and is kept between its messages."""
 
     def __init__(self) -> None:
+        self._owner: weakref.ref[object] | None = None
+
+    def claim(self, owner: object) -> None:
+        """Bind this state to its Compressor.
+
+        Raises:
+            ValueError: another one that still exists has it.
+        """
+        held = self._owner() if self._owner is not None else None
+        if held is not None and held is not owner:
+            raise ValueError(
+                f"this {type(self).__name__} belongs to another Compressor: give each its own"
+            )
+        self._owner = weakref.ref(owner)
+
+
+class ErrorFeedback(State):
+    """Residuals by tensor name, float32 (float64 for float64 tensors).
+
+    Args:
+        decay: what `absent` multiplies the residuals with for each round that was missed: what was
+            left out long ago points less and less where the model has to go.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1], got {decay}")
+        self.decay = decay
         self._residuals: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -38,16 +69,23 @@ class ErrorFeedback:
         residual = self._residuals.get(name)
         if residual is None:
             return update
-        if residual.shape != update.shape or residual.dtype != update.dtype:
-            raise ValueError(
-                f"update[{name!r}] is {tuple(update.shape)} {update.dtype}, but its error-feedback "
-                f"residual is {tuple(residual.shape)} {residual.dtype}: use a fresh Compressor"
-            )
+        _check_alike(name, update, residual)
         return update + residual
 
     def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
         """Store ``sent - decoded`` for the next message."""
         self._residuals[name] = sent - decoded.to(sent.dtype)
+
+    def absent(self, rounds: int = 1) -> None:
+        """Let the residuals decay, where the client missed rounds.
+
+        Raises:
+            ValueError: a negative number of rounds.
+        """
+        if rounds < 0:
+            raise ValueError(f"rounds must be at least 0, got {rounds}")
+        for name, residual in self._residuals.items():
+            self._residuals[name] = residual * self.decay**rounds
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the residuals by tensor name; the tensors are shared, not copied."""
@@ -60,12 +98,90 @@ class ErrorFeedback:
             TypeError: a value is not a floating tensor.
             ValueError: a value holds NaN or Inf.
         """
-        for name, residual in state.items():
-            if not isinstance(residual, torch.Tensor) or not residual.is_floating_point():
-                raise TypeError(f"residual {name!r} must be a floating tensor, got {residual!r}")
-            if not bool(torch.isfinite(residual).all()):
-                raise ValueError(f"residual {name!r} holds NaN or Inf")
-        self._residuals = {name: residual.detach().clone() for name, residual in state.items()}
+        self._residuals = _checked(state)
+
+
+class EF21(State):
+    """What the receiver has of each tensor, float32 (float64 for float64 tensors), at both ends.
+
+    The sender's Compressor holds one (``feedback=EF21()``) and sends what its update differs from
+    it; the receiver holds one for each sender and passes it what it decoded (`receive`). Every
+    message counts: one that is lost has to be sent again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._estimates: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether the receiver has something of this tensor."""
+        return name in self._estimates
+
+    def add(self, name: str, update: Tensor) -> Tensor:
+        """Return ``update - estimate``.
+
+        Raises:
+            ValueError: the tensor changed its shape or precision since the estimate was kept.
+        """
+        estimate = self._estimates.get(name)
+        if estimate is None:
+            return update
+        _check_alike(name, update, estimate)
+        return update - estimate
+
+    def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
+        """Add what the receiver got to the estimate."""
+        self._add(name, decoded.to(sent.dtype))
+
+    def receive(self, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add a decoded message to the estimates; returns these, in the dtypes of the message.
+
+        Integers and booleans travel whole and are returned as they came.
+        """
+        result = {}
+        for name, value in decoded.items():
+            if value.is_floating_point():
+                self._add(name, value if value.dtype == torch.float64 else value.float())
+                result[name] = self._estimates[name].to(value.dtype)
+            else:
+                result[name] = value
+        return result
+
+    def _add(self, name: str, decoded: Tensor) -> None:
+        estimate = self._estimates.get(name)
+        if estimate is not None:
+            _check_alike(name, decoded, estimate)
+        self._estimates[name] = decoded.clone() if estimate is None else estimate + decoded
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the estimates by tensor name; the tensors are shared, not copied."""
+        return dict(self._estimates)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all estimates.
+
+        Raises:
+            TypeError: a value is not a floating tensor.
+            ValueError: a value holds NaN or Inf.
+        """
+        self._estimates = _checked(state)
+
+
+def _check_alike(name: str, update: Tensor, kept: Tensor) -> None:
+    if kept.shape != update.shape or kept.dtype != update.dtype:
+        raise ValueError(
+            f"update[{name!r}] is {tuple(update.shape)} {update.dtype}, but its error-feedback "
+            f"residual is {tuple(kept.shape)} {kept.dtype}: use a fresh Compressor"
+        )
+
+
+def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, kept in state.items():
+        if not isinstance(kept, torch.Tensor) or not kept.is_floating_point():
+            raise TypeError(f"residual {name!r} must be a floating tensor, got {kept!r}")
+        if not bool(torch.isfinite(kept).all()):
+            raise ValueError(f"residual {name!r} holds NaN or Inf")
+    return {name: kept.detach().clone() for name, kept in state.items()}
 
 
 # Of the shorter side: a wider subspace is not where the search for the next one begins.
@@ -74,7 +190,7 @@ SHARE_SLACK = 1e-3  # of a rounded spectrum
 _BASIS_PREFIX, _SHARES_PREFIX = "basis.", "shares."
 
 
-class SubspaceCache:
+class SubspaceCache(State):
     """Long-side singular vectors and spectra by tensor name: warm starts for `truncated_svd_list`.
 
     A `Compressor` that holds one finds factors several times faster from the second message on, at
@@ -88,6 +204,7 @@ class SubspaceCache:
     """
 
     def __init__(self, max_bytes: int = 1 << 28) -> None:
+        super().__init__()
         if max_bytes < 0:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedkd_fast.aggregation import aggregate
-from fedkd_fast.compress import Compressor, decompress
+from fedkd_fast.compress import Compressor
+from fedkd_fast.decompress import decompress
 from fedkd_fast.tensors import digest_of
 
 

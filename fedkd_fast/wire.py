@@ -53,6 +53,10 @@ class Mode(IntEnum):
     PACKED_FACTORS = 4
     PACKED_DENSE = 5
     ROWS = 6
+    CODED_FACTORS = 7
+    CODED_DENSE = 8
+    CODED_HYBRID = 9
+    HALF = 10
 
 
 _ROW_MODES = {

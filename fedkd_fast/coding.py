@@ -1,0 +1,246 @@
+"""Tensors as integers of one step: the quantisers of wf1, and what the receiver makes of them.
+
+With integers q and r, the step Δ, and σ rounded as the wire carries it:
+
+* factors ``Σ_k (Δ² / σ_k) · q_k ⊗ r_k``, where q and r round ``U·diag(σ)/Δ`` and ``V·diag(σ)/Δ``;
+  the longer side is fitted to the shorter one as it is sent, by least squares, before it is
+  rounded;
+* dense ``Δ · q``;
+* hybrid: a few factors, and what they leave out, as it is decoded, densely with the same Δ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import fedkd_fast._C as _C
+from fedkd_fast import wire
+from fedkd_fast.curves import KEPT_LEVEL, ROW_QUANTUM
+from fedkd_fast.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats
+from fedkd_fast.reference import Factors
+from fedkd_fast.wire import Mode
+
+Ints = NDArray[np.int16]
+Bytes = NDArray[np.uint8]
+
+# Steps travel in 1/256 octave, a sixteenth of what levels and sigmas are measured in.
+STEPS = 16
+LARGEST = 2**22 - 1  # integer that the coder takes
+MOST_ROW_CODES = 63
+ROUNDING = 2e-6  # of the squared norm, in float32 sums of products
+
+
+@dataclass(frozen=True)
+class Coding:
+    """A tensor as integers, before the entropy coder."""
+
+    mode: Mode
+    rank: int
+    step: int  # log2 Δ in 1/256 octave
+    sigmas: Ints  # (K,) log2 σ in 1/16 octave, descending
+    base: int  # level of dense rows of code 1
+    width: int
+    codes: Bytes  # (R,) of dense rows: 0 for zeros, c for the level base - 4(c - 1)
+    segments: tuple[Tensor, ...]  # integers as float32: left (K, P), right (K, Q), dense (R, n)
+    levels: Ints  # of all rows of all segments
+    error: float  # squared, of what is decoded
+
+    def payload(self, stream: bytes) -> bytes:
+        """Return the payload of its entry, given what the coder made of the integers."""
+        if self.mode is Mode.CODED_FACTORS:
+            return wire.coded_factors_payload(self.step, self.sigmas, stream)
+        dense = (self.base, self.width, self.codes)
+        if self.mode is Mode.CODED_DENSE:
+            return wire.coded_dense_payload(self.step, *dense, stream)
+        return wire.coded_hybrid_payload(self.step, self.sigmas, *dense, stream)
+
+
+def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:
+    return (values / scale).round_().clamp_(-(2**22 - 1), 2**22 - 1)
+
+
+def row_squares(values: Tensor) -> Floats:
+    """Return the squared norm of each row."""
+    # Sums of a row in float32 are good to six digits.
+    norms = torch.linalg.vector_norm(values, dim=1).double().numpy()
+    return norms**2
+
+
+# ---- factors -------------------------------------------------------------------------------------
+
+
+class _Columns:
+    """The columns of a spectrum that are kept at a step."""
+
+    def __init__(self, factors: Factors, shape: tuple[int, int], step: int, most: int) -> None:
+        sigma = factors.sigma[:most].double()
+        sigma = sigma[sigma > 0]
+        codes = torch.round(PER_OCTAVE * torch.log2(sigma)).to(torch.int32).numpy()
+        self.halves = [_C.half_log2(n) for n in shape]
+        level = (16 * codes - step - max(self.halves) + 8) >> 4
+        self.codes = codes[level >= KEPT_LEVEL]
+        self.step = step
+
+    def levels(self) -> Ints:
+        parts = [(16 * self.codes - self.step - half + 8) >> 4 for half in self.halves]
+        return np.concatenate(parts).astype(np.int16)
+
+    def scales(self) -> Tensor:
+        """Return Δ² / σ as the receiver computes it."""
+        logs = 2 * self.step - 16 * self.codes
+        return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+
+    def multipliers(self) -> Tensor:
+        """Return σ / Δ."""
+        logs = 16 * self.codes - self.step
+        return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+
+
+def _fitted(matrix: Tensor, sent: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Fit the other side to the integers of one: (K, N), with ``matrix @ sentᵀ`` and the Gram."""
+    products = matrix @ sent.T  # (N, K)
+    gram = (sent @ sent.T).double()
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(factor).float()
+    other = (products @ inverse).T  # (K, N)
+    return other / scales[:, None], products, gram
+
+
+def code_factors(matrix: Tensor, factors: Factors, step: int, total: float) -> Coding | None:
+    """Quantise factors at a step; None where no column is worth it, or they are not independent."""
+    rows, cols = matrix.shape
+    columns = _Columns(factors, (rows, cols), step, len(factors.sigma))
+    rank = len(columns.codes)
+    if not rank:
+        return None
+    scales = columns.scales()
+    tall = rows >= cols
+    short = (factors.right if tall else factors.left)[:rank]
+    sent = _rounded(short, 1 / columns.multipliers()[:, None])
+    fitted = _fitted(matrix if tall else matrix.T, sent, scales)
+    if fitted is None:
+        return None
+    exact, products, gram = fitted
+    other = _rounded(exact, 1.0)
+    # |A - Σ c q⊗r|² = |A|² - 2 Σ c <A r, q> + Σ c c' <r, r'> <q, q'>.
+    scale = scales.double()
+    crossed = (products.T * other).sum(1).double() @ scale
+    squares = (gram * (other @ other.T).double() * scale[:, None] * scale).sum()
+    error = float(total - 2 * crossed + squares)
+    sides = (other, sent) if tall else (sent, other)
+    return _factors_coding(columns, sides, error + ROUNDING * total)
+
+
+def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:
+    return Coding(
+        mode=Mode.CODED_FACTORS,
+        rank=len(columns.codes),
+        step=columns.step,
+        sigmas=columns.codes.astype(np.int16),
+        base=0,
+        width=0,
+        codes=np.empty(0, np.uint8),
+        segments=sides,
+        levels=columns.levels(),
+        error=error,
+    )
+
+
+# ---- dense rows and the residual of a head -------------------------------------------------------
+
+
+def _row_codes(values: Tensor, step: int) -> tuple[int, int, Bytes]:
+    """Return base, width and codes of the levels of rows, in quarters of an octave."""
+    squares = row_squares(values) / values.shape[1]
+    with np.errstate(divide="ignore"):
+        level = np.rint((0.5 * PER_OCTAVE * np.log2(squares) - step / STEPS) / ROW_QUANTUM)
+    level = np.where(np.isfinite(level), level, -(2.0**15)).astype(np.int64)
+    level = np.minimum(level, HIGHEST // ROW_QUANTUM)
+    top = int(level.max())
+    coded = ROW_QUANTUM * level >= LOWEST
+    code = np.where(coded, 1 + top - level, 0)
+    code = np.where(code > MOST_ROW_CODES, 0, code)  # 15 octaves below the largest row
+    width = 0 if bool((code == 1).all()) else int(code.max()).bit_length()
+    return ROW_QUANTUM * top, width, code.astype(np.uint8)
+
+
+def _row_levels(base: int, codes: Bytes) -> Ints:
+    levels = base - ROW_QUANTUM * (codes.astype(np.int64) - 1)
+    return np.where(codes == 0, wire.ZERO_ROW, levels).astype(np.int16)
+
+
+def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding | None:
+    """Quantise rows (R, n) at a step; with a head they are what its decoded factors leave out."""
+    scale = float(np.float32(_C.exp2_fixed(step)))
+    base, width, codes = _row_codes(values, step)
+    if base < LOWEST:
+        return None
+    levels = _row_levels(base, codes)
+    sent = _rounded(values, scale)
+    if width:
+        sent[torch.from_numpy(codes == 0)] = 0.0
+    error = float(row_squares(torch.sub(values, sent, alpha=scale)).sum())
+    none = np.empty(0, np.int16)
+    return Coding(
+        mode=Mode.CODED_HYBRID if head else Mode.CODED_DENSE,
+        rank=head.rank if head else values.shape[0],
+        step=step,
+        sigmas=head.sigmas if head else none,
+        base=base,
+        width=width,
+        codes=codes,
+        segments=(*(head.segments if head else ()), sent),
+        levels=np.concatenate([head.levels if head else none, levels]),
+        error=error,
+    )
+
+
+def code_hybrid(
+    matrix: Tensor, rows: int, factors: Factors, step: int, rank: int, backend: ModuleType
+) -> Coding | None:
+    """Quantise `rank` factors and what is left, in so many rows, at one step."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    columns = _Columns(factors, shape, step, min(rank, len(factors.sigma) - 1))
+    if not len(columns.codes):
+        return None
+    sides = [side[: len(columns.codes)] for side in (factors.left, factors.right)]
+    left, right = (_rounded(side, 1 / columns.multipliers()[:, None]) for side in sides)
+    decoded = backend.reconstruct(left * columns.scales()[:, None], right)
+    head = _factors_coding(columns, (left, right), 0.0)
+    return code_dense((matrix - decoded).reshape(rows, -1), step, head)
+
+
+# ---- what the receiver makes of them -------------------------------------------------------------
+
+
+def scales_of(mode: Mode, step: int, sigmas: Ints) -> list[Tensor]:
+    """Return the float32 factor of each row of a stream's integers: left, right, dense."""
+    scales = []
+    if mode is not Mode.CODED_DENSE:
+        logs = 2 * step - 16 * sigmas.astype(np.int64)
+        left = torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+        scales += [left, torch.ones(len(sigmas))]
+    if mode is not Mode.CODED_FACTORS:
+        scales.append(torch.tensor([_C.exp2_fixed(step)], dtype=torch.float32))
+    return scales
+
+
+def decoded_values(
+    mode: Mode, shape: tuple[int, ...], parts: Sequence[Tensor], backend: ModuleType
+) -> Tensor:
+    """Put a tensor together from decoded values; the order of operations is fixed."""
+    if mode is Mode.CODED_DENSE:
+        return parts[0].reshape(shape)
+    product: Tensor = backend.reconstruct(parts[0], parts[1])
+    if mode is Mode.CODED_HYBRID:
+        product += parts[2].reshape(product.shape)
+    return product.reshape(shape)

@@ -1,0 +1,196 @@
+"""Error and bytes of a tensor in each mode of wf1, as functions of the quantisation step.
+
+All coefficients of ``U·diag(σ)`` and ``V·diag(σ)`` weigh the same in the error of their product, so
+one step Δ for all of them is the optimum (reverse water-filling): a column gets about
+``log2(σ / (Δ√n))`` bits an entry, and columns that would become zeros are left out. With the closed
+forms of `fedkd_fast.gaussian`, error and bytes are functions of Δ alone; every kind of rate control
+reads them off here. What is sent is measured afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkd_fast.gaussian import PER_OCTAVE, Floats, cost_of
+from fedkd_fast.wire import Mode
+
+Ints = NDArray[np.int64]
+
+# A column is kept where its larger level reaches this: σ >= 0.57 Δ √max(P, Q).
+KEPT_LEVEL = -13
+# Levels of dense rows travel in quarters of an octave.
+ROW_QUANTUM = 4
+# Wider grids than this lead from nothing sent to nothing lost for any spectrum.
+_MOST_POINTS = 320
+_HEADS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
+_BOTH = 0.1
+_FEW_SYMBOLS, _CHUNK = 16384, 65536
+
+
+class Spectrum(NamedTuple):
+    """What the curves of a tensor depend on."""
+
+    rows: int  # P
+    cols: int  # Q
+    total: float  # squared norm
+    singular: Floats  # (K,) leading singular values, descending; empty: dense modes alone
+    row_energies: Floats  # (R,) squared norms of the rows of the dense mode; R divides P·Q
+
+
+class Curve(NamedTuple):
+    """One mode at ascending steps."""
+
+    mode: Mode
+    steps: Floats  # (G,) log2 Δ in sixteenths of an octave
+    error: Floats  # (G,) expected squared error
+    size: Floats  # (G,) expected payload bytes
+    rank: Ints  # (G,) columns kept; 0 in dense mode
+
+
+class Point(NamedTuple):
+    """A place on a curve."""
+
+    mode: Mode
+    step: float  # log2 Δ in sixteenths of an octave
+    error: float
+    size: float
+    rank: int
+
+
+def stream_bytes(symbols: Floats, bits: Floats) -> Floats:
+    """Return what the coder takes for so many symbols and bits: states, chunk table, codes."""
+    chunks = np.ceil(symbols / _CHUNK)
+    states = np.where(symbols < _FEW_SYMBOLS, 4, 32) * 4
+    # A state ends half-way between what it must hold and what it can.
+    return np.where(symbols > 0, chunks * (4 + 0.75 * states) + bits / 8, 0.0)
+
+
+def log_level(squares: float | Floats) -> Floats:
+    """Return the level of a standard deviation, from its square, at step 1."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * PER_OCTAVE * np.log2(np.asarray(squares, np.float64))
+
+
+def _grid(spectrum: Spectrum, least_error: float) -> Floats:
+    """Return steps from where a dense tensor has this error to where everything becomes zeros."""
+    numel = spectrum.rows * spectrum.cols
+    # Two full factors have twice as many numbers as the tensor: half an octave finer.
+    low = math.floor(float(log_level(12 * least_error / numel))) - PER_OCTAVE // 2 - 2
+    largest = float(spectrum.row_energies.max()) * len(spectrum.row_energies) / numel
+    high = float(log_level(largest)) + 3 * PER_OCTAVE + 1
+    if len(spectrum.singular):
+        column = float(spectrum.singular[0]) ** 2 / max(spectrum.rows, spectrum.cols)
+        high = max(high, float(log_level(column)) - KEPT_LEVEL + 1)
+    return np.arange(low, min(math.ceil(high) + 1, low + _MOST_POINTS), dtype=np.float64)
+
+
+def _columns(spectrum: Spectrum, steps: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Return levels of the long side, errors of both sides, and bits; each (G, K)."""
+    long, short = max(spectrum.rows, spectrum.cols), min(spectrum.rows, spectrum.cols)
+    sigma = np.rint(log_level(spectrum.singular**2))
+    levels = [sigma - log_level(float(n)) - steps[:, None] for n in (long, short)]
+    (error_long, bits_long), (error_short, bits_short) = (cost_of(level) for level in levels)
+    scale = 4.0 ** (steps[:, None] / PER_OCTAVE)
+    bits = long * bits_long + short * bits_short
+    return levels[0], scale * long * error_long, scale * short * error_short, bits
+
+
+def _factors(spectrum: Spectrum, steps: Floats) -> Curve:
+    short = min(spectrum.rows, spectrum.cols)
+    level, error_long, error_short, bits = _columns(spectrum, steps)
+    kept = level >= KEPT_LEVEL
+    rank = kept.sum(1)
+    # The long side is fitted to the short one as it is sent. That undoes what the rounding of the
+    # short one did within its own span, rank / short of it.
+    free = 1.0 - rank / short
+    energies = spectrum.singular**2
+    error = spectrum.total - (kept * energies).sum(1)
+    error += (kept * error_long).sum(1) + free * (kept * error_short).sum(1)
+    # Roundings of both sides multiply, which matters for the weakest columns; of that the fit undoes
+    # the larger part.
+    error += _BOTH * (kept * error_long * error_short / np.maximum(energies, 1e-300)).sum(1)
+    symbols = rank * float(spectrum.rows + spectrum.cols)
+    gaps = rank / 8 + np.where(rank > 0, 16.0, 0.0)
+    size = stream_bytes(symbols, (kept * bits).sum(1)) + gaps
+    return Curve(Mode.CODED_FACTORS, steps, error, size, rank)
+
+
+def _dense(spectrum: Spectrum, steps: Floats) -> Curve:
+    count = len(spectrum.row_energies)
+    length = spectrum.rows * spectrum.cols // count
+    levels = ROW_QUANTUM * np.rint(log_level(spectrum.row_energies / length) / ROW_QUANTUM)
+    finite = np.isfinite(levels)
+    found, members = np.unique(levels[finite], return_counts=True)
+    energies = np.array([spectrum.row_energies[levels == level].sum() for level in found])
+    error, bits = cost_of(found - steps[:, None])
+    coded = found - steps[:, None] >= -3 * PER_OCTAVE
+    scale = 4.0 ** (steps[:, None] / PER_OCTAVE)
+    error = np.where(coded, scale * error * members * length, energies).sum(1)
+    symbols = (coded * members).sum(1) * float(length)
+    width = math.ceil(math.log2(len(found) + 1)) if len(found) > 1 else 0
+    size = stream_bytes(symbols, (bits * members * length).sum(1)) + 5 + count * width / 8
+    return Curve(Mode.CODED_DENSE, steps, error, size, np.zeros(len(steps), np.int64))
+
+
+def _hybrid(spectrum: Spectrum, steps: Floats) -> Curve | None:
+    heads = np.array([head for head in _HEADS if head <= len(spectrum.singular)])
+    if not len(heads):
+        return None
+    numel = float(spectrum.rows * spectrum.cols)
+    _, error_long, error_short, bits = _columns(spectrum, steps)
+    # What the rounding of the head leaves joins the residual.
+    left = spectrum.total - np.cumsum(spectrum.singular**2)[heads - 1]
+    noise = np.cumsum(error_long + error_short, 1)[:, heads - 1]
+    residual = log_level((np.maximum(left, 0.0) + noise) / numel) - steps[:, None]
+    error, symbol_bits = cost_of(residual)
+    scale = 4.0 ** (steps[:, None] / PER_OCTAVE)
+    error *= scale * numel
+    symbols = numel + heads * float(spectrum.rows + spectrum.cols)
+    size = stream_bytes(
+        np.broadcast_to(symbols, error.shape),
+        numel * symbol_bits + np.cumsum(bits, 1)[:, heads - 1],
+    )
+    # With the bits at the price of this step: dD/dR = Δ²/6 · ln 2.
+    best = np.argmin(error + scale * (8 * math.log(2) / 6) * size, axis=1)
+    every = np.arange(len(steps))
+    size = size[every, best] + heads[best] / 8 + 21
+    return Curve(Mode.CODED_HYBRID, steps, error[every, best], size, heads[best])
+
+
+def curves_of(spectrum: Spectrum, least_error: float) -> list[Curve]:
+    """Return the curves of all modes that a tensor can have.
+
+    Args:
+        spectrum: of the tensor, not zero.
+        least_error: smallest squared error that matters, > 0.
+    """
+    steps = _grid(spectrum, least_error)
+    found: list[Curve | None] = [_dense(spectrum, steps)]
+    if len(spectrum.singular):
+        found += [_factors(spectrum, steps), _hybrid(spectrum, steps)]
+    return [curve for curve in found if curve is not None]
+
+
+def at_error(curve: Curve, target: float) -> Point | None:
+    """Return where a curve reaches a squared error; None where it never is that small."""
+    above = np.flatnonzero(curve.error > target)
+    first = int(above[0]) if len(above) else len(curve.error)
+    if first == 0:
+        return None
+    if first == len(curve.error):
+        last = first - 1
+        return Point(
+            curve.mode,
+            *(float(a[last]) for a in (curve.steps, curve.error, curve.size)),
+            int(curve.rank[last]),
+        )
+    low, high = (math.log(max(float(e), 1e-300)) for e in curve.error[first - 1 : first + 1])
+    share = (math.log(target) - low) / (high - low) if high > low else 0.0
+    share = min(max(share, 0.0), 1.0)
+    size = (1 - share) * curve.size[first - 1] + share * curve.size[first]
+    step = float(curve.steps[first - 1]) + share
+    return Point(curve.mode, step, target, float(size), int(curve.rank[first - 1]))

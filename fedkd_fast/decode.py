@@ -1,0 +1,150 @@
+"""One wire entry -> one tensor, in every mode. The order of operations is part of the format."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd_fast import wire
+from fedkd_fast.codec import TORCH_DTYPES, from_bytes, matrix_shape
+from fedkd_fast.coding import Ints, decoded_values, scales_of
+from fedkd_fast.rows import placed, split
+from fedkd_fast.wire import Entry, Mode, WireError
+
+BACKENDS = ("native", "reference")
+
+
+def backend_named(name: str) -> ModuleType:
+    """Return the module that has the ops."""
+    if name == "native":
+        from fedkd_fast import ops
+
+        return ops
+    if name == "reference":
+        from fedkd_fast import reference
+
+        return reference
+    raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+
+
+Parts = Tensor | tuple[Tensor, Tensor]
+
+
+def decode_entry(entry: Entry, backend: ModuleType) -> Tensor:
+    """Decode any entry but an alias into a tensor of its shape and dtype.
+
+    Raises:
+        WireError: the bytes of an entropy-coded stream are none that an encoder writes.
+    """
+    parts = decode_parts(entry, backend)
+    values = parts if isinstance(parts, Tensor) else backend.reconstruct(*parts)
+    return values.reshape(entry.shape).to(TORCH_DTYPES[entry.dtype])
+
+
+def decode_parts(entry: Entry, backend: ModuleType) -> Parts:
+    """Decode any entry but an alias; factors stay two: (K, P) and (K, Q), whose product it is."""
+    match entry.mode:
+        case Mode.ZERO:
+            return torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        case Mode.RAW:
+            return from_bytes(entry.payload, TORCH_DTYPES[entry.dtype])
+        case Mode.HALF:
+            parts = wire.half_parts(entry)
+            halves = from_bytes(parts.halves, torch.float16).double()
+            return torch.ldexp(halves, torch.tensor(parts.exponent, dtype=torch.float64))
+        case Mode.ROWS:
+            ids, sent = split(entry)
+            return placed(decode_entry(sent, backend), ids, entry.shape)
+        case Mode.PACKED_DENSE:
+            return _packed_dense(entry, backend)
+        case Mode.FACTORS:
+            return _factors(entry)
+        case Mode.PACKED_FACTORS:
+            return _packed_factors(entry, backend)
+        case _:
+            return _coded(entry, backend)
+
+
+def _factors(entry: Entry) -> tuple[Tensor, Tensor]:
+    rows, cols = matrix_shape(entry.shape)
+    parts = wire.factors_parts(entry)
+    sigma = from_bytes(parts.sigma, torch.float32)
+    left = from_bytes(parts.left, torch.float32).reshape(entry.rank, rows) * sigma[:, None]
+    return left, from_bytes(parts.right, torch.float32).reshape(entry.rank, cols)
+
+
+def _packed_dense(entry: Entry, backend: ModuleType) -> Tensor:
+    parts = wire.packed_dense_parts(entry)
+    values: Tensor = backend.unpack_factors(
+        from_bytes(parts.codes, torch.uint8),
+        from_bytes(parts.scale, torch.float32),
+        from_bytes(parts.bits, torch.uint8),
+        math.prod(entry.shape) // entry.rank,
+    )
+    return values
+
+
+def _packed_factors(entry: Entry, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    rows, cols = matrix_shape(entry.shape)
+    parts = wire.packed_factors_parts(entry)
+    scale = from_bytes(parts.scale, torch.float32)
+    bits_left, bits_right = (
+        from_bytes(part, torch.uint8) for part in (parts.bits_left, parts.bits_right)
+    )
+    left = backend.unpack_factors(
+        from_bytes(parts.codes_left, torch.uint8), scale, bits_left, rows
+    )
+    codes_right = from_bytes(parts.codes_right, torch.uint8)
+    return left, unpacked_levels(codes_right, bits_right, cols, backend)
+
+
+def unpacked_levels(codes: Tensor, widths: Tensor, count: int, backend: ModuleType) -> Tensor:
+    """Return the integers that codes of these widths stand for, in steps of one half."""
+    ones = torch.ones(widths.numel(), dtype=torch.float32)
+    levels: Tensor = backend.unpack_factors(codes, ones, widths, count)
+    return levels
+
+
+def _coded(entry: Entry, backend: ModuleType) -> Parts:
+    sides: list[int] = []
+    if entry.mode is not Mode.CODED_DENSE:
+        sides += matrix_shape(entry.shape)
+    rows = [entry.rank] * 2
+    sigmas: Ints = np.empty(0, np.int16)
+    if entry.mode is Mode.CODED_FACTORS:
+        factors = wire.coded_factors_parts(entry)
+        step, levels, stream = factors.step, factors.levels, factors.stream
+        sigmas = np.asarray(factors.sigmas)
+    else:
+        read = wire.coded_dense_parts if entry.mode is Mode.CODED_DENSE else wire.coded_hybrid_parts
+        parts = read(entry)
+        step, levels, stream = parts.step, parts.levels, parts.stream
+        if isinstance(parts, wire.CodedHybridParts):
+            sigmas = np.asarray(parts.sigmas)
+        else:
+            rows = []
+        rows.append(len(parts.codes))
+        sides.append(math.prod(entry.shape) // len(parts.codes))
+    scales = scales_of(entry.mode, step, sigmas)
+    expanded = [scale.expand(count) for scale, count in zip(scales, rows, strict=True)]
+    try:
+        values = backend.rans_decode(
+            from_bytes(stream, torch.uint8),
+            torch.tensor([len(stream)]),
+            torch.cat(expanded),
+            torch.from_numpy(np.asarray(levels)),
+            rows,
+            sides,
+            [0] * len(rows),
+        )
+    except RuntimeError as error:
+        if "corrupt" not in str(error):
+            raise
+        raise WireError(f"tensor {entry.name!r}: {error}") from None
+    if entry.mode is Mode.CODED_FACTORS:
+        return values[0], values[1]
+    return decoded_values(entry.mode, entry.shape, values, backend)

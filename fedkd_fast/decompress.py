@@ -1,0 +1,189 @@
+"""Frames -> named tensors: the inverse of `compress`, for bytes that may come from a stranger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import BinaryIO
+
+from torch import Tensor
+
+from fedkd_fast import wire
+from fedkd_fast.codec import DTYPES, all_finite
+from fedkd_fast.decode import backend_named, decode_entry
+from fedkd_fast.tensors import (
+    Shaped,
+    as_tensors,
+    check_same_tensors,
+    digest_of,
+    specs_of,
+    tied_names,
+)
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode, WireError
+
+
+def decode_frame(
+    frame: bytes | bytearray | memoryview,
+    schema: Mapping[str, Shaped] | None = None,
+    *,
+    schema_name: str = "schema",
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    backend: str = "native",
+) -> tuple[dict[str, Tensor], Base | None]:
+    """Decode a frame without applying it to a base; also return what it is relative to.
+
+    The schema is compared before anything is decoded, so that a frame costs no more than what the
+    receiver expects. `schema_name` is what messages call it.
+    """
+    module = backend_named(backend)
+    # A frame without a schema of its own needs the receiver's, and its order.
+    needed = None if schema is None or wire.header(frame).schema_embedded else specs_of(schema)
+    parsed = wire.decode(frame, schema=needed, max_bytes=max_bytes)
+    if schema is not None:
+        check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
+    tensors: dict[str, Tensor] = {}
+    names = [entry.name for entry in parsed.entries]
+    for entry in parsed.entries:
+        tensors[entry.name] = (
+            tensors[names[entry.rank]] if entry.mode is Mode.ALIAS else _decoded(entry, module)
+        )
+    return tensors, parsed.base
+
+
+def _decoded(entry: Entry, module: ModuleType) -> Tensor:
+    try:
+        tensor = decode_entry(entry, module)
+    except RuntimeError as error:
+        # torch has no error of its own for this.
+        if "allocate" not in str(error):
+            raise
+        raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
+    # No honest sender sends these, and one of them would poison a mean.
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
+    return tensor
+
+
+def decompress(
+    frame: bytes | bytearray | memoryview,
+    schema: Mapping[str, Shaped] | None = None,
+    base: Mapping[str, object] | None = None,
+    *,
+    relative_to: Base | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    backend: str = "native",
+) -> dict[str, Tensor]:
+    """Decode a frame into CPU tensors.
+
+    Args:
+        frame: what `Compressor.compress` returned; any contiguous bytes-like object.
+        schema: expected tensors; names, shapes and dtypes must be equal. Anything with `.shape` and
+            `.dtype` serves as a value, for instance the model's own state dict. Frames without a
+            schema of their own need it, in the sender's order.
+        base: the tensors that the frame is a difference to; the result is then base + difference.
+        relative_to: run and round of that base, where the frame names it so.
+        max_bytes: refuse frames that would decode to more; decoding may take some four times that
+            for a moment, where tensors have 16 bits, and 50 times that where a matrix lists nearly
+            all of its rows of one byte.
+        backend: as in `Compressor`.
+
+    Returns:
+        Tensors by name, in the order they were sent; tied tensors share their memory.
+
+    Raises:
+        WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
+        ValueError: a schema or base that does not match, or a missing or unneeded base.
+    """
+    bases = None if base is None else as_tensors(base, "base")
+    wanted, name = (bases, "base") if schema is None else (schema, "schema")
+    tensors, made_against = decode_frame(
+        frame, wanted, schema_name=name, max_bytes=max_bytes, backend=backend
+    )
+    _check_base(made_against, base, relative_to)
+    if base is None or bases is None:
+        return tensors
+    check_same_tensors(tensors, bases, "base")
+    # Tied differences give tied results only where the base is tied as well.
+    base_ties = tied_names(base)
+    applied: dict[tuple[int, str], Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        key = id(value), base_ties.get(name, name)
+        if key not in applied:
+            applied[key] = _applied(name, bases[name], value)
+        result[name] = applied[key]
+    return result
+
+
+def decompress_from(
+    file: BinaryIO,
+    schema: Mapping[str, Shaped] | None = None,
+    base: Mapping[str, object] | None = None,
+    *,
+    relative_to: Base | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    backend: str = "native",
+) -> Iterator[tuple[str, Tensor]]:
+    """Decode a frame in a file, one tensor in memory at a time.
+
+    The file is gone through once before the first tensor comes, so that a damaged frame gives none.
+    Arguments and errors are those of `decompress`; `file` is open for reading bytes, seekable, and
+    stands where the frame begins. Tied tensors are decoded once each.
+
+    Yields:
+        Name and tensor, in the order they were sent.
+    """
+    module = backend_named(backend)
+    reader = wire.FrameReader(
+        file, schema=None if schema is None else specs_of(schema), max_bytes=max_bytes
+    )
+    _check_base(reader.header.base, base, relative_to)
+    if base is not None:
+        check_same_tensors({info.name: info for info in reader.entries}, base, "base")
+    for index, info in enumerate(reader.entries):
+        entry = reader.read(info.rank if info.mode is Mode.ALIAS else index)
+        tensor = _decoded(entry, module)
+        if base is not None:
+            before = as_tensors({info.name: base[info.name]}, "base")
+            tensor = _applied(info.name, before[info.name], tensor)
+        yield info.name, tensor
+
+
+def _applied(name: str, base: Tensor, difference: Tensor) -> Tensor:
+    if not difference.is_floating_point():
+        return difference
+    result = base + difference
+    if not all_finite(result):
+        raise ValueError(f"base[{name!r}] + difference overflows {DTYPES[result.dtype]}")
+    return result
+
+
+def _check_base(
+    made_against: Base | None, base: Mapping[str, object] | None, relative_to: Base | None
+) -> None:
+    """Refuse a frame whose base is another one than the receiver's."""
+    if made_against is None:
+        if base is not None or relative_to is not None:
+            raise ValueError("base was given, but the frame is not a difference: decode it without")
+        return
+    version, digest = (made_against.run, made_against.round), made_against.digest
+    if made_against.run is not None:
+        if relative_to is None:
+            raise ValueError(
+                f"frame is a difference to run {version[0]} round {version[1]}: pass relative_to="
+            )
+        if (relative_to.run, relative_to.round) != version:
+            raise ValueError(
+                f"base does not match: the frame was made against run {version[0]} round "
+                f"{version[1]}, the receiver is at run {relative_to.run} round {relative_to.round}"
+            )
+    if digest is None:
+        return
+    if base is None:
+        raise ValueError(f"frame is a difference to base {digest.hex()}: pass base=")
+    own = digest_of(base)
+    if own != digest:
+        raise ValueError(
+            f"base does not match: the frame was made against {digest.hex()}, "
+            f"this base is {own.hex()}"
+        )

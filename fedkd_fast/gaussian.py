@@ -1,0 +1,56 @@
+"""What the coder does to Gaussian rows: the error and the bits of a symbol, by level.
+
+A row of n numbers and squared norm e is coded with one step Δ. Its level is the ratio of its
+standard deviation to the step, ``log2(√(e / n) / Δ)``, in sixteenths of an octave; it also chooses
+the table of the entropy coder (`fedkd_fast.ops.rans_encode`). Numbers are rounded to the nearest
+multiple of Δ. These tables only steer the encoder: nothing on the wire depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.int16]
+
+PER_OCTAVE = 16
+# Rows below the lowest level are zeros; from SPLIT on, low bits of a symbol travel as they are.
+LOWEST, SPLIT, HIGHEST = -48, 48, 335
+_ESCAPE_BITS = 28  # of a symbol beyond its table, about
+
+
+def _below_split() -> tuple[Floats, Floats]:
+    """Return squared error in steps² and bits of a symbol, for the levels below SPLIT."""
+    ratio = 2.0 ** (torch.arange(LOWEST, SPLIT, dtype=torch.float64)[:, None] / PER_OCTAVE)
+    symbol = torch.arange(-31, 32, dtype=torch.float64)
+    edges = (torch.arange(-31, 33, dtype=torch.float64) - 0.5) / ratio
+    share = torch.special.ndtr(edges).diff(dim=1)
+    density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
+    # ∫ x φ and ∫ x² φ over the cells.
+    first = -density.diff(dim=1)
+    second = share - (edges * density).diff(dim=1)
+    error = ratio**2 * second - 2 * symbol * ratio * first + symbol**2 * share
+    inside = symbol.abs() <= torch.ceil(5 * ratio) + 1
+    bits = torch.where(inside, -torch.log2(share.clamp(min=2.0**-12)), _ESCAPE_BITS)
+    return error.sum(1).numpy(), (share * bits).sum(1).numpy()
+
+
+_ERROR, _BITS = _below_split()
+_OCTAVES = 1 + (HIGHEST - SPLIT) // PER_OCTAVE
+ERROR: Floats = np.concatenate([_ERROR, np.full(PER_OCTAVE * _OCTAVES, 1 / 12)])
+BITS: Floats = np.concatenate(
+    [_BITS] + [_BITS[-PER_OCTAVE:] + octave for octave in range(1, _OCTAVES + 1)]
+)
+
+
+def cost_of(levels: Floats) -> tuple[Floats, Floats]:
+    """Return squared error in steps² and bits of a symbol, for levels of any value."""
+    index = np.rint(levels - LOWEST).astype(np.int64)
+    zero = index < 0
+    index = np.clip(index, 0, len(ERROR) - 1)
+    lost = 4.0 ** (np.minimum(levels, LOWEST) / PER_OCTAVE)
+    return np.where(zero, lost, ERROR[index]), np.where(zero, 0.0, BITS[index])

@@ -1,0 +1,86 @@
+"""Sums of factors: a matrix that is never written out while its rank is small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkd_fast.reference import Factors
+
+# Up to this share of the shorter side, factors of a sum are cheaper than the sum: to hold, …
+STACKED_SHARE = 0.5
+# … and to factorise and encode, where no dense mode can be smaller.
+ENCODED_SHARE = 0.25
+
+
+class LowRank:
+    """``leftᵀ · right``, in place of the matrix.
+
+    Args:
+        left: (K, P) float32.
+        right: (K, Q) float32.
+        shape: of the tensor; its first dimension is P, the others make Q.
+        dtype: of the tensor.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.left, self.right, self.shape, self.dtype = left, right, shape, dtype
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether encoding the factors is cheaper than encoding the matrix."""
+        return len(self.left) <= ENCODED_SHARE * min(self.left.shape[1], self.right.shape[1])
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802  (as torch calls it)
+        """The transpose, as a matrix."""
+        return LowRank(
+            self.right, self.left, (self.right.shape[1], self.left.shape[1]), self.dtype
+        )
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Multiply the matrix with another one."""
+        return self.left.T @ (self.right @ other)
+
+    def dense(self) -> Tensor:
+        """Write the tensor out."""
+        return (self.left.T @ self.right).reshape(self.shape).to(self.dtype)
+
+    def squared_norm(self) -> float:
+        """Return the sum of squares of the matrix."""
+        grams = [(side @ side.T).double() for side in (self.left, self.right)]
+        return float((grams[0] * grams[1]).sum())
+
+    def factors(self, energy: float) -> Factors:
+        """Return leading factors that hold this share of the energy: QR of both sides, SVD between.
+
+        ``left = R_p · Q_pᵀ``, ``right = R_q · Q_qᵀ``: the singular values of ``R_pᵀ · R_q`` are
+        those of the product, at ``O((P + Q)·K² + K³)``.
+        """
+        q_left, r_left = torch.linalg.qr(self.left.T.double())
+        q_right, r_right = torch.linalg.qr(self.right.T.double())
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+        squares = s.square()
+        shares = squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        held = shares.cumsum(0)
+        rank = min(int((held <= energy).sum()) + 1, len(s)) if float(s[0]) > 0 else 0
+        return Factors(
+            (q_left @ u[:, :rank]).T.float().contiguous(),
+            s[:rank].float(),
+            (vh[:rank] @ q_right.T).float().contiguous(),
+            rank,
+            float(held[rank - 1]) if rank else 1.0,
+            shares,
+        )
+
+
+def stacked(
+    pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, ...], dtype: torch.dtype
+) -> LowRank:
+    """Return the sum of ``leftᵀ · right`` over pairs."""
+    left, right = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+    return LowRank(left, right, shape, dtype)

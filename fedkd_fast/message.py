@@ -1,0 +1,247 @@
+"""The tensors of one message on their way to entries: raw, factorised, coded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fedkd_fast import wf0, wf1
+from fedkd_fast.codec import (
+    DTYPES,
+    factors_entry,
+    is_matrix,
+    matrix_shape,
+    may_lose,
+    raw_entry,
+    representable,
+)
+from fedkd_fast.feedback import SubspaceCache
+from fedkd_fast.reference import Factors
+from fedkd_fast.rows import Rows, whole_entry
+from fedkd_fast.targets import Priced, expected_size, shares_of
+from fedkd_fast.wire import Entry, Mode
+
+CODECS = ("wf1", "wf0", "factors-fp32", "raw")
+# Where wf0 and wf1 cut the spectrum before they weigh columns against bits: at this share of what
+# may be lost. Columns below are never worth their bits at the prices that meet the target.
+TAIL_SHARE = 0.35
+# A budget is used to this share at least, where the tensors allow it.
+FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
+_BUDGET_ATTEMPTS = 8
+# What a first look at a message with a budget assumes to be lost.
+_FIRST_LOST = 0.05
+
+
+def wide(value: Tensor) -> Tensor:
+    """Return a floating tensor in the precision that it is encoded from."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+class Message:
+    """What was found in each tensor of an update, and the entries that it becomes.
+
+    Args:
+        tensors: of the update; only dtype and shape count.
+        rows: what is left of each tensor that is sent, without rows of zeros.
+        tied: names that show the memory of an earlier one, and which.
+        order: place of each name in the frame; that in `tensors` where it is None.
+        cache: where factorisations start, or None.
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
+        tied: Mapping[str, str],
+        order: Mapping[str, int] | None,
+        cache: SubspaceCache | None,
+        backend: ModuleType,
+    ) -> None:
+        self._tensors, self._rows, self._tied = tensors, rows, tied
+        self._order = order or {name: index for index, name in enumerate(tensors)}
+        self._cache, self._backend = cache, backend
+        self._raws = {
+            name: raw_entry(name, found.values.to(tensors[name].dtype))
+            for name, found in rows.items()
+        }
+        self._lossy = {
+            name: wide(found.values)
+            for name, found in rows.items()
+            if self._raws[name].mode is Mode.RAW
+            and found.values.is_floating_point()
+            and representable(found.values)
+        }
+        self.factors: dict[str, Factors] = {}
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors that are sent."""
+        return sum(tensor.numel() for name, tensor in self._tensors.items() if name in self._rows)
+
+    def raw(self) -> list[Entry]:
+        """Lose nothing."""
+        return self._listed({})
+
+    def factors_fp32(self, energy: float) -> list[Entry]:
+        """Send the paper's payload, or raw bytes where that is smaller."""
+        budgets = [len(self._raws[name].payload) for name in self._matrices()]
+        self._factorise(energy, budgets)
+        coded = {}
+        for name, factors in self._paying().items():
+            raw = self._raws[name]
+            entry = factors_entry(name, raw.dtype, raw.shape, factors)
+            if len(entry.payload) < len(raw.payload):
+                coded[name] = entry
+        return self._listed(coded)
+
+    def wf0(self, energy: float) -> list[Entry]:
+        """Meet an energy with integer bits for each column or row."""
+        self._factorise(1.0 - (1.0 - energy) * TAIL_SHARE)
+        paying = self._paying()
+        return self._listed(
+            {
+                name: wf0.encode(
+                    self._raws[name],
+                    value,
+                    may_lose(self._shape(name), energy),
+                    paying.get(name),
+                    self._backend,
+                )
+                for name, value in self._lossy.items()
+            }
+        )
+
+    def wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
+        """Lose at most this share of the squared norm, by tensor or as a whole."""
+        items = self._items(lost)
+        priced = _priced(items, lost)
+        return self._coded(items, shares_of(priced, lost, one_step=one_step))
+
+    def wf1_within(
+        self, limit: int, size: Callable[[list[Entry]], int], *, one_step: bool
+    ) -> list[Entry]:
+        """Lose as little as a frame of this many bytes allows.
+
+        Args:
+            limit: bytes of the frame.
+            size: tells how long the frame of some entries is.
+            one_step: as in `wf1`.
+
+        Raises:
+            ValueError: even what takes least is larger.
+        """
+        exact = self._listed({})
+        if size(exact) <= limit:
+            return exact
+        fixed = self._fixed(size)
+        # A little below the limit, because what is expected and what comes differ by less.
+        goal = wanted = AIM_BUDGET * limit - fixed
+        items, deepest = self._items(_FIRST_LOST), _FIRST_LOST
+        best: list[Entry] | None = None
+        used, least = 0, 2**63
+        for _ in range(_BUDGET_ATTEMPTS):
+            lost = _lost_within(items, wanted, one_step)
+            if lost < deepest:
+                items, deepest = self._items(lost), lost
+                lost = _lost_within(items, wanted, one_step)
+            entries = self._coded(items, shares_of(_priced(items, lost), lost, one_step=one_step))
+            found = size(entries)
+            least = min(least, found)
+            if used < found <= limit:
+                best, used = entries, found
+            if FULL_BUDGET * limit <= found <= limit:
+                break
+            wanted *= goal / max(found - fixed, 1)
+        if best is None:
+            raise ValueError(
+                f"the frame takes at least about {least} bytes, got a limit of {limit}"
+            )
+        return best
+
+    def _fixed(self, size: Callable[[list[Entry]], int]) -> int:
+        """Return the bytes of a frame that are not payloads of lossy tensors."""
+        payloads = sum(len(self._raws[name].payload) for name in self._lossy)
+        return size(self._listed({})) - payloads
+
+    def _items(self, lost: float) -> dict[str, wf1.Item]:
+        self._factorise(1.0 - lost * TAIL_SHARE)
+        paying = self._paying()
+        return {
+            name: wf1.Item(
+                self._raws[name],
+                value,
+                vector=not is_matrix(self._shape(name)),
+                factors=paying.get(name),
+            )
+            for name, value in self._lossy.items()
+        }
+
+    def _coded(self, items: Mapping[str, wf1.Item], allowed: list[float]) -> list[Entry]:
+        entries = wf1.encode(list(items.values()), allowed, self._backend)
+        return self._listed(dict(zip(items, entries, strict=True)))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        # What may be lost depends on the tensor: a row alone of a matrix is no vector.
+        return tuple(self._tensors[name].shape)
+
+    def _matrices(self) -> dict[str, Tensor]:
+        return {
+            name: value.reshape(matrix_shape(tuple(value.shape))).float()
+            for name, value in self._lossy.items()
+            if is_matrix(tuple(value.shape))
+        }
+
+    def _paying(self) -> dict[str, Factors]:
+        return {name: found for name, found in self.factors.items() if found.pays}
+
+    def _factorise(self, energy: float, budgets: list[int] | None = None) -> None:
+        """Factorise all matrices in one call."""
+        matrices = self._matrices()
+        earlier = [
+            self._cache.get(name, (matrix.shape[0], matrix.shape[1])) if self._cache else None
+            for name, matrix in matrices.items()
+        ]
+        found: list[Factors] = self._backend.truncated_svd_list(
+            list(matrices.values()), energy=energy, earlier=earlier, budgets_bytes=budgets
+        )
+        self.factors = dict(zip(matrices, found, strict=True))
+
+    def _listed(self, coded: Mapping[str, Entry]) -> list[Entry]:
+        """Return the entries of all tensors in their order; what is not coded is raw."""
+        return [
+            whole_entry(
+                tuple(tensor.shape), self._rows[name].ids, coded.get(name, self._raws[name])
+            )
+            if name in self._rows
+            else Entry(
+                name,
+                DTYPES[tensor.dtype],
+                tuple(tensor.shape),
+                Mode.ALIAS,
+                self._order[self._tied[name]],
+            )
+            for name, tensor in self._tensors.items()
+        ]
+
+
+def _priced(items: Mapping[str, wf1.Item], lost: float) -> list[Priced]:
+    # A tensor may lose less than its share where others may lose more.
+    return [
+        Priced(item.total, item.share, item.curves(0.1 * lost * item.share))
+        for item in items.values()
+    ]
+
+
+def _lost_within(items: Mapping[str, wf1.Item], limit: float, one_step: bool) -> float:
+    """Return what is lost where the payloads are expected to take so many bytes."""
+    low, high = -20.0, 0.0  # log2
+    priced = [Priced(item.total, item.share, item.curves(2.0**low)) for item in items.values()]
+    for _ in range(16):
+        middle = 0.5 * (low + high)
+        size = expected_size(priced, shares_of(priced, 2.0**middle, one_step=one_step))
+        low, high = (low, middle) if size <= limit else (middle, high)
+    return float(2.0**high)

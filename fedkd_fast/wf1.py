@@ -1,0 +1,211 @@
+"""wf1: the mode and the step of each tensor that meet its error with the fewest bytes.
+
+`curves` says where each mode reaches the wanted error; the most promising ones are built
+(`coding`), measured and corrected, all their integers go through the entropy coder in one call, and
+the smallest payload is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd_fast.codec import TORCH_DTYPES, VECTOR_SHARE, dense_rows, matrix_shape, to_bytes
+from fedkd_fast.coding import (
+    STEPS,
+    Coding,
+    code_dense,
+    code_factors,
+    code_hybrid,
+    decoded_values,
+    row_squares,
+    scales_of,
+)
+from fedkd_fast.curves import Curve, Point, Spectrum, at_error, curves_of
+from fedkd_fast.reference import Factors
+from fedkd_fast.wire import Entry, Mode, half_payload
+
+# Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
+# coded again where it would use less than this share of it.
+AIM, FULL_USE = 0.985, 0.965
+ATTEMPTS = 5
+# Modes that may be this much larger than the most promising one are tried as well.
+MARGIN = 1.06
+# Where less than this may be lost, float32 sums cannot tell whether it was.
+EXACT_SHARE = 1e-3
+_REMEMBERED = 8  # misses of the curves
+_HALF_HEAD = 2  # bytes
+
+
+class Item:
+    """A tensor to be encoded.
+
+    Args:
+        template: its raw entry.
+        exact: float32 or float64, not all zero.
+        vector: whether it is one, which may lose less.
+        factors: leading ones of the matrix, or None for dense modes alone.
+    """
+
+    def __init__(
+        self, template: Entry, exact: Tensor, *, vector: bool, factors: Factors | None
+    ) -> None:
+        self.template, self.exact, self.factors = template, exact, factors
+        self.share = VECTOR_SHARE if vector else 1.0
+        shape = template.shape
+        self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
+        self.dense = self.matrix.reshape(dense_rows(shape), -1)
+        self.row_energies = row_squares(self.dense)
+        self.total = float(self.row_energies.sum())
+
+    def curves(self, least_share: float) -> list[Curve]:
+        """Return what the modes cost down to an error of this share of the squared norm."""
+        factors = self.factors
+        spectrum = Spectrum(
+            self.matrix.shape[0],
+            self.matrix.shape[1],
+            self.total,
+            np.empty(0) if factors is None else factors.sigma.double().numpy(),
+            self.row_energies,
+        )
+        return curves_of(spectrum, least_share * self.total)
+
+
+def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -> float:
+    """Return the squared error of what the receiver will have."""
+    if allowed >= EXACT_SHARE and item.template.dtype in ("float32", "float64"):
+        return coding.error
+    scales = scales_of(coding.mode, coding.step, coding.sigmas)
+    parts = [part * scale[:, None] for part, scale in zip(coding.segments, scales, strict=True)]
+    decoded = decoded_values(coding.mode, item.template.shape, parts, backend)
+    decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
+    return float((decoded - item.exact.double().reshape(decoded.shape)).square().sum())
+
+
+class _Biases:
+    """By how much errors miss what the curves say, in each mode, as seen in the message so far."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Mode, list[float]] = {}
+
+    def __getitem__(self, mode: Mode) -> float:
+        seen = self._seen.get(mode, [])[-_REMEMBERED:]
+        return math.exp(sum(seen) / (len(seen) + 1))
+
+    def note(self, mode: Mode, ratio: float) -> None:
+        self._seen.setdefault(mode, []).append(math.log(min(4.0, max(0.25, ratio))))
+
+
+def _meeting(
+    item: Item, curve: Curve, allowed: float, biases: _Biases, backend: ModuleType
+) -> Coding | None:
+    """Find the coarsest coding of a mode that loses at most the share `allowed`."""
+    target = allowed * item.total
+    best, aim, used = None, AIM * target / biases[curve.mode], 0.0
+    for attempt in range(ATTEMPTS):
+        place = at_error(curve, aim)
+        coding = _coding(item, place, backend) if place else None
+        if coding is None:
+            break
+        error = _measured(coding, item, allowed, backend)
+        if attempt == 0:
+            biases.note(curve.mode, error / aim)
+        if used < error <= target:
+            best, used = coding, error
+        if FULL_USE * target <= error <= target:
+            break
+        aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+    return best
+
+
+def _coding(item: Item, place: Point, backend: ModuleType) -> Coding | None:
+    step = math.floor(STEPS * place.step)
+    if place.mode is Mode.CODED_DENSE:
+        return code_dense(item.dense, step)
+    assert item.factors is not None
+    if place.mode is Mode.CODED_FACTORS:
+        return code_factors(item.matrix, item.factors, step, item.total)
+    rows = item.dense.shape[0]
+    return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
+
+
+def _half(item: Item, allowed: float) -> Entry | None:
+    """Encode as float16 times a power of two, where that is exact enough."""
+    largest = max(abs(float(extreme)) for extreme in item.exact.aminmax())
+    # Below float16's largest number, 65504, by as little as a power of two can be.
+    exponent = math.frexp(largest)[1] - 15
+    if abs(exponent) > 126:
+        return None
+    values = torch.ldexp(item.exact, torch.tensor(-exponent)).half()
+    decoded = torch.ldexp(values.double(), torch.tensor(exponent))
+    decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
+    exact = item.exact.double()
+    if (decoded - exact).square().sum() > allowed * item.total:
+        return None
+    payload = half_payload(exponent, to_bytes(values))
+    return replace(item.template, mode=Mode.HALF, payload=payload)
+
+
+def _codings(item: Item, allowed: float, biases: _Biases, backend: ModuleType) -> Iterator[Coding]:
+    """Yield what may be the smallest coding."""
+    curves = item.curves(0.5 * allowed)
+    places = [
+        (curve, place) for curve in curves if (place := at_error(curve, allowed * item.total))
+    ]
+    least = min((place.size for _, place in places), default=0.0)
+    for curve, place in places:
+        if place.size <= MARGIN * least:
+            coding = _meeting(item, curve, allowed, biases, backend)
+            if coding is not None:
+                yield coding
+
+
+def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType) -> list[Entry]:
+    """Encode tensors so that each loses at most a share of its squared norm.
+
+    ``|x - decoded|² ≤ allowed·|x|²``, truncation, quantisation and the rounding of the dtype
+    together, with the smallest of all modes; what cannot be coded stays raw.
+
+    Args:
+        items: the tensors; all their integers go through one call of the entropy coder.
+        allowed: share that each may lose, in (0, 1).
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
+    """
+    biases = _Biases()
+    codings = [
+        (index, coding)
+        for index, (item, share) in enumerate(zip(items, allowed, strict=True))
+        for coding in _codings(item, share, biases, backend)
+    ]
+    entries = [item.template for item in items]
+    for (index, coding), stream in zip(codings, _streams(codings, backend), strict=True):
+        payload = coding.payload(stream)
+        if len(payload) < len(entries[index].payload):
+            entries[index] = replace(
+                entries[index], mode=coding.mode, rank=coding.rank, payload=payload
+            )
+    for index, item in enumerate(items):
+        if _HALF_HEAD + 2 * item.exact.numel() < len(entries[index].payload):
+            entries[index] = _half(item, allowed[index]) or entries[index]
+    return entries
+
+
+def _streams(codings: Sequence[tuple[int, Coding]], backend: ModuleType) -> list[bytes]:
+    """Return what the entropy coder makes of the integers of each coding."""
+    if not codings:
+        return []
+    levels = torch.from_numpy(np.concatenate([coding.levels for _, coding in codings]))
+    codes, sizes = backend.rans_encode(
+        [part for _, coding in codings for part in coding.segments],
+        torch.ones(len(levels)),
+        levels,
+        [owner for owner, (_, coding) in enumerate(codings) for _ in coding.segments],
+    )
+    ends = np.cumsum(sizes.numpy())
+    return [part.tobytes() for part in np.split(codes.numpy(), ends[:-1])]
