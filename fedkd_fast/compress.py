@@ -14,7 +14,14 @@ from fedkd_fast.codec import DTYPES, all_finite
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
 from fedkd_fast.reference import Factors
 from fedkd_fast.rows import Rows, touched, whole_entry
-from fedkd_fast.tensors import Shaped, as_tensors, check_same_tensors, digest_of_tensors, tied_names
+from fedkd_fast.tensors import (
+    Shaped,
+    as_tensors,
+    check_same_tensors,
+    digest_of_tensors,
+    specs_of,
+    tied_names,
+)
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Entry, Mode, WireError
 
 CODECS = ("wf0", "factors-fp32", "raw")
@@ -172,7 +179,8 @@ class Compressor:
                     f"{DTYPES[dtype]}"
                 )
         entries, factors = self._encode(tensors, rows, tied, kept)
-        frame = wire.encode(entries, base_digest=digest)
+        made_against = None if digest is None else wire.Base(digest=digest)
+        frame = wire.encode(entries, codec=self.codec, base=made_against)
         if self._feedback:
             for entry in entries:
                 if entry.name in rows and sent[entry.name].is_floating_point():
@@ -310,7 +318,13 @@ def decode_frame(
     receiver expects. `schema_name` is what messages call it.
     """
     module = _backend(backend)
-    parsed = wire.decode(frame, max_bytes=max_bytes)
+    # A frame without a schema of its own needs the receiver's, and its order.
+    needed = None if schema is None or wire.header(frame).schema_embedded else schema
+    parsed = wire.decode(
+        frame,
+        schema=None if needed is None else specs_of(needed),
+        max_bytes=max_bytes,
+    )
     if schema is not None:
         check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
     tensors: dict[str, Tensor] = {}
@@ -330,7 +344,7 @@ def decode_frame(
         if tensor.is_floating_point() and not all_finite(tensor):
             raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
         tensors[entry.name] = tensor
-    return tensors, parsed.base_digest
+    return tensors, None if parsed.base is None else parsed.base.digest
 
 
 def decompress(
