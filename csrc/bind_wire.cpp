@@ -1,18 +1,17 @@
 // Python module _C: the wire codec on byte buffers, and the facts of this build. It needs no torch
 // and may be imported before it.
-//
-// Bytes are taken with PyObject_GetBuffer(PyBUF_SIMPLE): pybind11's own buffer request also accepts
-// strided views, whose memory is not the bytes they stand for.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <string>
 #include <utility>
 
+#include "bind_wire_records.h"
 #include "wire/crc32c.h"
-#include "wire/entry.h"
 #include "wire/frame.h"
 
 #if !defined(FEDKD_FAST_VERSION) || !defined(FEDKD_FAST_HAS_CUDA) || \
@@ -20,171 +19,182 @@
 #error "the build facts come from CMakeLists.txt"
 #endif
 
-namespace py = pybind11;
-namespace wire = fedkd_fast::wire;
-
+namespace fedkd_fast::bind {
 namespace {
 
-// fedkd_fast.wire.WireError; owned by the module for the life of the process.
-PyObject* wire_error = nullptr;
-
-[[noreturn]] void raise(PyObject* type, const std::string& message) {
-  PyErr_SetString(type, message.c_str());
-  throw py::error_already_set();
-}
-
-void raise_unless_ok(const wire::Status& status) {
-  if (status.code == wire::Status::Code::kNoMemory) raise(PyExc_MemoryError, status.message);
-  if (!status.ok()) raise(wire_error, status.message);
-}
-
-// The contiguous bytes of an object, held for as long as this lives.
-class Bytes {
- public:
-  Bytes(py::handle object, const std::string& what) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) == 0) return;
-    PyErr_Clear();
-    raise(PyExc_TypeError, what + " must be a contiguous bytes-like object, got " +
-                               std::string(py::str(py::type::handle_of(object).attr("__name__"))) +
-                               (PyObject_CheckBuffer(object.ptr()) ? " with strides" : ""));
+// What the caller decides of a header: (codec, (run, round) or None, digest or None, schema).
+wire::Header to_header(const py::tuple& facts) {
+  wire::Header header;
+  header.codec = facts[0].cast<std::uint8_t>();
+  if (!facts[1].is_none()) {
+    const auto version = facts[1].cast<std::pair<std::uint64_t, std::uint32_t>>();
+    header.base.has_version = true;
+    header.base.run = version.first;
+    header.base.round = version.second;
   }
-  ~Bytes() { PyBuffer_Release(&view_); }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-
-  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view_.buf); }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_{};
-};
-
-std::string in_entry(std::size_t index, const char* field) {
-  return "entry " + std::to_string(index) + ": " + field;
-}
-
-// An integer of [0, 2^63), by __index__ so that numpy's integers serve as well.
-std::uint64_t to_size(py::handle object, std::size_t index, const char* field) {
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
-  if (!number) throw py::error_already_set();
-  int overflow = 0;
-  const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
-  if (overflow != 0 || value < 0) {
-    raise(wire_error,
-          in_entry(index, field) + " must lie in [0, 2**63), got " + std::string(py::str(number)));
-  }
-  return static_cast<std::uint64_t>(value);
-}
-
-std::string to_utf8(py::handle object, std::size_t index, const char* field) {
-  if (!PyUnicode_Check(object.ptr())) {
-    raise(PyExc_TypeError, in_entry(index, field) + " must be a str, got " +
-                               std::string(py::str(py::type::handle_of(object).attr("__name__"))));
-  }
-  Py_ssize_t size = 0;
-  const char* text = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
-  if (text == nullptr) {  // lone surrogates
-    PyErr_Clear();
-    raise(wire_error, in_entry(index, field) + " must be utf-8 without control characters");
-  }
-  return std::string(text, static_cast<std::size_t>(size));
-}
-
-std::uint8_t to_dtype(const std::string& name, std::size_t index) {
-  for (std::size_t code = 0; code < wire::kDTypes.size(); ++code) {
-    if (wire::kDTypes[code].name == name) return static_cast<std::uint8_t>(code);
-  }
-  raise(wire_error, in_entry(index, "unknown dtype \"") + name + "\"");
-}
-
-// A record is (name, dtype, shape, mode, rank, payload), as in encode() of the stub.
-wire::Entry to_entry(const py::tuple& record, std::size_t index, std::deque<Bytes>* payloads) {
-  if (record.size() != 6) raise(PyExc_TypeError, in_entry(index, "record must have 6 fields"));
-  wire::Entry entry;
-  entry.name = to_utf8(record[0], index, "name");
-  entry.dtype = to_dtype(to_utf8(record[1], index, "dtype"), index);
-  const auto shape = py::reinterpret_borrow<py::object>(record[2]).cast<py::tuple>();
-  if (shape.size() > wire::kMaxDims) {
-    raise(wire_error, in_entry(index, "shape must have at most 16 dimensions, got ") +
-                          std::to_string(shape.size()));
-  }
-  entry.ndim = static_cast<std::uint8_t>(shape.size());
-  for (std::size_t dim = 0; dim < shape.size(); ++dim) {
-    entry.shape[dim] = to_size(shape[dim], index, "shape");
-  }
-  const std::uint64_t mode = to_size(record[3], index, "mode");
-  if (mode > UINT8_MAX) {
-    raise(wire_error, in_entry(index, "unknown mode ") + std::to_string(mode));
-  }
-  entry.mode = static_cast<std::uint8_t>(mode);
-  entry.rank = to_size(record[4], index, "rank");
-  payloads->emplace_back(record[5], in_entry(index, "payload"));
-  entry.payload = payloads->back().data();
-  entry.payload_bytes = payloads->back().size();
-  return entry;
-}
-
-py::bytes encode(const py::list& records, const py::object& base_digest) {
-  wire::Frame frame;
-  std::deque<Bytes> payloads;  // a deque never moves them: a Py_buffer may point into itself
-  frame.entries.reserve(records.size());
-  for (std::size_t index = 0; index < records.size(); ++index) {
-    const auto record = py::reinterpret_borrow<py::object>(records[index]).cast<py::tuple>();
-    frame.entries.push_back(to_entry(record, index, &payloads));
-  }
-  if (!base_digest.is_none()) {
-    const Bytes digest(base_digest, "base_digest");
+  if (!facts[2].is_none()) {
+    const Bytes digest(facts[2], "digest of the base");
     if (digest.size() != wire::kDigestBytes) {
-      raise(wire_error, "base_digest must have 16 bytes, got " + std::to_string(digest.size()));
+      raise(wire_error,
+            "digest of the base must have 16 bytes, got " + std::to_string(digest.size()));
     }
-    frame.has_digest = true;
-    std::memcpy(frame.digest.data(), digest.data(), wire::kDigestBytes);
+    header.base.has_digest = true;
+    std::memcpy(header.base.digest.data(), digest.data(), wire::kDigestBytes);
   }
-  std::string head;
-  std::uint64_t frame_bytes = 0;
-  wire::Status status;
-  {
-    const py::gil_scoped_release unlocked;
-    status = wire::plan_encode(&frame, &head, &frame_bytes);
-  }
-  raise_unless_ok(status);
-  const auto out = py::reinterpret_steal<py::object>(
-      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(frame_bytes)));
-  if (!out) throw py::error_already_set();
-  auto* bytes = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(out.ptr()));
-  {
-    const py::gil_scoped_release unlocked;
-    wire::write_frame(frame, head, bytes);
-  }
-  return py::reinterpret_borrow<py::bytes>(out);
+  header.has_schema = facts[3].cast<bool>();
+  return header;
 }
 
-py::tuple from_entry(const wire::Entry& entry, const std::uint8_t* frame) {
+py::tuple from_header(const wire::Header& header) {
+  const wire::Base& base = header.base;
+  py::object version = py::none();
+  py::object digest = py::none();
+  if (base.has_version) version = py::make_tuple(base.run, base.round);
+  if (base.has_digest) {
+    digest = py::bytes(reinterpret_cast<const char*>(base.digest.data()), base.digest.size());
+  }
+  return py::make_tuple(py::int_(header.codec), version, digest, header.has_schema,
+                        header.needs_tables, header.frame_bytes, header.schema_hash,
+                        header.directory_bytes, header.body_crc);
+}
+
+// (name, dtype, shape) of each tensor.
+wire::Schema to_schema(const py::list& tensors) {
+  wire::Schema schema;
+  for (std::size_t index = 0; index < tensors.size(); ++index) {
+    set_tensor(tensors[index].cast<py::tuple>(), index, &schema.emplace_back());
+  }
+  return schema;
+}
+
+py::tuple from_entry(const wire::Entry& entry) {
   py::tuple shape(entry.ndim);
   for (std::size_t dim = 0; dim < entry.ndim; ++dim) shape[dim] = py::int_(entry.shape[dim]);
   const std::string_view dtype = wire::kDTypes[entry.dtype].name;
   return py::make_tuple(py::str(entry.name), py::str(dtype.data(), dtype.size()), shape,
-                        py::int_(entry.mode), py::int_(entry.rank),
-                        py::int_(static_cast<std::uint64_t>(entry.payload - frame)),
-                        py::int_(entry.payload_bytes), py::int_(entry.dense_bytes));
+                        py::int_(entry.mode), py::int_(entry.rank), py::int_(entry.payload_bytes),
+                        py::int_(entry.dense_bytes));
 }
 
-py::tuple decode(const py::object& buffer, std::uint64_t max_bytes) {
+py::list from_entries(const std::vector<wire::Entry>& entries) {
+  py::list records;
+  for (const wire::Entry& entry : entries) records.append(from_entry(entry));
+  return records;
+}
+
+py::bytes encode(const py::list& records, const py::tuple& facts) {
+  wire::Frame frame;
+  frame.header = to_header(facts);
+  std::deque<Bytes> payloads;
+  frame.entries.reserve(records.size());
+  for (std::size_t index = 0; index < records.size(); ++index) {
+    frame.entries.push_back(to_entry(records[index].cast<py::tuple>(), index, &payloads));
+  }
+  std::string directory;
+  wire::Status status;
+  {
+    const py::gil_scoped_release unlocked;
+    status = wire::plan_encode(&frame, &directory);
+  }
+  raise_unless_ok(status);
+  const auto out = py::reinterpret_steal<py::object>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(frame.header.frame_bytes)));
+  if (!out) throw py::error_already_set();
+  auto* bytes = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(out.ptr()));
+  {
+    const py::gil_scoped_release unlocked;
+    wire::write_frame(&frame, directory, bytes);
+  }
+  return py::reinterpret_borrow<py::bytes>(out);
+}
+
+py::tuple decode(const py::object& buffer, const py::object& tensors, std::uint64_t max_bytes) {
   const Bytes bytes(buffer, "frame");
+  wire::Schema schema;
+  if (!tensors.is_none()) schema = to_schema(tensors.cast<py::list>());
+  const wire::Schema* wanted = tensors.is_none() ? nullptr : &schema;
   wire::Frame frame;
   wire::Status status;
   {
     const py::gil_scoped_release unlocked;
-    status = wire::decode(bytes.data(), bytes.size(), max_bytes, &frame);
+    status = wire::decode(bytes.data(), bytes.size(), wanted, max_bytes, &frame);
   }
   raise_unless_ok(status);
-  py::list records;
-  for (const wire::Entry& entry : frame.entries) records.append(from_entry(entry, bytes.data()));
-  py::object digest = py::none();
-  if (frame.has_digest) {
-    digest = py::bytes(reinterpret_cast<const char*>(frame.digest.data()), frame.digest.size());
+  return py::make_tuple(from_header(frame.header), from_entries(frame.entries));
+}
+
+// The header of a frame of which the front is here.
+wire::Header front_header(const Bytes& front, std::uint64_t frame_bytes) {
+  wire::Header header;
+  raise_unless_ok(wire::read_header(front.data(), front.size(), frame_bytes, &header));
+  if (header.base.has_digest) {
+    if (front.size() < wire::kHeaderBytes + wire::kDigestBytes) {
+      raise(wire_error, "frame is truncated: the digest of its base is missing");
+    }
+    std::memcpy(header.base.digest.data(), front.data() + wire::kHeaderBytes, wire::kDigestBytes);
   }
-  return py::make_tuple(digest, records);
+  return header;
+}
+
+py::tuple read_header(const py::object& front, std::uint64_t frame_bytes) {
+  return from_header(front_header(Bytes(front, "frame"), frame_bytes));
+}
+
+py::list read_directory(const py::object& front, std::uint64_t frame_bytes,
+                        const py::object& directory, const py::object& tensors,
+                        std::uint64_t max_bytes) {
+  const wire::Header header = front_header(Bytes(front, "frame"), frame_bytes);
+  const Bytes bytes(directory, "directory");
+  if (bytes.size() != header.directory_bytes) {
+    raise(wire_error, "frame is truncated: its directory is cut short");
+  }
+  wire::Schema schema;
+  if (!tensors.is_none()) schema = to_schema(tensors.cast<py::list>());
+  std::vector<wire::Entry> entries;
+  raise_unless_ok(wire::read_directory(header, bytes.data(), tensors.is_none() ? nullptr : &schema,
+                                       max_bytes, &entries));
+  return from_entries(entries);
+}
+
+// Returns whether the payload has an entropy-coded stream.
+bool check_payload(const py::tuple& record, std::size_t index) {
+  std::deque<Bytes> payloads;
+  std::vector<wire::Entry> entries = {to_entry(record, index, &payloads)};
+  const bool alias = entries[0].mode == static_cast<std::uint8_t>(wire::Mode::kAlias);
+  // What an alias names is known to check_directory() alone, and it has no payload to check.
+  if (!alias) raise_unless_ok(wire::check_directory(&entries, wire::kMaxSize));
+  raise_unless_ok(wire::check_payload(&entries[0], index));
+  return entries[0].coded;
+}
+
+// Header and directory of a frame whose payloads are written: records end with their lengths, and
+// `crc` is the checksum of the body so far.
+py::tuple finish(const py::list& records, const py::tuple& facts, bool needs_tables,
+                 std::uint32_t crc) {
+  wire::Frame frame;
+  frame.header = to_header(facts);
+  frame.header.needs_tables = needs_tables;
+  for (std::size_t index = 0; index < records.size(); ++index) {
+    const auto record = records[index].cast<py::tuple>();
+    wire::Entry& entry = frame.entries.emplace_back();
+    set_tensor(record, index, &entry);
+    set_mode(record, index, &entry);
+    entry.payload_bytes = to_size(record[5], index, "payload");
+  }
+  std::string directory;
+  raise_unless_ok(wire::plan_directory(&frame, &directory));
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(directory.data());
+  frame.header.body_crc = wire::crc32c(bytes, directory.size(), crc);
+  std::array<std::uint8_t, wire::kHeaderBytes> header{};
+  wire::write_header(frame.header, header.data());
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(header.data()), header.size()),
+                        py::bytes(directory));
+}
+
+std::uint64_t schema_hash(const py::list& tensors) {
+  wire::Schema schema = to_schema(tensors);
+  raise_unless_ok(wire::check_directory(&schema, std::numeric_limits<std::int64_t>::max()));
+  return wire::schema_hash(schema);
 }
 
 std::uint32_t crc32c(const py::object& buffer, std::uint32_t value, bool portable) {
@@ -194,9 +204,27 @@ std::uint32_t crc32c(const py::object& buffer, std::uint32_t value, bool portabl
                   : wire::crc32c(bytes.data(), bytes.size(), value);
 }
 
+template <typename Names>
+py::tuple from_names(const Names& names) {
+  py::tuple texts(names.size());
+  for (std::size_t code = 0; code < names.size(); ++code) {
+    std::string_view name;
+    if constexpr (std::is_same_v<typename Names::value_type, wire::DType>) {
+      name = names[code].name;
+    } else {
+      name = names[code];
+    }
+    texts[code] = py::str(name.data(), name.size());
+  }
+  return texts;
+}
+
 }  // namespace
+}  // namespace fedkd_fast::bind
 
 PYBIND11_MODULE(_C, module) {
+  using namespace fedkd_fast::bind;
+  namespace wire = fedkd_fast::wire;
   module.doc() = "Wire codec on byte buffers, and build facts; see fedkd_fast.wire.";
 
   // Under the name by which people import it, so that it pickles and prints as one would look for.
@@ -206,20 +234,28 @@ PYBIND11_MODULE(_C, module) {
   if (wire_error == nullptr) throw py::error_already_set();
   module.add_object("WireError", wire_error);
 
-  module.def("encode", &encode, py::arg("records"), py::arg("base_digest") = py::none(),
+  module.def("encode", &encode, py::arg("records"), py::arg("facts"),
              "Check the records and return the bytes of their frame.");
-  module.def("decode", &decode, py::arg("frame"), py::arg("max_bytes"),
-             "Check a frame and return (base digest or None, records).");
+  module.def("decode", &decode, py::arg("frame"), py::arg("schema"), py::arg("max_bytes"),
+             "Check a frame and return (header, records).");
+  module.def("read_header", &read_header, py::arg("front"), py::arg("frame_bytes"),
+             "Check the header at the front of a frame of so many bytes.");
+  module.def("read_directory", &read_directory, py::arg("front"), py::arg("frame_bytes"),
+             py::arg("directory"), py::arg("schema"), py::arg("max_bytes"),
+             "Check the directory of a frame and return its records.");
+  module.def("check_payload", &check_payload, py::arg("record"), py::arg("index"),
+             "Check an entry by itself; return whether it has an entropy-coded stream.");
+  module.def("finish", &finish, py::arg("records"), py::arg("facts"), py::arg("needs_tables"),
+             py::arg("crc"), "Return header and directory of payloads that are written already.");
+  module.def("schema_hash", &schema_hash, py::arg("schema"),
+             "Return the number that names the tensors of a schema.");
   module.def("crc32c", &crc32c, py::arg("data"), py::arg("value") = 0, py::kw_only(),
              py::arg("portable") = false,
              "CRC-32C of the bytes, continued from `value`; `portable` uses tables alone.");
+  define_coded(&module);
 
-  py::tuple dtypes(wire::kDTypes.size());
-  for (std::size_t code = 0; code < wire::kDTypes.size(); ++code) {
-    const std::string_view name = wire::kDTypes[code].name;
-    dtypes[code] = py::str(name.data(), name.size());
-  }
-  module.attr("dtypes") = dtypes;
+  module.attr("dtypes") = from_names(wire::kDTypes);
+  module.attr("codecs") = from_names(wire::kCodecs);
 
   module.attr("version") = FEDKD_FAST_VERSION;
   module.attr("has_cuda") = py::bool_(FEDKD_FAST_HAS_CUDA != 0);

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd_fast.codec import DTYPES, all_finite, to_bytes
+from fedkd_fast.wire import TensorSpec
 
 
 class Shaped(Protocol):
@@ -139,6 +140,14 @@ def check_same_tensors(
                 f"{what} does not match: {name!r} is {ours[0]} {ours[1]}, "
                 f"{what} has {theirs[0]} {theirs[1]}"
             )
+
+
+def specs_of(schema: Mapping[str, Shaped]) -> list[TensorSpec]:
+    """Return a schema as the wire knows it."""
+    return [
+        TensorSpec(name, str(one.dtype).removeprefix("torch."), tuple(one.shape))
+        for name, one in schema.items()
+    ]
 
 
 def digest_of(base: Mapping[str, object]) -> bytes:

@@ -12,7 +12,7 @@ import sys
 from array import array
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +25,9 @@ from wire_frames import (
     all_modes,
     assert_invariants,
     code_bytes,
+    encode_again,
     floats,
+    hash_of,
     record,
     rows_payload,
     seal,
@@ -33,24 +35,23 @@ from wire_frames import (
 
 import fedkd_fast._C as _C
 from fedkd_fast import wire
-from fedkd_fast.wire import DEFAULT_MAX_BYTES, DTYPES, Entry, Mode, WireError
+from fedkd_fast.wire import (
+    CODECS,
+    DEFAULT_MAX_BYTES,
+    DTYPES,
+    Base,
+    Entry,
+    Header,
+    Mode,
+    WireError,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 DIGEST = bytes(range(16))
 
-# encode(all_modes(), base_digest=DIGEST). These bytes are version 1.0: they never change.
-GOLDEN = bytes.fromhex(
-    "464b443101000100390100000000000009000000970000006200000000000000000102030405060708090a0b"
-    "0c0d0e0f0000000000000000c31e5fc043cd5edb0016656e636f6465722e6c617965722e302e776569676874"
-    "00010202030018100462696173000001ac0200000e08312e77656967687400020202030000000d706f6f6c65"
-    "722e7765696768740303030202010114000964c3a9636f64657572020402030502130003656d620105020304"
-    "031900046d61736b0901010200020005656d7074790701020007000000047374657007010000080000803f00"
-    "00004000004040000080400000a0400000c0400000003f0000803f0000004000004040000080400000803e00"
-    "0000c004010401000102030405060000803f0000000000004040100003000102030405060708090001f9ffff"
-    "ffffffffff"
-)
+FRAME = wire.encode(all_modes(), base=Base(digest=DIGEST))
 
 # --- round trips ----------------------------------------------------------------------------------
 
@@ -81,11 +82,20 @@ def payload_of(draw: st.DrawFn, mode: Mode, shape: tuple[int, ...], rank: int) -
     return scales(rank) + bits + exactly(code_bytes(numel // rank, bits))
 
 
+DIGESTS = st.binary(min_size=16, max_size=16)
+VERSIONS = st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+BASES = (
+    st.none()
+    | DIGESTS.map(lambda digest: Base(digest=digest))
+    | st.builds(lambda version, digest: Base(*version, digest), VERSIONS, st.none() | DIGESTS)
+)
+
+
 @st.composite
 def entry_lists(draw: st.DrawFn) -> list[Entry]:
     entries: list[Entry] = []
     for name in draw(st.lists(NAMES, max_size=6, unique=True)):
-        mode = draw(st.sampled_from(Mode))
+        mode = draw(st.sampled_from(list(Mode)[: Mode.ROWS + 1]))  # test_wire_coded has the others
         targets = [i for i, e in enumerate(entries) if e.mode != Mode.ALIAS]
         if mode == Mode.ALIAS and targets:
             index = draw(st.sampled_from(targets))
@@ -123,38 +133,59 @@ def entry_lists(draw: st.DrawFn) -> list[Entry]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(entry_lists(), st.none() | st.binary(min_size=16, max_size=16))
-def test_what_goes_in_comes_out(entries: list[Entry], digest: bytes | None) -> None:
-    frame = wire.encode(entries, base_digest=digest)
-    decoded = wire.decode(frame)
+@given(entry_lists(), BASES, st.sampled_from(CODECS), st.booleans())
+def test_what_goes_in_comes_out(
+    entries: list[Entry], base: Base | None, codec: str, embedded: bool
+) -> None:
+    frame = wire.encode(entries, codec=codec, base=base, schema=embedded)
+    decoded = wire.decode(frame, schema=entries)
     assert list(decoded.entries) == entries
-    assert (decoded.base_digest, decoded.frame_bytes) == (digest, len(frame))
-    assert wire.encode(decoded.entries, base_digest=decoded.base_digest) == frame
+    assert (decoded.base, decoded.codec, decoded.frame_bytes) == (base, codec, len(frame))
+    assert encode_again(decoded) == frame
     assert_invariants(decoded, DEFAULT_MAX_BYTES)
-    dense = sum(info.dense_bytes for info in wire.inspect(frame))
-    assert wire.decode(frame, max_bytes=dense) == decoded
+    dense = sum(info.dense_bytes for info in wire.inspect(frame, entries))
+    assert wire.decode(frame, schema=entries, max_bytes=dense) == decoded
 
 
-def test_golden_bytes() -> None:
-    assert wire.encode(all_modes(), base_digest=DIGEST) == GOLDEN
-    decoded = wire.decode(GOLDEN)
-    assert list(decoded.entries) == all_modes()
-    assert decoded.base_digest == DIGEST
-
-
-def test_second_encoder_writes_the_same_bytes() -> None:
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (None, {}),
+        (Base(digest=DIGEST), {"digest": DIGEST}),
+        (Base(2**64 - 1, 2**32 - 2), {"run": 2**64 - 1, "round_": 2**32 - 2}),
+        (Base(0, 0, DIGEST), {"run": 0, "digest": DIGEST}),
+    ],
+)
+def test_second_encoder_writes_the_same_bytes(
+    base: Base | None, said: dict[str, Any], embedded: bool
+) -> None:
     entries = [
         Entry("layer.weight", "uint8", (3,), Mode.RAW, 0, b"abc"),
         Entry("layer.bias", "float16", (200, 2), Mode.ZERO),
     ]
-    directory = record(b"layer.weight", dtype=8, shape=(3,), size=3)
-    directory += record(b"bias", prefix=6, dtype=2, mode=Mode.ZERO, shape=(200, 2))
-    assert wire.encode(entries) == seal(directory, b"abc", count=2)
+    lines = [
+        record(b"layer.weight", dtype=8, shape=(3,), size=3),
+        record(b"bias", prefix=6, dtype=2, mode=Mode.ZERO, shape=(200, 2)),
+    ]
+    frame = seal(lines, b"abc", codec=2, embedded=embedded, **said)
+    assert wire.encode(entries, codec="wf0", base=base, schema=embedded) == frame
+    decoded = wire.decode(frame, schema=entries)
+    assert (decoded.base, decoded.codec, decoded.schema_embedded) == (base, "wf0", embedded)
+    assert list(decoded.entries) == entries
+    assert decoded.schema_hash == wire.schema_hash(entries) == hash_of(lines)
+    assert wire.header(frame) == Header("wf0", base, embedded, hash_of(lines), len(frame))
+
+
+def test_a_base_that_says_nothing_is_none() -> None:
+    frame = wire.encode(all_modes(), base=Base())
+    assert frame == wire.encode(all_modes())
+    assert wire.decode(frame).base is None
 
 
 def test_frame_without_entries() -> None:
     frame = wire.encode([])
-    assert len(frame) == 64
+    assert frame == seal()
     assert wire.decode(frame, max_bytes=0).entries == ()
 
 
@@ -166,13 +197,13 @@ def test_special_floats_are_allowed_in_raw_tensors() -> None:
 
 @pytest.mark.parametrize(
     "buffer",
-    [GOLDEN, bytearray(GOLDEN), memoryview(b"x" + GOLDEN)[1:], array("B", GOLDEN)],
+    [FRAME, bytearray(FRAME), memoryview(b"x" + FRAME)[1:], array("B", FRAME)],
     ids=["bytes", "bytearray", "memoryview", "array"],
 )
 def test_decode_takes_any_contiguous_buffer(buffer: Buffer) -> None:
     decoded = wire.decode(buffer)
     assert list(decoded.entries) == all_modes()
-    assert decoded.frame_bytes == len(GOLDEN)
+    assert decoded.frame_bytes == len(FRAME)
 
 
 def test_decode_takes_buffers_of_words() -> None:
@@ -185,7 +216,7 @@ def test_decode_takes_buffers_of_words() -> None:
 
 def test_decode_takes_a_mapped_file(tmp_path: Path) -> None:
     path = tmp_path / "frame"
-    path.write_bytes(GOLDEN)
+    path.write_bytes(FRAME)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         decoded = wire.decode(mapped)
         assert list(decoded.entries) == all_modes()
@@ -193,14 +224,14 @@ def test_decode_takes_a_mapped_file(tmp_path: Path) -> None:
 
 
 def test_payloads_are_read_only_views_into_the_frame() -> None:
-    frame = bytearray(GOLDEN)
+    frame = bytearray(FRAME)
     payload = wire.decode(frame).entries[0].payload
     assert isinstance(payload, memoryview)
     assert payload.readonly and payload.obj is frame
 
 
 def test_inspect_lists_every_entry() -> None:
-    lines = wire.inspect(GOLDEN)
+    lines = wire.inspect(FRAME)
     assert [(i.name, i.dtype, i.shape, i.mode, i.rank) for i in lines] == [
         (e.name, e.dtype, e.shape, e.mode, e.rank) for e in all_modes()
     ]
@@ -217,7 +248,7 @@ def test_inspect_needs_no_bound() -> None:
 
 
 def test_sections_of_each_compressed_mode() -> None:
-    by_mode = {e.mode: e for e in wire.decode(GOLDEN).entries}
+    by_mode = {e.mode: e for e in wire.decode(FRAME).entries}
     assert [bytes(part) for part in wire.factors_parts(by_mode[Mode.FACTORS])] == [
         floats(0.5),
         floats(1, 2),
@@ -271,7 +302,7 @@ OK = Entry("w", "float32", (2, 3), Mode.FACTORS, 1, floats(1, 1, 2, 1, 2, 3))
         (replace(OK, name="\ud800"), "must be utf-8 without control characters"),
         (replace(OK, name="a\x1b[2J"), "must be utf-8 without control characters"),
         (replace(OK, dtype="complex64"), 'unknown dtype "complex64"'),
-        (replace(OK, mode=7), "unknown mode 7"),  # type: ignore[arg-type]
+        (replace(OK, mode=11), "unknown mode 11"),  # type: ignore[arg-type]
         (replace(OK, mode=256), "unknown mode 256"),  # type: ignore[arg-type]
         (replace(OK, shape=(-1, 3)), r"shape must lie in \[0, 2\*\*63\), got -1"),
         (replace(OK, shape=(2**64, 3)), r"shape must lie in \[0, 2\*\*63\)"),
@@ -296,9 +327,9 @@ def test_encode_refuses_twins_and_crowds() -> None:
     assert len(wire.decode(wire.encode(crowd[1:])).entries) == 65536
 
 
-def test_encode_refuses_a_digest_of_another_size() -> None:
-    with pytest.raises(WireError, match="base_digest must have 16 bytes, got 4"):
-        wire.encode([OK], base_digest=b"four")
+def test_encode_refuses_an_unknown_codec() -> None:
+    with pytest.raises(ValueError, match="codec must be one of .*'wf0'.*, got 'zip'"):
+        wire.encode([OK], codec="zip")
 
 
 def test_encode_refuses_wrong_types() -> None:
@@ -312,14 +343,14 @@ def test_encode_refuses_wrong_types() -> None:
 
 
 def test_decode_refuses_wrong_arguments() -> None:
-    doubled = bytes(byte for byte in GOLDEN for _ in range(2))
+    doubled = bytes(byte for byte in FRAME for _ in range(2))
     with pytest.raises(TypeError, match="got memoryview with strides"):
         wire.decode(memoryview(doubled)[::2])
     with pytest.raises(TypeError, match="bytes-like object is required, not 'str'"):
         wire.decode("frame")  # type: ignore[arg-type]
     for bound in (-1, 2**63):
         with pytest.raises(ValueError, match=r"max_bytes must lie in \[0, 2\*\*63\), got"):
-            wire.decode(GOLDEN, max_bytes=bound)
+            wire.decode(FRAME, max_bytes=bound)
 
 
 # --- the module -----------------------------------------------------------------------------------
@@ -346,7 +377,7 @@ def test_extension_loads_without_torch() -> None:
         f"spec = importlib.util.spec_from_file_location('fedkd_fast._C', {spec.origin!r})\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        f"module.decode(bytes.fromhex('{GOLDEN.hex()}'), {DEFAULT_MAX_BYTES})\n"
+        f"module.decode(bytes.fromhex('{FRAME.hex()}'), None, {DEFAULT_MAX_BYTES})\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -354,9 +385,8 @@ def test_extension_loads_without_torch() -> None:
 
 def test_missing_extension_names_the_command(tmp_path: Path) -> None:
     package = tmp_path / "fedkd_fast"
-    package.mkdir()
+    shutil.copytree(Path(wire.__file__).parent, package / "wire")
     (package / "__init__.py").touch()
-    shutil.copy(wire.__file__, package)
     # -S: without site, no editable install can offer the missing file.
     program = [sys.executable, "-S", "-c", "import fedkd_fast.wire"]
     run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -30,6 +32,13 @@ def varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
+class Line(NamedTuple):
+    """What the directory says of one entry, in its two sections."""
+
+    schema: bytes
+    entry: bytes
+
+
 def record(
     name: bytes = b"w",
     *,
@@ -39,41 +48,58 @@ def record(
     shape: tuple[int, ...] = (),
     rank: int = 0,
     size: int = 0,
-) -> bytes:
-    """One line of the directory; `name` is what follows the shared prefix."""
-    dims = b"".join(varint(n) for n in shape)
-    head = varint(prefix) + varint(len(name)) + name + bytes([dtype, mode])
-    return head + varint(len(shape)) + dims + varint(rank) + varint(size)
+) -> Line:
+    """One entry of the directory; `name` is what follows the shared prefix."""
+    head = varint(prefix) + varint(len(name)) + name + bytes([dtype])
+    dims = b"".join(map(varint, shape))
+    return Line(head + varint(len(shape)) + dims, bytes([mode]) + varint(rank) + varint(size))
+
+
+def hash_of(lines: Sequence[Line]) -> int:
+    section = b"".join(line.schema for line in lines)
+    return int.from_bytes(hashlib.sha256(section).digest()[:8], "little")
 
 
 def seal(
-    directory: bytes,
+    lines: Sequence[Line] = (),
     payload: bytes = b"",
     *,
-    count: int = 1,
+    embedded: bool = True,
+    tail: bytes = b"",
+    count: int | None = None,
     version: tuple[int, int] = (1, 0),
-    flags: int = 0,
-    digest: bytes = bytes(16),
-    reserved: bytes = bytes(8),
+    digest: bytes = b"",
+    run: int | None = None,
+    round_: int = 0,
+    flags: int | None = None,
+    codec: int = 0,
+    tables: int = 0,
+    reserved: bytes = bytes(6),
+    schema_hash: int | None = None,
     frame_bytes: int | None = None,
     directory_bytes: int | None = None,
-    payload_bytes: int | None = None,
 ) -> bytes:
-    """Put a header with right checksums before a directory and a payload."""
-    honest = HEADER_BYTES + len(directory) + len(payload)
+    """Put a header with right checksums before payload and directory, which `tail` follows."""
+    directory = b"".join(line.schema for line in lines) if embedded else b""
+    directory += b"".join(line.entry for line in lines) + tail
+    honest = HEADER_BYTES + len(digest) + len(payload) + len(directory)
+    said = bool(digest) | 2 * (run is not None) | 4 * embedded
     header = struct.pack(
-        "<4sBBHQIIQ16s8s",
+        "<4sBBHQQQIIQBB6s",
         b"FKD1",
         *version,
-        flags,
+        said if flags is None else flags,
         honest if frame_bytes is None else frame_bytes,
-        count,
+        hash_of(lines) if schema_hash is None else schema_hash,
+        run or 0,
+        round_,
+        len(lines) if count is None else count,
         len(directory) if directory_bytes is None else directory_bytes,
-        len(payload) if payload_bytes is None else payload_bytes,
-        digest,
+        codec,
+        tables,
         reserved,
     )
-    return reseal(header + bytes(8) + directory + payload)
+    return reseal(header + bytes(8) + digest + payload + directory)
 
 
 def reseal(frame: bytes) -> bytes:
@@ -83,9 +109,36 @@ def reseal(frame: bytes) -> bytes:
     return header + struct.pack("<I", _C.crc32c(header)) + frame[HEADER_BYTES:]
 
 
-def one(payload: bytes = b"", **fields: object) -> bytes:
+def mend_hash(frame: bytes) -> bytes:
+    """Name the schema that stands in a changed frame, as far as one can be read."""
+    count = int.from_bytes(frame[36:40], "little")
+    directory = frame[len(frame) - int.from_bytes(frame[40:48], "little") :]
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        start = at
+        while directory[at] >= 0x80:
+            at += 1
+        at += 1
+        return sum((byte & 0x7F) << 7 * i for i, byte in enumerate(directory[start:at]))
+
+    try:
+        for _ in range(count):
+            number()
+            at += number() + 1
+            for _ in range(number()):
+                number()
+    except IndexError:
+        return frame
+    digest = hashlib.sha256(directory[:at]).digest()
+    return frame[:16] + digest[:8] + frame[24:]
+
+
+def one(payload: bytes = b"", *, tables: int = 0, **fields: object) -> bytes:
     """A frame of one entry whose payload length is honest unless `size` is given."""
-    return seal(record(**{"size": len(payload)} | fields), payload)  # type: ignore[arg-type]
+    line = record(**{"size": len(payload)} | fields)  # type: ignore[arg-type]
+    return seal([line], payload, tables=tables)
 
 
 def code_bytes(length: int, bits: bytes) -> int:
@@ -99,7 +152,7 @@ def rows_payload(mode: int, rank: int, gaps: list[int], payload: bytes) -> bytes
 
 
 def all_modes() -> list[Entry]:
-    """A small entry of each mode of version 1.0; together they are its golden frame."""
+    """Small entries of modes 0 to 5."""
     return [
         Entry("encoder.layer.0.weight", "float32", (2, 3), Mode.RAW, 0, floats(1, 2, 3, 4, 5, 6)),
         Entry("encoder.layer.0.bias", "float32", (300,), Mode.ZERO),
@@ -129,7 +182,7 @@ def all_modes() -> list[Entry]:
 
 
 def rows_in_all_modes() -> list[Entry]:
-    """Rows of matrices in each of their modes, which is what version 1.1 added."""
+    """Rows of matrices in modes without entropy coding."""
     factors = floats(0.5, 1, 2, 3, 4)
     packed = floats(0.25) + bytes([4, 1]) + bytes(3)
     dense = floats(1, 0) + bytes([16, 0]) + bytes(range(4))
@@ -139,6 +192,52 @@ def rows_in_all_modes() -> list[Entry]:
         Entry("emb.w", "float32", (9, 1, 5), Mode.ROWS, 3, rows_payload(4, 1, [2, 0, 0], packed)),
         Entry("emb.x", "float64", (400, 2), Mode.ROWS, 2, rows_payload(5, 2, [128, 200], dense)),
     ]
+
+
+def gaps(*numbers: int) -> bytes:
+    """Unary numbers, lowest bit first, padded to bytes with zeros."""
+    bits = "".join("0" * number + "1" for number in numbers)
+    return bits_of(bits)
+
+
+def bits_of(bits: str) -> bytes:
+    padded = bits + "0" * (-len(bits) % 8)
+    return bytes(int(padded[at : at + 8][::-1], 2) for at in range(0, len(padded), 8))
+
+
+def row_codes(width: int, *codes: int) -> bytes:
+    return bits_of("".join(f"{code:0{width}b}"[::-1] for code in codes)) if width else b""
+
+
+def shorts(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}h", *values)
+
+
+def coded_modes() -> list[Entry]:
+    """A small entry of each of the modes 7 to 10, alone and as rows, with streams of nonsense."""
+    factors = shorts(-512, 40) + gaps(0, 7, 0) + b"stream"
+    dense = shorts(-700, 33) + bytes([3]) + row_codes(3, 1, 0, 7) + b"stream"
+    hybrid = (
+        shorts(-512, 40) + gaps(0, 9) + b"\2" + shorts(-5) + bytes([1]) + row_codes(1, 1, 0) + b"s"
+    )
+    half = shorts(-20) + struct.pack("<4e", 1.5, -2, 0, 65504)
+    return [
+        Entry("coded.factors", "float32", (4, 5), Mode.CODED_FACTORS, 3, factors),
+        Entry("coded.dense", "bfloat16", (6,), Mode.CODED_DENSE, 3, dense),
+        Entry("coded.hybrid", "float64", (2, 2, 3), Mode.CODED_HYBRID, 2, hybrid),
+        Entry("half", "float16", (2, 2), Mode.HALF, 0, half),
+        Entry("rows.f", "float32", (9, 5), Mode.ROWS, 4, rows_payload(7, 3, [0] * 4, factors)),
+        Entry("rows.d", "float32", (9, 2), Mode.ROWS, 3, rows_payload(8, 3, [1] * 3, dense)),
+        Entry("rows.h", "float32", (9, 3), Mode.ROWS, 2, rows_payload(9, 2, [0, 2], hybrid)),
+        Entry("rows.half", "float32", (5, 2), Mode.ROWS, 2, rows_payload(10, 0, [0, 1], half)),
+    ]
+
+
+def encode_again(frame: Frame) -> bytes:
+    """Encode what was decoded; the bytes have to be the same."""
+    return wire.encode(
+        frame.entries, codec=frame.codec, base=frame.base, schema=frame.schema_embedded
+    )
 
 
 def assert_refused(build: Callable[[], bytes], match: str) -> None:
@@ -186,7 +285,7 @@ def assert_payload(entry: Entry) -> None:
     payload, rank = bytes(entry.payload), entry.rank
     numel = math.prod(entry.shape)
     scales = 0
-    if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+    if entry.mode in (Mode.FACTORS, Mode.PACKED_FACTORS, Mode.CODED_FACTORS, Mode.CODED_HYBRID):
         p, q = entry.shape[0], math.prod(entry.shape[1:])
         assert 1 <= rank <= min(p, q)
     if entry.mode == Mode.RAW:
@@ -202,6 +301,13 @@ def assert_payload(entry: Entry) -> None:
         assert all(1 <= width <= 16 for width in left + right)
         assert len(payload) == 6 * rank + code_bytes(p, left) + code_bytes(q, right)
         scales = rank
+    elif entry.mode == Mode.HALF:
+        assert rank == 0 and entry.dtype in FLOATING
+        exponent, *halves = struct.unpack(f"<h{numel}e", payload)
+        assert abs(exponent) <= 126 and all(map(math.isfinite, halves))
+    elif entry.mode in (Mode.CODED_FACTORS, Mode.CODED_DENSE, Mode.CODED_HYBRID):
+        assert entry.dtype in FLOATING
+        assert_coded(entry)
     else:
         assert entry.mode == Mode.PACKED_DENSE
         bits = payload[4 * rank : 5 * rank]
@@ -212,3 +318,37 @@ def assert_payload(entry: Entry) -> None:
     if scales:
         assert entry.dtype in FLOATING
         assert all(map(math.isfinite, struct.unpack_from(f"<{scales}f", payload)))
+
+
+def assert_coded(entry: Entry) -> None:
+    """Read a payload of mode 7, 8 or 9 once more, bit by bit."""
+    (step,) = struct.unpack_from("<h", entry.payload)
+    rest = bytes(entry.payload[2:])
+    rows = entry.rank
+    if entry.mode != Mode.CODED_DENSE:
+        (sigma,) = struct.unpack_from("<h", rest)
+        assert abs(sigma) <= 2016
+        assert min(entry.shape[0], math.prod(entry.shape[1:])) >= entry.rank >= 1
+        sides = entry.shape[0], math.prod(entry.shape[1:])
+        assert all(math.floor((16 * sigma - step - _C.half_log2(n) + 8) / 16) <= 335 for n in sides)
+        bits = "".join(f"{byte:08b}"[::-1] for byte in rest[2:])
+        assert bits[0] == "1"
+        at = found = 0
+        while found < entry.rank:
+            found, sigma = (found + 1, sigma) if bits[at] == "1" else (found, sigma - 1)
+            assert sigma >= -2016 and abs(2 * step - 16 * sigma) <= 126 * 256
+            at += 1
+        end = -(-at // 8)
+        assert "1" not in bits[at : 8 * end]
+        rest = rest[2 + end :]
+    if entry.mode == Mode.CODED_HYBRID:
+        digits = next(i for i, byte in enumerate(rest) if byte < 0x80) + 1
+        (text,) = varint_digits(rest[:digits])
+        rows, rest = int(text, 2), rest[digits:]
+    if entry.mode != Mode.CODED_FACTORS:
+        assert math.prod(entry.shape) % rows == 0 and math.prod(entry.shape) > 0
+        base, width = struct.unpack_from("<hB", rest)
+        assert abs(step) <= 126 * 256 and -8192 <= base <= 335 and width <= 6
+        size = math.ceil(rows * width / 8)
+        assert len(rest) >= 3 + size
+        assert int.from_bytes(rest[3 : 3 + size], "little") >> rows * width == 0

@@ -39,9 +39,15 @@ class Cursor {
   }
 
   bool take_text(std::size_t size, std::string* text) {
+    const auto* bytes = reinterpret_cast<const char*>(data_);
+    if (!skip_bytes(size)) return false;
+    text->append(bytes, size);
+    return true;
+  }
+
+  bool skip_bytes(std::uint64_t size) {
     if (size > left_) return false;
-    text->append(reinterpret_cast<const char*>(data_), size);
-    skip(size);
+    skip(static_cast<std::size_t>(size));
     return true;
   }
 

@@ -1,5 +1,5 @@
-// One tensor of a frame, and the rules that it must obey. The rules are the same for the encoder
-// and the decoder; the bytes around them are described at the top of frame.h.
+// One tensor of a frame, and the rules that it must obey, the same for encoder and decoder. Every
+// byte is specified in docs/wire-format.md.
 #pragma once
 
 #include <array>
@@ -25,7 +25,12 @@ enum class Mode : std::uint8_t {
   kPackedFactors = 4,
   kPackedDense = 5,
   kRows = 6,
+  kCodedFactors = 7,
+  kCodedDense = 8,
+  kCodedHybrid = 9,
+  kHalf = 10,
 };
+inline constexpr std::uint8_t kModes = 11;
 
 struct DType {
   std::string_view name;
@@ -87,11 +92,19 @@ struct Entry {
   std::uint64_t rank = 0;
   const std::uint8_t* payload = nullptr;  // borrowed from the caller
   std::uint64_t payload_bytes = 0;
-  std::uint64_t dense_bytes = 0;  // numel * itemsize; filled by check_entries
+  std::uint64_t dense_bytes = 0;  // numel * itemsize; filled by check_directory
+  bool coded = false;             // has an entropy-coded stream; filled by check_payload
 };
 
-// Checks each entry, its payload included, that names are unique, and that the dense bytes of all
-// entries together are at most `max_bytes`; fills `dense_bytes`. Allocates one index a name.
-Status check_entries(std::vector<Entry>* entries, std::uint64_t max_bytes);
+// How messages name an entry: `entry 3 ("encoder.weight")`.
+std::string place(const Entry& entry, std::size_t index);
+
+// Checks all that can be known without the payloads: names, also that they are unique, dtypes,
+// shapes, modes, aliases, and that the dense bytes of all entries together are at most `max_bytes`;
+// fills `dense_bytes`. Allocates one index a name.
+Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes);
+
+// Checks rank and payload of an entry that obeys check_directory; fills `coded`.
+Status check_payload(Entry* entry, std::size_t index);
 
 }  // namespace fedkd_fast::wire

@@ -1,34 +1,39 @@
-// Header, directory and checksums of a frame; the rules of the entries are in entry.cpp.
+// Header and checksums of a frame; the directory is in directory.cpp, the rules of the entries in
+// entry.cpp and payload.cpp.
 #include "wire/frame.h"
 
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <limits>
 
 #include "wire/crc32c.h"
-#include "wire/cursor.h"
+#include "wire/directory.h"
 
 namespace fedkd_fast::wire {
 namespace {
 
 constexpr std::string_view kMagic = "FKD1";
 constexpr std::uint8_t kMajor = 1;
-constexpr std::uint8_t kMinor = 1;
+constexpr std::uint8_t kMinor = 0;
+constexpr std::uint8_t kTables = 1;
 constexpr std::uint16_t kFlagDigest = 1;
-constexpr std::size_t kHeaderBytes = 64;
-constexpr std::size_t kMinRecordBytes = 7;  // every field one byte, nothing added to the name
+constexpr std::uint16_t kFlagVersion = 2;
+constexpr std::uint16_t kFlagSchema = 4;
+constexpr std::uint16_t kFlags = kFlagDigest | kFlagVersion | kFlagSchema;
 
 // Offsets of the header's fields.
 constexpr std::size_t kMajorAt = 4;
 constexpr std::size_t kMinorAt = 5;
 constexpr std::size_t kFlagsAt = 6;
 constexpr std::size_t kFrameBytesAt = 8;
-constexpr std::size_t kEntryCountAt = 16;
-constexpr std::size_t kDirectoryBytesAt = 20;
-constexpr std::size_t kPayloadBytesAt = 24;
-constexpr std::size_t kDigestAt = 32;
-constexpr std::size_t kReservedAt = 48;
+constexpr std::size_t kSchemaHashAt = 16;
+constexpr std::size_t kRunAt = 24;
+constexpr std::size_t kRoundAt = 32;
+constexpr std::size_t kEntryCountAt = 36;
+constexpr std::size_t kDirectoryBytesAt = 40;
+constexpr std::size_t kCodecAt = 48;
+constexpr std::size_t kTablesAt = 49;
+constexpr std::size_t kReservedAt = 50;
 constexpr std::size_t kBodyCrcAt = 56;
 constexpr std::size_t kHeaderCrcAt = 60;
 
@@ -40,30 +45,12 @@ Integer load(const std::uint8_t* data, std::size_t at) {
 }
 
 template <typename Integer>
-void store(void* data, std::size_t at, Integer value) {
-  std::memcpy(static_cast<std::uint8_t*>(data) + at, &value, sizeof(value));
+void store(std::uint8_t* data, std::size_t at, Integer value) {
+  std::memcpy(data + at, &value, sizeof(value));
 }
 
 bool all_zero(const std::uint8_t* data, std::size_t size) {
   return std::all_of(data, data + size, [](std::uint8_t byte) { return byte == 0; });
-}
-
-void append_varint(std::string* bytes, std::uint64_t value) {
-  for (; value >= 0x80; value >>= 7) bytes->push_back(static_cast<char>((value & 0x7F) | 0x80));
-  bytes->push_back(static_cast<char>(value));
-}
-
-struct Header {
-  std::uint32_t entry_count = 0;
-  std::uint32_t directory_bytes = 0;
-  std::uint64_t payload_bytes = 0;
-};
-
-// The lowest minor version that can say what the entries have to say.
-std::uint8_t minor_version(const Frame& frame) {
-  return std::any_of(frame.entries.begin(), frame.entries.end(), [](const Entry& entry) {
-    return entry.mode == static_cast<std::uint8_t>(Mode::kRows);
-  });
 }
 
 Status check_version(const std::uint8_t* data) {
@@ -77,7 +64,43 @@ Status check_version(const std::uint8_t* data) {
                  "): upgrade fedkd_fast");
 }
 
-Status read_header(const std::uint8_t* data, std::size_t size, Header* header, Frame* frame) {
+// The fields that say what the frame is, and that none says what this reader does not know.
+Status read_kind(const std::uint8_t* data, Header* header) {
+  const auto flags = load<std::uint16_t>(data, kFlagsAt);
+  if ((flags & ~kFlags) != 0) {
+    return invalid("frame has unknown flags ", std::uint64_t{flags}, ": upgrade fedkd_fast");
+  }
+  header->base.has_digest = (flags & kFlagDigest) != 0;
+  header->base.has_version = (flags & kFlagVersion) != 0;
+  header->has_schema = (flags & kFlagSchema) != 0;
+  header->codec = data[kCodecAt];
+  if (header->codec >= kCodecs.size()) {
+    return invalid("frame has unknown codec ", std::uint64_t{header->codec},
+                   ": upgrade fedkd_fast");
+  }
+  if (data[kTablesAt] > kTables) {
+    return invalid("frame needs entropy tables ", std::uint64_t{data[kTablesAt]},
+                   ", which this reader lacks: upgrade fedkd_fast");
+  }
+  header->needs_tables = data[kTablesAt] != 0;
+  header->base.run = load<std::uint64_t>(data, kRunAt);
+  header->base.round = load<std::uint32_t>(data, kRoundAt);
+  if (!header->base.has_version && (header->base.run != 0 || header->base.round != 0)) {
+    return invalid("run and round must be zero where the flags say that there are none");
+  }
+  if (!all_zero(data + kReservedAt, kBodyCrcAt - kReservedAt)) {
+    return invalid("reserved bytes of the header must be zero");
+  }
+  return {};
+}
+
+std::uint64_t digest_bytes(const Header& header) {
+  return header.base.has_digest ? kDigestBytes : 0;
+}
+
+Status read_header_throwing(const std::uint8_t* data, std::size_t size, std::uint64_t frame_bytes,
+                            Header* header) {
+  *header = Header{};
   if (size >= kMagic.size() && std::memcmp(data, kMagic.data(), kMagic.size()) != 0) {
     return invalid("frame must start with ", kMagic, ": these bytes are something else");
   }
@@ -89,169 +112,93 @@ Status read_header(const std::uint8_t* data, std::size_t size, Header* header, F
   if (load<std::uint32_t>(data, kHeaderCrcAt) != crc32c(data, kHeaderCrcAt)) {
     return invalid("checksum of header does not match: the frame is corrupted");
   }
-  const auto frame_bytes = load<std::uint64_t>(data, kFrameBytesAt);
-  if (frame_bytes > size) {
-    return invalid("frame is truncated: header says ", frame_bytes, " bytes, got ", size);
+  header->frame_bytes = load<std::uint64_t>(data, kFrameBytesAt);
+  if (header->frame_bytes > frame_bytes) {
+    return invalid("frame is truncated: header says ", header->frame_bytes, " bytes, got ",
+                   frame_bytes);
   }
-  if (frame_bytes < size) {
-    return invalid("frame has trailing bytes: header says ", frame_bytes, " bytes, got ", size);
+  if (header->frame_bytes < frame_bytes) {
+    return invalid("frame has trailing bytes: header says ", header->frame_bytes, " bytes, got ",
+                   frame_bytes);
   }
-  const auto flags = load<std::uint16_t>(data, kFlagsAt);
-  if ((flags & ~kFlagDigest) != 0) {
-    return invalid("frame has unknown flags ", std::uint64_t{flags}, ": upgrade fedkd_fast");
-  }
-  frame->has_digest = (flags & kFlagDigest) != 0;
-  std::memcpy(frame->digest.data(), data + kDigestAt, kDigestBytes);
-  if (!frame->has_digest && !all_zero(data + kDigestAt, kDigestBytes)) {
-    return invalid("base digest must be zero where the flags say that there is none");
-  }
-  if (!all_zero(data + kReservedAt, kBodyCrcAt - kReservedAt)) {
-    return invalid("reserved bytes of the header must be zero");
-  }
+  if (Status status = read_kind(data, header); !status.ok()) return status;
+  header->schema_hash = load<std::uint64_t>(data, kSchemaHashAt);
   header->entry_count = load<std::uint32_t>(data, kEntryCountAt);
-  header->directory_bytes = load<std::uint32_t>(data, kDirectoryBytesAt);
-  header->payload_bytes = load<std::uint64_t>(data, kPayloadBytesAt);
-  std::uint64_t sum = 0;
-  if (!add(kHeaderBytes + std::uint64_t{header->directory_bytes}, header->payload_bytes, &sum) ||
-      sum != frame_bytes) {
-    return invalid("sizes of directory (", header->directory_bytes, ") and payload (",
-                   header->payload_bytes, ") must add up to the ", frame_bytes,
+  header->directory_bytes = load<std::uint64_t>(data, kDirectoryBytesAt);
+  header->body_crc = load<std::uint32_t>(data, kBodyCrcAt);
+  const std::uint64_t front = kHeaderBytes + digest_bytes(*header);
+  if (frame_bytes < front || header->directory_bytes > frame_bytes - front) {
+    return invalid("directory of ", header->directory_bytes, " bytes must fit the ", frame_bytes,
                    " bytes of the frame");
   }
   if (header->entry_count > kMaxEntries ||
-      header->entry_count > header->directory_bytes / kMinRecordBytes) {
+      header->entry_count > header->directory_bytes / least_line_bytes(*header)) {
     return invalid("entry count must be at most ", kMaxEntries, " and fit the directory of ",
                    header->directory_bytes, " bytes, got ", header->entry_count);
   }
-  if (load<std::uint32_t>(data, kBodyCrcAt) != crc32c(data + kHeaderBytes, size - kHeaderBytes)) {
-    return invalid("checksum of directory and payload does not match: the frame is corrupted");
-  }
   return {};
 }
 
-Status bad_record(std::size_t index, std::string_view field) {
-  return invalid("directory is malformed: ", field, " of entry ", index,
-                 " is cut short, overlong or out of range");
-}
-
-Status read_name(Cursor* cursor, std::size_t index, const std::string& previous,
-                 std::string* name) {
-  std::uint64_t prefix = 0;
-  std::uint64_t suffix = 0;
-  if (!cursor->take_varint(&prefix) || prefix > previous.size()) {
-    return bad_record(index, "name prefix");
+Status decode_throwing(const std::uint8_t* data, std::size_t size, const Schema* schema,
+                       std::uint64_t max_bytes, Frame* frame) {
+  Header& header = frame->header;
+  frame->entries.clear();
+  if (Status status = read_header(data, size, size, &header); !status.ok()) return status;
+  if (header.body_crc != crc32c(data + kHeaderBytes, size - kHeaderBytes)) {
+    return invalid("checksum of the body does not match: the frame is corrupted");
   }
-  if (!cursor->take_varint(&suffix) || suffix > kMaxNameBytes - prefix) {
-    return bad_record(index, "name suffix");
+  const std::uint8_t* payload = data + kHeaderBytes + digest_bytes(header);
+  if (header.base.has_digest) {
+    std::memcpy(header.base.digest.data(), data + kHeaderBytes, kDigestBytes);
   }
-  name->assign(previous, 0, prefix);
-  if (!cursor->take_text(suffix, name)) return bad_record(index, "name suffix");
-  if (prefix < previous.size() && prefix < name->size() && (*name)[prefix] == previous[prefix]) {
-    return invalid("directory is malformed: name prefix of entry ", index,
-                   " must be as long as it can be");
-  }
-  return {};
-}
-
-// Reads one record. `left` is the payload not yet given to an entry.
-Status read_record(Cursor* cursor, std::size_t index, std::uint64_t left, Entry* entry) {
-  if (!cursor->take_byte(&entry->dtype)) return bad_record(index, "dtype");
-  if (!cursor->take_byte(&entry->mode)) return bad_record(index, "mode");
-  std::uint64_t ndim = 0;
-  if (!cursor->take_varint(&ndim) || ndim > kMaxDims) return bad_record(index, "ndim");
-  entry->ndim = static_cast<std::uint8_t>(ndim);
-  for (std::size_t dim = 0; dim < ndim; ++dim) {
-    if (!cursor->take_varint(&entry->shape[dim])) return bad_record(index, "shape");
-  }
-  if (!cursor->take_varint(&entry->rank)) return bad_record(index, "rank");
-  if (!cursor->take_varint(&entry->payload_bytes)) return bad_record(index, "payload length");
-  if (entry->payload_bytes > left) {
-    return invalid("payload of entry ", index, " must lie in the frame: it takes ",
-                   entry->payload_bytes, " bytes of ", left, " left");
-  }
-  return {};
-}
-
-Status decode_throwing(const std::uint8_t* data, std::size_t size, std::uint64_t max_bytes,
-                       Frame* frame) {
-  Header header;
-  *frame = Frame{};
-  if (Status status = read_header(data, size, &header, frame); !status.ok()) return status;
-  Cursor cursor(data + kHeaderBytes, header.directory_bytes);
-  const std::uint8_t* payload = data + kHeaderBytes + header.directory_bytes;
-  std::uint64_t left = header.payload_bytes;
-  frame->entries.reserve(header.entry_count);  // bounded by the directory that is there
-  const std::string none;
-  for (std::size_t index = 0; index < header.entry_count; ++index) {
-    const std::string& previous = index == 0 ? none : frame->entries.back().name;
-    Entry entry;
-    Status status = read_name(&cursor, index, previous, &entry.name);
-    if (status.ok()) status = read_record(&cursor, index, left, &entry);
-    if (!status.ok()) return status;
+  Status status = read_directory(header, data + (size - header.directory_bytes), schema, max_bytes,
+                                 &frame->entries);
+  if (!status.ok()) return status;
+  bool needs_tables = false;
+  for (std::size_t index = 0; index < frame->entries.size(); ++index) {
+    Entry& entry = frame->entries[index];
     entry.payload = payload;
     payload += entry.payload_bytes;
-    left -= entry.payload_bytes;
-    frame->entries.push_back(std::move(entry));
+    if (status = check_payload(&entry, index); !status.ok()) return status;
+    needs_tables = needs_tables || entry.coded;
   }
-  if (cursor.left() != 0) {
-    return invalid("directory has ", cursor.left(), " bytes after its last entry");
+  if (needs_tables != header.needs_tables) {
+    return invalid("frame must name its entropy tables exactly if an entry is entropy-coded");
   }
-  if (left != 0) return invalid("payload has ", left, " bytes that belong to no entry");
-  const std::uint64_t minor = minor_version(*frame);
-  if (data[kMinorAt] != minor) {
-    return invalid("minor version must be ", minor, ", the lowest with the frame's modes, got ",
-                   std::uint64_t{data[kMinorAt]});
-  }
-  return check_entries(&frame->entries, max_bytes);
+  return {};
 }
 
-std::size_t common_prefix(const std::string& a, const std::string& b) {
-  const std::size_t size = std::min(a.size(), b.size());
-  std::size_t at = 0;
-  while (at < size && a[at] == b[at]) ++at;
-  return at;
-}
-
-Status plan_throwing(Frame* frame, std::string* head, std::uint64_t* frame_bytes) {
+Status plan_throwing(Frame* frame, std::string* directory) {
+  Header& header = frame->header;
+  if (header.codec >= kCodecs.size()) {
+    return invalid("unknown codec ", std::uint64_t{header.codec});
+  }
   if (frame->entries.size() > kMaxEntries) {
     return invalid("a frame must have at most ", kMaxEntries, " entries, got ",
                    frame->entries.size());
   }
-  if (Status status = check_entries(&frame->entries, kMaxSize); !status.ok()) return status;
-  head->assign(kHeaderBytes, '\0');
-  std::uint64_t payload_bytes = 0;
-  const std::string none;
-  const std::string* previous = &none;
+  if (Status status = check_directory(&frame->entries, kMaxSize); !status.ok()) return status;
+  write_directory(frame->entries, header.has_schema, directory);
+  std::uint64_t size = kHeaderBytes + digest_bytes(header) + directory->size();
   for (const Entry& entry : frame->entries) {
-    const std::size_t prefix = common_prefix(*previous, entry.name);
-    append_varint(head, prefix);
-    append_varint(head, entry.name.size() - prefix);
-    head->append(entry.name, prefix, std::string::npos);
-    head->push_back(static_cast<char>(entry.dtype));
-    head->push_back(static_cast<char>(entry.mode));
-    append_varint(head, entry.ndim);
-    for (std::size_t dim = 0; dim < entry.ndim; ++dim) append_varint(head, entry.shape[dim]);
-    append_varint(head, entry.rank);
-    append_varint(head, entry.payload_bytes);
-    previous = &entry.name;
-    if (!add(payload_bytes, entry.payload_bytes, &payload_bytes)) {
+    if (!add(size, entry.payload_bytes, &size) || size > kMaxSize) {
       return invalid("a frame must take less than 2**63 bytes");
     }
   }
-  if (!add(head->size(), payload_bytes, frame_bytes) || *frame_bytes > kMaxSize) {
-    return invalid("a frame must take less than 2**63 bytes");
-  }
-  std::memcpy(head->data(), kMagic.data(), kMagic.size());
-  store(head->data(), kMajorAt, kMajor);
-  store(head->data(), kMinorAt, minor_version(*frame));
-  store(head->data(), kFlagsAt, frame->has_digest ? kFlagDigest : std::uint16_t{0});
-  store(head->data(), kFrameBytesAt, *frame_bytes);
-  store(head->data(), kEntryCountAt, static_cast<std::uint32_t>(frame->entries.size()));
-  // 65536 records of at most 1024 + 215 bytes stay far below 2^32.
-  store(head->data(), kDirectoryBytesAt, static_cast<std::uint32_t>(head->size() - kHeaderBytes));
-  store(head->data(), kPayloadBytesAt, payload_bytes);
-  if (frame->has_digest) {
-    std::memcpy(head->data() + kDigestAt, frame->digest.data(), kDigestBytes);
+  header.frame_bytes = size;
+  header.directory_bytes = directory->size();
+  header.entry_count = static_cast<std::uint32_t>(frame->entries.size());
+  header.schema_hash = schema_hash(frame->entries);
+  return {};
+}
+
+Status plan_encode_throwing(Frame* frame, std::string* directory) {
+  if (Status status = plan_throwing(frame, directory); !status.ok()) return status;
+  frame->header.needs_tables = false;
+  for (std::size_t index = 0; index < frame->entries.size(); ++index) {
+    Entry& entry = frame->entries[index];
+    if (Status status = check_payload(&entry, index); !status.ok()) return status;
+    frame->header.needs_tables = frame->header.needs_tables || entry.coded;
   }
   return {};
 }
@@ -268,25 +215,71 @@ Status guarded(const Call& call) noexcept {
 
 }  // namespace
 
-Status decode(const std::uint8_t* data, std::size_t size, std::uint64_t max_bytes,
-              Frame* frame) noexcept {
-  return guarded([=] { return decode_throwing(data, size, max_bytes, frame); });
+Status decode(const std::uint8_t* data, std::size_t size, const Schema* schema,
+              std::uint64_t max_bytes, Frame* frame) noexcept {
+  return guarded([=] { return decode_throwing(data, size, schema, max_bytes, frame); });
 }
 
-Status plan_encode(Frame* frame, std::string* head, std::uint64_t* frame_bytes) noexcept {
-  return guarded([=] { return plan_throwing(frame, head, frame_bytes); });
+Status read_header(const std::uint8_t* data, std::size_t size, std::uint64_t frame_bytes,
+                   Header* header) noexcept {
+  return guarded([=] { return read_header_throwing(data, size, frame_bytes, header); });
 }
 
-void write_frame(const Frame& frame, const std::string& head, std::uint8_t* out) noexcept {
-  std::memcpy(out, head.data(), head.size());
-  std::size_t at = head.size();
-  for (const Entry& entry : frame.entries) {
+Status read_directory(const Header& header, const std::uint8_t* data, const Schema* schema,
+                      std::uint64_t max_bytes, std::vector<Entry>* entries) noexcept {
+  return guarded([&] {
+    const std::uint64_t payload_bytes =
+        header.frame_bytes - kHeaderBytes - digest_bytes(header) - header.directory_bytes;
+    Status status = parse_directory(header, data, payload_bytes, schema, entries);
+    return status.ok() ? check_directory(entries, max_bytes) : status;
+  });
+}
+
+Status plan_encode(Frame* frame, std::string* directory) noexcept {
+  return guarded([=] { return plan_encode_throwing(frame, directory); });
+}
+
+Status plan_directory(Frame* frame, std::string* directory) noexcept {
+  return guarded([=] { return plan_throwing(frame, directory); });
+}
+
+void write_header(const Header& header, std::uint8_t* out) noexcept {
+  std::memset(out, 0, kHeaderBytes);
+  std::memcpy(out, kMagic.data(), kMagic.size());
+  store(out, kMajorAt, kMajor);
+  store(out, kMinorAt, kMinor);
+  const unsigned flags = (header.base.has_digest ? kFlagDigest : 0u) |
+                         (header.base.has_version ? kFlagVersion : 0u) |
+                         (header.has_schema ? kFlagSchema : 0u);
+  store(out, kFlagsAt, static_cast<std::uint16_t>(flags));
+  store(out, kFrameBytesAt, header.frame_bytes);
+  store(out, kSchemaHashAt, header.schema_hash);
+  store(out, kRunAt, header.base.run);
+  store(out, kRoundAt, header.base.round);
+  store(out, kEntryCountAt, header.entry_count);
+  store(out, kDirectoryBytesAt, header.directory_bytes);
+  store(out, kCodecAt, header.codec);
+  store(out, kTablesAt, header.needs_tables ? kTables : std::uint8_t{0});
+  store(out, kBodyCrcAt, header.body_crc);
+  store(out, kHeaderCrcAt, crc32c(out, kHeaderCrcAt));
+}
+
+void write_frame(Frame* frame, const std::string& directory, std::uint8_t* out) noexcept {
+  const Header& header = frame->header;
+  std::size_t at = kHeaderBytes;
+  if (header.base.has_digest) {
+    std::memcpy(out + at, header.base.digest.data(), kDigestBytes);
+    at += kDigestBytes;
+  }
+  for (const Entry& entry : frame->entries) {
     if (entry.payload_bytes == 0) continue;  // its pointer may be null
     std::memcpy(out + at, entry.payload, entry.payload_bytes);
     at += entry.payload_bytes;
   }
-  store(out, kBodyCrcAt, crc32c(out + kHeaderBytes, at - kHeaderBytes));
-  store(out, kHeaderCrcAt, crc32c(out, kHeaderCrcAt));
+  std::memcpy(out + at, directory.data(), directory.size());
+  at += directory.size();
+  frame->header.body_crc = crc32c(out + kHeaderBytes, at - kHeaderBytes);
+  write_header(header, out);
 }
 
 }  // namespace fedkd_fast::wire

@@ -22,8 +22,6 @@ from fedkd_fast.cli.common import (
 )
 from fedkd_fast.report.text import size
 
-# Where csrc/wire/frame.h puts the digest of the base; zeros if there is none.
-_DIGEST = slice(32, 48)
 # What the library's messages advise, and how it is done here.
 _ADVICE = {
     "at most max_bytes": "at most --max-bytes",
@@ -146,7 +144,8 @@ def _inspect(args: argparse.Namespace) -> int:
     data = args.source.read_bytes()
     with _naming(args.source):
         entries = wire.inspect(data)
-    digest = data[_DIGEST] if any(data[_DIGEST]) else None
+        base = wire.header(data).base
+    digest = None if base is None else base.digest
     dense_bytes = sum(entry.dense_bytes for entry in entries)
     if args.json:
         tensors = [

@@ -1,0 +1,23 @@
+// The directory at the end of a frame: what the tensors are (schema), and how each travels.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "wire/frame.h"
+
+namespace fedkd_fast::wire {
+
+// The fewest bytes of a directory an entry.
+std::uint64_t least_line_bytes(const Header& header);
+
+// Reads the directory of a frame whose header is read and whose payloads take `payload_bytes`.
+// Fields that depend on each other are left to check_directory().
+Status parse_directory(const Header& header, const std::uint8_t* data, std::uint64_t payload_bytes,
+                       const Schema* schema, std::vector<Entry>* entries);
+
+// Appends the directory of entries that obey check_directory().
+void write_directory(const std::vector<Entry>& entries, bool with_schema, std::string* bytes);
+
+}  // namespace fedkd_fast::wire
