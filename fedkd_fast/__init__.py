@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from fedkd_fast.aggregation import Aggregate as Aggregate
     from fedkd_fast.aggregation import aggregate as aggregate
     from fedkd_fast.compress import Compressor as Compressor
-    from fedkd_fast.decompress import decompress as decompress
-    from fedkd_fast.decompress import decompress_from as decompress_from
+    from fedkd_fast.decompression import decompress as decompress
+    from fedkd_fast.decompression import decompress_from as decompress_from
     from fedkd_fast.feedback import EF21 as EF21
     from fedkd_fast.feedback import ErrorFeedback as ErrorFeedback
     from fedkd_fast.feedback import SubspaceCache as SubspaceCache
@@ -31,8 +31,8 @@ _HOMES = {
     "Aggregate": "aggregation",
     "aggregate": "aggregation",
     "Compressor": "compress",
-    "decompress": "decompress",
-    "decompress_from": "decompress",
+    "decompress": "decompression",
+    "decompress_from": "decompression",
     "EF21": "feedback",
     "ErrorFeedback": "feedback",
     "SubspaceCache": "feedback",

@@ -1,36 +1,130 @@
-"""Weighted means of frames, with one decoded frame beside the sums in memory."""
+"""Weighted means of frames: factors stay factors while their ranks are small, one sum otherwise."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from fedkd_fast.codec import TORCH_DTYPES
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decompress import decode_frame
+from fedkd_fast.decode import Parts, backend_named
+from fedkd_fast.decompression import decode_frame_parts
+from fedkd_fast.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.tensors import Shaped
-from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 
 Frame: TypeAlias = bytes | bytearray | memoryview
-
-
-class Aggregate(dict[str, Tensor]):
-    """The mean by tensor name, and the base that it is a difference to, if the frames had one."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], relative_to: Base | None) -> None:
-        super().__init__(tensors)
-        self.relative_to = relative_to
-
-    def recompress(self, compressor: Compressor, *, energy: float | None = None) -> bytes:
-        """Encode the mean for the broadcast; receivers decode it against the base of the frames."""
-        return compressor.compress(self, energy=energy, relative_to=self.relative_to)
-
+_log = logging.getLogger(__name__)
 
 # Sums run in float64, which holds integers up to here.
 _EXACT_INTEGERS = 2**53
+
+
+class Aggregate(Mapping[str, Tensor]):
+    """The mean by tensor name.
+
+    Args:
+        values: the means; those that are `LowRank` are written out when they are asked for.
+        relative_to: what the frames were differences to, if they were.
+        refused: frames that do not count, by name or index, and why.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor | LowRank],
+        relative_to: Base | None,
+        refused: Mapping[str | int, str],
+    ) -> None:
+        self._values = dict(values)
+        self.relative_to, self.refused = relative_to, dict(refused)
+        # Tied tensors are one object before and after they are written out.
+        self._written: dict[int, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a mean as a tensor."""
+        value = self._values[name]
+        if isinstance(value, Tensor):
+            return value
+        if id(value) not in self._written:
+            self._written[id(value)] = value.dense()
+        return self._written[id(value)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names in the order they were sent."""
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._values)
+
+    def recompress(self, compressor: Compressor, *, energy: float | None = None) -> bytes:
+        """Encode the mean for the broadcast; receivers decode it against the base of the frames.
+
+        What was added up as factors of small rank is not written out for it, unless the compressor
+        keeps residuals.
+        """
+        return compressor.compress(self._values, energy=energy, relative_to=self.relative_to)
+
+
+class _Sum:
+    """A weighted sum of one tensor of many frames.
+
+    Factors are stacked while the ranks add up to less than half of the shorter side, which takes
+    less memory than the matrix. From there on, and for what comes in another form, it is one
+    buffer: float64 for what is exact, float32 for what was quantised.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._dense: Tensor | None = None
+
+    def add(self, parts: Parts, weight: float, *, exact: bool) -> None:
+        if isinstance(parts, Tensor):
+            self._add_dense(parts, weight, torch.float64 if exact else torch.float32)
+            return
+        left, right = parts
+        if self._dense is None:
+            self._pairs.append((left * weight, right))
+            rank = sum(len(pair[0]) for pair in self._pairs)
+            if rank < STACKED_SHARE * min(left.shape[1], right.shape[1]):
+                return
+            self._write_out(torch.float32)
+            return
+        matrix = self._dense.view(left.shape[1], right.shape[1])
+        matrix.addmm_(left.T.to(matrix.dtype), right.to(matrix.dtype), alpha=weight)
+
+    def _add_dense(self, values: Tensor, weight: float, dtype: torch.dtype) -> None:
+        if self._dense is None or (dtype == torch.float64 and self._dense.dtype != dtype):
+            self._write_out(dtype)
+        assert self._dense is not None
+        self._dense.add_(values.reshape(self._shape), alpha=weight)
+
+    def _write_out(self, dtype: torch.dtype) -> None:
+        if self._dense is not None:
+            self._dense = self._dense.to(dtype)
+            return
+        self._dense = torch.zeros(self._shape, dtype=dtype)
+        if self._pairs:
+            whole = stacked(self._pairs, self._shape, dtype)
+            self._pairs = []
+            matrix = self._dense.view(whole.left.shape[1], whole.right.shape[1])
+            matrix.addmm_(whole.left.T.to(dtype), whole.right.to(dtype))
+
+    def mean(self, total: float) -> Tensor | LowRank:
+        if self._dense is not None:
+            return _cast(self._dense.div_(total), self._dtype)
+        if not self._pairs:
+            return torch.zeros(self._shape, dtype=self._dtype)
+        whole = stacked(self._pairs, self._shape, self._dtype)
+        whole.left.div_(total)
+        return whole
 
 
 def _check_weights(weights: Sequence[float]) -> list[float]:
@@ -43,17 +137,20 @@ def _check_weights(weights: Sequence[float]) -> list[float]:
     return [weight / largest for weight in weights]
 
 
-def _frame_weights(
-    frames: Iterable[Frame], weights: Sequence[float] | None
-) -> Iterator[tuple[Frame, float]]:
-    """Pair frames with weights, without holding more than one frame."""
+def _weighted(
+    frames: Iterable[Frame] | Mapping[str, Frame], weights: Sequence[float] | None
+) -> Iterator[tuple[str | int, Frame, float]]:
+    """Pair frames with names and weights, without holding more than one frame."""
+    named: Iterable[tuple[str | int, Frame]] = (
+        frames.items() if isinstance(frames, Mapping) else enumerate(frames)
+    )
     if weights is None:
-        yield from ((frame, 1.0) for frame in frames)
+        yield from ((name, frame, 1.0) for name, frame in named)
         return
     scaled, count = _check_weights(weights), 0
-    for count, frame in enumerate(frames, 1):
+    for count, (name, frame) in enumerate(named, 1):
         if count <= len(scaled):
-            yield frame, scaled[count - 1]
+            yield name, frame, scaled[count - 1]
     if count != len(scaled):
         raise ValueError(
             f"weights must have one entry per frame: {count} frames, got {len(scaled)}"
@@ -61,61 +158,109 @@ def _frame_weights(
 
 
 def aggregate(
-    frames: Iterable[Frame],
+    frames: Iterable[Frame] | Mapping[str, Frame],
     weights: Sequence[float] | None = None,
     schema: Mapping[str, Shaped] | None = None,
     *,
+    relative_to: Base | None = None,
+    strict: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
     backend: str = "native",
 ) -> Aggregate:
     """Average frames: ``Σ_i w_i · decode(frame_i) / Σ_i w_i``, FedAvg; FedKD has equal weights.
 
+    One decoded frame is in memory beside the sums, however many there are. Factors are not
+    multiplied out while the ranks that came add up to less than half of a matrix's shorter side.
+
     Args:
-        frames: at least one, also from a generator; all with the same tensors and the same base.
+        frames: at least one, also from a generator; by name, or counted from 0.
         weights: one finite number >= 0 per frame, for instance sample counts; None means equal.
-        schema: expected tensors, as in `decompress`; None takes those of the first frame. With a
-            schema, no frame can cost more than what it describes.
+        schema: expected tensors, as in `decompress`; None takes those of the first frame that
+            decodes. With a schema, no frame can cost more than what it describes.
+        relative_to: the base that frames must be made against; None takes that of the first one.
+        strict: raise for a frame that is damaged or does not match, instead of leaving it out.
         max_bytes: bound on each decoded frame.
         backend: as in `Compressor`.
 
     Returns:
-        The mean, in each tensor's dtype: sums run in float64, integers are rounded to the nearest,
-        booleans are true from one half on. Tensors that are tied in every frame stay tied.
+        The mean, in each tensor's dtype, and which frames were refused and why; their weights do
+        not count. Integers are rounded to the nearest, booleans are true from one half on. Tensors
+        that are tied in every frame stay tied.
 
     Raises:
-        WireError: anything wrong with the bytes of a frame.
-        ValueError: no frames, wrong weights, frames that do not match each other or the schema, or
-            integers beyond 2^53; names the frame.
+        ValueError: no frame that counts, or wrong weights. With `strict`, also a frame that does
+            not match the others or the schema, or that holds integers beyond 2^53; names it.
+        WireError: with `strict`, anything wrong with the bytes of a frame.
     """
-    sums: dict[str, Tensor] = {}
-    wanted, what = schema, "schema"
-    ties: dict[str, str] = {}
-    relative_to: Base | None = None
-    total = 0.0
-    for index, (frame, weight) in enumerate(_frame_weights(frames, weights)):
-        tensors, made_against = decode_frame(
-            frame, wanted, schema_name=what, max_bytes=max_bytes, backend=backend
+    module = backend_named(backend)
+    mean = _Mean(schema, relative_to)
+    refused: dict[str | int, str] = {}
+    for name, frame, weight in _weighted(frames, weights):
+        try:
+            mean.add(name, frame, weight, max_bytes, module)
+        except ValueError as error:
+            if strict:
+                raise
+            refused[name] = str(error)
+            _log.warning("frame %s is left out: %s", name, error)
+    return mean.finish(refused)
+
+
+class _Mean:
+    def __init__(self, schema: Mapping[str, Shaped] | None, relative_to: Base | None) -> None:
+        self._wanted, self._what = schema, "schema"
+        self._relative_to, self._any_base = relative_to, relative_to is None
+        self._sums: dict[str, _Sum] = {}
+        self._ties: dict[str, str] = {}
+        self._total = 0.0
+
+    def add(
+        self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
+    ) -> None:
+        """Decode a frame completely, then add it: one that is refused leaves no trace."""
+        found, made_against = decode_frame_parts(
+            frame,
+            self._wanted,
+            schema_name=f"{self._what} of frame {name}",
+            max_bytes=max_bytes,
+            module=module,
         )
-        owners: dict[int, str] = {}
-        tied = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
-        if index == 0:
-            relative_to, ties = made_against, tied
-            wanted = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
-        elif made_against != relative_to:
-            raise ValueError(f"frame {index} was made against another base than frame 0")
+        if not self._any_base and made_against != self._relative_to:
+            raise ValueError(f"frame {name} was made against another base than is wanted")
+        for entry, parts in found:
+            if entry.dtype == "int64" and isinstance(parts, Tensor) and not _exact(parts):
+                raise ValueError(f"frame {name}: {entry.name!r} holds integers beyond 2^53")
+        names = [entry.name for entry, _ in found]
+        tied = {
+            entry.name: names[entry.rank] if entry.mode is Mode.ALIAS else entry.name
+            for entry, _ in found
+        }
+        if not self._sums:
+            self._begin([entry for entry, _ in found], made_against, tied)
         # One sender's ties must not overwrite what the others sent.
-        ties = {name: owner for name, owner in ties.items() if tied[name] == owner}
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.int64 and not _exact(tensor):
-                raise ValueError(f"frame {index}: {name!r} holds integers beyond 2^53")
-            part = tensor.double() * weight
-            sums[name] = sums[name].add_(part) if name in sums else part
-        total += weight
-        what = f"frame {index + 1} compared with frame 0"
-    if wanted is None or not total:
-        raise ValueError("frames must hold at least one frame, got none")
-    means = {name: _cast(sums[name].div_(total), wanted[name].dtype) for name in sums}
-    return Aggregate({name: means[ties.get(name, name)] for name in means}, relative_to)
+        self._ties = {one: other for one, other in self._ties.items() if tied[one] == other}
+        for entry, parts in found:
+            if entry.mode is not Mode.ZERO:
+                self._sums[entry.name].add(parts, weight, exact=entry.mode is Mode.RAW)
+        self._total += weight
+
+    def _begin(
+        self, entries: Sequence[Entry], made_against: Base | None, tied: Mapping[str, str]
+    ) -> None:
+        if self._wanted is None:
+            self._wanted, self._what = {entry.name: entry for entry in entries}, "first frame"
+        self._relative_to, self._any_base = made_against, False
+        self._sums = {entry.name: _Sum(entry.shape, TORCH_DTYPES[entry.dtype]) for entry in entries}
+        self._ties = dict(tied)
+
+    def finish(self, refused: Mapping[str | int, str]) -> Aggregate:
+        if not self._total:
+            raise ValueError(
+                f"frames must hold at least one frame that counts, got none: {dict(refused)}"
+            )
+        means = {name: one.mean(self._total) for name, one in self._sums.items()}
+        values = {name: means[self._ties.get(name, name)] for name in means}
+        return Aggregate(values, self._relative_to, refused)
 
 
 def _exact(integers: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkd_fast._seeds import derived_seed, seeded
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decompress import decompress
+from fedkd_fast.decompression import decompress
 from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.tasks import Batch, Task

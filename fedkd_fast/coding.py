@@ -24,6 +24,7 @@ import fedkd_fast._C as _C
 from fedkd_fast import wire
 from fedkd_fast.curves import KEPT_LEVEL, ROW_QUANTUM
 from fedkd_fast.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats
+from fedkd_fast.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Mode
 
@@ -56,7 +57,7 @@ class Coding:
         """Return the payload of its entry, given what the coder made of the integers."""
         if self.mode is Mode.CODED_FACTORS:
             return wire.coded_factors_payload(self.step, self.sigmas, stream)
-        dense = (self.base, self.width, self.codes)
+        dense = (self.base, self.width, self.codes.tobytes())
         if self.mode is Mode.CODED_DENSE:
             return wire.coded_dense_payload(self.step, *dense, stream)
         return wire.coded_hybrid_payload(self.step, self.sigmas, *dense, stream)
@@ -69,7 +70,7 @@ def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:
 def row_squares(values: Tensor) -> Floats:
     """Return the squared norm of each row."""
     # Sums of a row in float32 are good to six digits.
-    norms = torch.linalg.vector_norm(values, dim=1).double().numpy()
+    norms: Floats = torch.linalg.vector_norm(values, dim=1).double().numpy()
     return norms**2
 
 
@@ -103,7 +104,9 @@ class _Columns:
         return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
 
 
-def _fitted(matrix: Tensor, sent: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _fitted(
+    matrix: Tensor | LowRank, sent: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Fit the other side to the integers of one: (K, N), with ``matrix @ sentᵀ`` and the Gram."""
     products = matrix @ sent.T  # (N, K)
     gram = (sent @ sent.T).double()
@@ -115,7 +118,9 @@ def _fitted(matrix: Tensor, sent: Tensor, scales: Tensor) -> tuple[Tensor, Tenso
     return other / scales[:, None], products, gram
 
 
-def code_factors(matrix: Tensor, factors: Factors, step: int, total: float) -> Coding | None:
+def code_factors(
+    matrix: Tensor | LowRank, factors: Factors, step: int, total: float
+) -> Coding | None:
     """Quantise factors at a step; None where no column is worth it, or they are not independent."""
     rows, cols = matrix.shape
     columns = _Columns(factors, (rows, cols), step, len(factors.sigma))

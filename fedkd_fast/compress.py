@@ -15,10 +15,19 @@ from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES, all_finite
 from fedkd_fast.decode import backend_named, decode_entry
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
+from fedkd_fast.lowrank import LowRank, distinct
 from fedkd_fast.message import CODECS, Message, wide
 from fedkd_fast.rows import Rows, touched
 from fedkd_fast.targets import Target, check_energy, make_target
-from fedkd_fast.tensors import as_tensors, check_same_tensors, digest_of, tied_names
+from fedkd_fast.tensors import (
+    as_mapping,
+    as_tensors,
+    check_same_names,
+    check_same_tensors,
+    digest_of,
+    tied_names,
+)
+from fedkd_fast.wf1 import EXACT_SHARE
 from fedkd_fast.wire import Base, Entry
 
 SCOPES = ("tensor", "message")
@@ -33,13 +42,6 @@ def _difference(value: Tensor, base: Tensor) -> Tensor:
 
 def _dense(value: Tensor) -> Tensor:
     return value if value.layout == torch.strided else value.to_dense()
-
-
-def _check_names(update: Mapping[str, object], base: Mapping[str, object]) -> None:
-    missing = [name for name in update if name not in base]
-    extra = [name for name in base if name not in update]
-    if missing or extra:
-        raise ValueError(f"base does not match: missing {missing[:3]}, unexpected {extra[:3]}")
 
 
 def _found(name: str, value: Tensor, dtype: torch.dtype, lossy: bool) -> Rows:
@@ -163,7 +165,7 @@ class Compressor:
         """
         finish = self._finish(base, relative_to)
         with self._alone():
-            entries, keep = self._encode(update, base, tied_names(update), energy, finish)
+            entries, keep = self._encode(update, base, None, energy, finish)
             frame = finish(entries)
             keep()
         return frame
@@ -201,7 +203,7 @@ class Compressor:
         if energy is None and (self.target.energy is None or self.scope != "tensor"):
             raise ValueError("compress_to takes an energy or error for each tensor, not a budget")
         if base is not None:
-            _check_names(update, base)
+            check_same_names(update, base, "base")
         # Of values that are loaded when asked for, one may lie where another one lay.
         tied = tied_names(update) if isinstance(update, dict) and base is None else {}
         order = {name: index for index, name in enumerate(update)}
@@ -244,14 +246,18 @@ class Compressor:
         self,
         update: Mapping[str, object],
         base: Mapping[str, object] | None,
-        tied: Mapping[str, str],
+        tied: Mapping[str, str] | None,
         energy: float | None,
         finish: Callable[[list[Entry]], bytes] | None,
         order: Mapping[str, int] | None = None,
     ) -> tuple[list[Entry], Callable[[], None]]:
         """Return the entries of an update, and what records in the state that they were sent."""
         target = self.target if energy is None else Target(energy=check_energy(energy))
+        names = list(as_mapping(update, "update"))
+        known, update = self._known(update, base, target)
         tensors = as_tensors(update, "update", sparse=True)
+        if tied is None:
+            tied = tied_names(update)
         if base is not None or self._feedback:
             tensors = {name: _dense(value) for name, value in tensors.items()}
         if base is not None:
@@ -277,7 +283,11 @@ class Compressor:
             for name, value in sent.items()
             if name not in tied
         }
-        message = Message(tensors, rows, tied, order, self._cache, self._backend)
+        if known:
+            places, ties = distinct(known)
+            tied, known = {**tied, **ties}, {n: known[n] for n in known if n not in ties}
+            tensors = {name: tensors[name] if name in tensors else places[name] for name in names}
+        message = Message(tensors, rows, tied, order, self._cache, self._backend, known)
         entries = self._coded(message, target, finish)
 
         def keep() -> None:
@@ -292,6 +302,27 @@ class Compressor:
 
         return entries, keep
 
+    def _known(
+        self, update: Mapping[str, object], base: Mapping[str, object] | None, target: Target
+    ) -> tuple[dict[str, LowRank], Mapping[str, object]]:
+        """Take apart what can stay factors; what cannot is written out."""
+        if not any(isinstance(value, LowRank) for value in update.values()):
+            return {}, update
+        usable = self.codec == "wf1" and base is None and self._feedback is None
+        usable = usable and target.energy is not None and 1.0 - target.energy >= EXACT_SHARE
+        known, rest = {}, {}
+        written: dict[int, Tensor] = {}
+        for name, value in update.items():
+            if not isinstance(value, LowRank):
+                rest[name] = value
+            elif usable and value.worth_keeping:
+                known[name] = value
+            else:
+                if id(value) not in written:
+                    written[id(value)] = value.dense()
+                rest[name] = written[id(value)]
+        return known, rest
+
     def _coded(
         self, message: Message, target: Target, finish: Callable[[list[Entry]], bytes] | None
     ) -> list[Entry]:
@@ -299,14 +330,14 @@ class Compressor:
         if target.energy is None:
             limit = target.limit_bytes(message.numel)
             assert limit is not None and finish is not None
-            return message.wf1_within(limit, lambda e: len(finish(e)), one_step=one_step)
+            return message.encode_within(limit, lambda e: len(finish(e)), one_step=one_step)
         if self.codec == "raw" or target.energy == 1.0:
-            return message.raw()
+            return message.encode_raw()
         if self.codec == "factors-fp32":
-            return message.factors_fp32(target.energy)
+            return message.encode_factors(target.energy)
         if self.codec == "wf0":
-            return message.wf0(target.energy)
-        return message.wf1(1.0 - target.energy, one_step=one_step)
+            return message.encode_wf0(target.energy)
+        return message.encode_wf1(1.0 - target.energy, one_step=one_step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is kept between calls, as tensors that safetensors can store."""

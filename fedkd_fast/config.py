@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fedkd_fast.compress import CODECS
+from fedkd_fast.message import CODECS
 from fedkd_fast.methods import get_method
 from fedkd_fast.tasks import TaskOptions
 
@@ -25,7 +25,7 @@ class TrainConfig:
     local_epochs: int = 1  # more: fewer exchanges for the same work, updates drift further apart
     energy_start: float = 0.95  # share of an update's squared norm sent in the first round
     energy_end: float = 0.98  # and in the last; larger keeps finer detail and costs more bytes
-    codec: str = "wf0"  # wf0, factors-fp32 (the paper's payload) or raw
+    codec: str = "wf1"  # wf1, wf0, factors-fp32 (the paper's payload) or raw
     feedback: bool = False  # True: what a message leaves out travels with the next
     lr_mentor: float = 1e-3  # larger learns faster, until it diverges
     lr_mentee: float = 1e-3  # likewise

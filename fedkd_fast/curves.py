@@ -38,7 +38,8 @@ class Spectrum(NamedTuple):
     cols: int  # Q
     total: float  # squared norm
     singular: Floats  # (K,) leading singular values, descending; empty: dense modes alone
-    row_energies: Floats  # (R,) squared norms of the rows of the dense mode; R divides P·Q
+    # (R,) squared norms of the rows of the dense mode, R divides P·Q; empty: factors alone
+    row_energies: Floats
 
 
 class Curve(NamedTuple):
@@ -80,8 +81,10 @@ def _grid(spectrum: Spectrum, least_error: float) -> Floats:
     numel = spectrum.rows * spectrum.cols
     # Two full factors have twice as many numbers as the tensor: half an octave finer.
     low = math.floor(float(log_level(12 * least_error / numel))) - PER_OCTAVE // 2 - 2
-    largest = float(spectrum.row_energies.max()) * len(spectrum.row_energies) / numel
-    high = float(log_level(largest)) + 3 * PER_OCTAVE + 1
+    high = low + 2.0
+    if len(spectrum.row_energies):
+        largest = float(spectrum.row_energies.max()) * len(spectrum.row_energies) / numel
+        high = float(log_level(largest)) + 3 * PER_OCTAVE + 1
     if len(spectrum.singular):
         column = float(spectrum.singular[0]) ** 2 / max(spectrum.rows, spectrum.cols)
         high = max(high, float(log_level(column)) - KEPT_LEVEL + 1)
@@ -110,8 +113,8 @@ def _factors(spectrum: Spectrum, steps: Floats) -> Curve:
     energies = spectrum.singular**2
     error = spectrum.total - (kept * energies).sum(1)
     error += (kept * error_long).sum(1) + free * (kept * error_short).sum(1)
-    # Roundings of both sides multiply, which matters for the weakest columns; of that the fit undoes
-    # the larger part.
+    # Roundings of both sides multiply, which matters for weak columns; most of it is undone
+    # by the fit.
     error += _BOTH * (kept * error_long * error_short / np.maximum(energies, 1e-300)).sum(1)
     symbols = rank * float(spectrum.rows + spectrum.cols)
     gaps = rank / 8 + np.where(rank > 0, 16.0, 0.0)
@@ -169,9 +172,13 @@ def curves_of(spectrum: Spectrum, least_error: float) -> list[Curve]:
         least_error: smallest squared error that matters, > 0.
     """
     steps = _grid(spectrum, least_error)
-    found: list[Curve | None] = [_dense(spectrum, steps)]
+    found: list[Curve | None] = []
     if len(spectrum.singular):
-        found += [_factors(spectrum, steps), _hybrid(spectrum, steps)]
+        found.append(_factors(spectrum, steps))
+    if len(spectrum.row_energies):
+        found.append(_dense(spectrum, steps))
+        if len(spectrum.singular):
+            found.append(_hybrid(spectrum, steps))
     return [curve for curve in found if curve is not None]
 
 
@@ -183,11 +190,8 @@ def at_error(curve: Curve, target: float) -> Point | None:
         return None
     if first == len(curve.error):
         last = first - 1
-        return Point(
-            curve.mode,
-            *(float(a[last]) for a in (curve.steps, curve.error, curve.size)),
-            int(curve.rank[last]),
-        )
+        step, error, size = (float(a[last]) for a in (curve.steps, curve.error, curve.size))
+        return Point(curve.mode, step, error, size, int(curve.rank[last]))
     low, high = (math.log(max(float(e), 1e-300)) for e in curve.error[first - 1 : first + 1])
     share = (math.log(target) - low) / (high - low) if high > low else 0.0
     share = min(max(share, 0.0), 1.0)

@@ -40,7 +40,11 @@ def decode_entry(entry: Entry, backend: ModuleType) -> Tensor:
     Raises:
         WireError: the bytes of an entropy-coded stream are none that an encoder writes.
     """
-    parts = decode_parts(entry, backend)
+    return written_out(entry, decode_parts(entry, backend), backend)
+
+
+def written_out(entry: Entry, parts: Parts, backend: ModuleType) -> Tensor:
+    """Return the tensor of an entry that the parts stand for."""
     values = parts if isinstance(parts, Tensor) else backend.reconstruct(*parts)
     return values.reshape(entry.shape).to(TORCH_DTYPES[entry.dtype])
 
@@ -95,9 +99,7 @@ def _packed_factors(entry: Entry, backend: ModuleType) -> tuple[Tensor, Tensor]:
     bits_left, bits_right = (
         from_bytes(part, torch.uint8) for part in (parts.bits_left, parts.bits_right)
     )
-    left = backend.unpack_factors(
-        from_bytes(parts.codes_left, torch.uint8), scale, bits_left, rows
-    )
+    left = backend.unpack_factors(from_bytes(parts.codes_left, torch.uint8), scale, bits_left, rows)
     codes_right = from_bytes(parts.codes_right, torch.uint8)
     return left, unpacked_levels(codes_right, bits_right, cols, backend)
 

@@ -49,8 +49,8 @@ BITS: Floats = np.concatenate(
 
 def cost_of(levels: Floats) -> tuple[Floats, Floats]:
     """Return squared error in steps² and bits of a symbol, for levels of any value."""
-    index = np.rint(levels - LOWEST).astype(np.int64)
+    index = np.rint(np.clip(levels - LOWEST, -1, len(ERROR) - 1)).astype(np.int64)
     zero = index < 0
-    index = np.clip(index, 0, len(ERROR) - 1)
+    index = np.maximum(index, 0)
     lost = 4.0 ** (np.minimum(levels, LOWEST) / PER_OCTAVE)
     return np.where(zero, lost, ERROR[index]), np.where(zero, 0.0, BITS[index])

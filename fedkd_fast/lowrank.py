@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,14 +33,18 @@ class LowRank:
     @property
     def worth_keeping(self) -> bool:
         """Whether encoding the factors is cheaper than encoding the matrix."""
-        return len(self.left) <= ENCODED_SHARE * min(self.left.shape[1], self.right.shape[1])
+        side = min(self.left.shape[1], self.right.shape[1])
+        few = len(self.left) <= ENCODED_SHARE * side
+        return few and self.dtype == torch.float32 and self.squared_norm() > 0.0
 
     @property
-    def T(self) -> LowRank:  # noqa: N802  (as torch calls it)
+    def T(self) -> LowRank:
         """The transpose, as a matrix."""
-        return LowRank(
-            self.right, self.left, (self.right.shape[1], self.left.shape[1]), self.dtype
-        )
+        return LowRank(self.right, self.left, (self.right.shape[1], self.left.shape[1]), self.dtype)
+
+    def matrix(self) -> LowRank:
+        """View the tensor as P×Q."""
+        return LowRank(self.left, self.right, (self.left.shape[1], self.right.shape[1]), self.dtype)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Multiply the matrix with another one."""
@@ -76,6 +80,17 @@ class LowRank:
             float(held[rank - 1]) if rank else 1.0,
             shares,
         )
+
+
+def distinct(values: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors without data of the same shapes, and the names that share an earlier value."""
+    blanks = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in values.items()
+    }
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(value), name) for name, value in values.items()}
+    return blanks, {name: owner for name, owner in owners.items() if owner != name}
 
 
 def stacked(

@@ -19,6 +19,7 @@ from fedkd_fast.codec import (
     representable,
 )
 from fedkd_fast.feedback import SubspaceCache
+from fedkd_fast.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.rows import Rows, whole_entry
 from fedkd_fast.targets import Priced, expected_size, shares_of
@@ -50,6 +51,7 @@ class Message:
         order: place of each name in the frame; that in `tensors` where it is None.
         cache: where factorisations start, or None.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
+        known: tensors that come as factors; for wf1 by an energy.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Message:
         order: Mapping[str, int] | None,
         cache: SubspaceCache | None,
         backend: ModuleType,
+        known: Mapping[str, LowRank],
     ) -> None:
-        self._tensors, self._rows, self._tied = tensors, rows, tied
+        self._tensors, self._rows, self._tied, self._known = tensors, rows, tied, known
         self._order = order or {name: index for index, name in enumerate(tensors)}
         self._cache, self._backend = cache, backend
         self._raws = {
@@ -80,13 +83,13 @@ class Message:
     @property
     def numel(self) -> int:
         """Elements of all tensors that are sent."""
-        return sum(tensor.numel() for name, tensor in self._tensors.items() if name in self._rows)
+        return sum(t.numel() for name, t in self._tensors.items() if name not in self._tied)
 
-    def raw(self) -> list[Entry]:
+    def encode_raw(self) -> list[Entry]:
         """Lose nothing."""
         return self._listed({})
 
-    def factors_fp32(self, energy: float) -> list[Entry]:
+    def encode_factors(self, energy: float) -> list[Entry]:
         """Send the paper's payload, or raw bytes where that is smaller."""
         budgets = [len(self._raws[name].payload) for name in self._matrices()]
         self._factorise(energy, budgets)
@@ -98,7 +101,7 @@ class Message:
                 coded[name] = entry
         return self._listed(coded)
 
-    def wf0(self, energy: float) -> list[Entry]:
+    def encode_wf0(self, energy: float) -> list[Entry]:
         """Meet an energy with integer bits for each column or row."""
         self._factorise(1.0 - (1.0 - energy) * TAIL_SHARE)
         paying = self._paying()
@@ -115,13 +118,13 @@ class Message:
             }
         )
 
-    def wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
+    def encode_wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
         """Lose at most this share of the squared norm, by tensor or as a whole."""
         items = self._items(lost)
         priced = _priced(items, lost)
         return self._coded(items, shares_of(priced, lost, one_step=one_step))
 
-    def wf1_within(
+    def encode_within(
         self, limit: int, size: Callable[[list[Entry]], int], *, one_step: bool
     ) -> list[Entry]:
         """Lose as little as a frame of this many bytes allows.
@@ -129,7 +132,7 @@ class Message:
         Args:
             limit: bytes of the frame.
             size: tells how long the frame of some entries is.
-            one_step: as in `wf1`.
+            one_step: as in `encode_wf1`.
 
         Raises:
             ValueError: even what takes least is larger.
@@ -170,7 +173,7 @@ class Message:
     def _items(self, lost: float) -> dict[str, wf1.Item]:
         self._factorise(1.0 - lost * TAIL_SHARE)
         paying = self._paying()
-        return {
+        items = {
             name: wf1.Item(
                 self._raws[name],
                 value,
@@ -179,6 +182,11 @@ class Message:
             )
             for name, value in self._lossy.items()
         }
+        for name, value in self._known.items():
+            blank = Entry(name, DTYPES[value.dtype], value.shape, Mode.RAW)
+            factors = value.factors(1.0 - lost * TAIL_SHARE)
+            items[name] = wf1.Item(blank, value, vector=False, factors=factors)
+        return items
 
     def _coded(self, items: Mapping[str, wf1.Item], allowed: list[float]) -> list[Entry]:
         entries = wf1.encode(list(items.values()), allowed, self._backend)
@@ -212,8 +220,11 @@ class Message:
 
     def _listed(self, coded: Mapping[str, Entry]) -> list[Entry]:
         """Return the entries of all tensors in their order; what is not coded is raw."""
+        whole = {name: coded[name] for name in self._known if name in coded}
         return [
-            whole_entry(
+            whole[name]
+            if name in whole
+            else whole_entry(
                 tuple(tensor.shape), self._rows[name].ids, coded.get(name, self._raws[name])
             )
             if name in self._rows

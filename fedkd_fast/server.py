@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedkd_fast.aggregation import aggregate
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decompress import decompress
+from fedkd_fast.decompression import decompress
 from fedkd_fast.tensors import digest_of
 
 

@@ -82,6 +82,18 @@ def as_tensors(
             or array of a known dtype; names the tensor.
         ValueError: NaN or Inf; names the tensor.
     """
+    return {
+        name: _as_tensor(f"{argument}[{name!r}]", value, sparse)
+        for name, value in as_mapping(values, argument).items()
+    }
+
+
+def as_mapping(values: Mapping[str, object], argument: str) -> Mapping[str, object]:
+    """Return what is a mapping with names.
+
+    Raises:
+        TypeError: no mapping, or a name that is no non-empty str.
+    """
     if not isinstance(values, Mapping):
         raise TypeError(
             f"{argument} must be a mapping of names to tensors, got {type(values).__name__}"
@@ -89,9 +101,7 @@ def as_tensors(
     for name in values:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{argument} must have non-empty str names, got {name!r}")
-    return {
-        name: _as_tensor(f"{argument}[{name!r}]", value, sparse) for name, value in values.items()
-    }
+    return values
 
 
 def _memory(value: object) -> tuple[object, ...] | None:
@@ -118,6 +128,18 @@ def tied_names(values: Mapping[str, object]) -> dict[str, str]:
     return tied
 
 
+def check_same_names(found: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
+    """Refuse a base or schema with other names.
+
+    Raises:
+        ValueError: names some that differ.
+    """
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    if missing or extra:
+        raise ValueError(f"{what} does not match: missing {missing[:3]}, unexpected {extra[:3]}")
+
+
 def check_same_tensors(
     found: Mapping[str, Shaped], wanted: Mapping[str, Shaped], what: str
 ) -> None:
@@ -126,10 +148,7 @@ def check_same_tensors(
     Raises:
         ValueError: names the first difference.
     """
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    if missing or extra:
-        raise ValueError(f"{what} does not match: missing {missing[:3]}, unexpected {extra[:3]}")
+    check_same_names(found, wanted, what)
     for name, tensor in found.items():
         ours, theirs = (
             (tuple(one.shape), str(one.dtype).removeprefix("torch."))

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import TORCH_DTYPES, VECTOR_SHARE, dense_rows, matrix_shape, to_bytes
+from fedkd_fast.codec import (
+    TORCH_DTYPES,
+    VECTOR_SHARE,
+    dense_rows,
+    matrix_shape,
+    raw_entry,
+    to_bytes,
+)
 from fedkd_fast.coding import (
     STEPS,
     Coding,
@@ -28,6 +35,8 @@ from fedkd_fast.coding import (
     scales_of,
 )
 from fedkd_fast.curves import Curve, Point, Spectrum, at_error, curves_of
+from fedkd_fast.gaussian import Floats
+from fedkd_fast.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode, half_payload
 
@@ -48,21 +57,33 @@ class Item:
 
     Args:
         template: its raw entry.
-        exact: float32 or float64, not all zero.
+        exact: float32 or float64, not all zero. One that is `LowRank`, float32, has factors and may
+            lose at least EXACT_SHARE.
         vector: whether it is one, which may lose less.
         factors: leading ones of the matrix, or None for dense modes alone.
     """
 
     def __init__(
-        self, template: Entry, exact: Tensor, *, vector: bool, factors: Factors | None
+        self,
+        template: Entry,
+        exact: Tensor | LowRank,
+        *,
+        vector: bool,
+        factors: Factors | None,
     ) -> None:
         self.template, self.exact, self.factors = template, exact, factors
         self.share = VECTOR_SHARE if vector else 1.0
         shape = template.shape
-        self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
-        self.dense = self.matrix.reshape(dense_rows(shape), -1)
-        self.row_energies = row_squares(self.dense)
-        self.total = float(self.row_energies.sum())
+        self.matrix: Tensor | LowRank
+        self.row_energies: Floats
+        if isinstance(exact, LowRank):
+            self.matrix, self.row_energies = exact.matrix(), np.empty(0)
+            self.total = exact.squared_norm()
+        else:
+            self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
+            self.dense = self.matrix.reshape(dense_rows(shape), -1)
+            self.row_energies = row_squares(self.dense)
+            self.total = float(self.row_energies.sum())
 
     def curves(self, least_share: float) -> list[Curve]:
         """Return what the modes cost down to an error of this share of the squared norm."""
@@ -81,6 +102,7 @@ def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -
     """Return the squared error of what the receiver will have."""
     if allowed >= EXACT_SHARE and item.template.dtype in ("float32", "float64"):
         return coding.error
+    assert isinstance(item.exact, Tensor)
     scales = scales_of(coding.mode, coding.step, coding.sigmas)
     parts = [part * scale[:, None] for part, scale in zip(coding.segments, scales, strict=True)]
     decoded = decoded_values(coding.mode, item.template.shape, parts, backend)
@@ -131,22 +153,22 @@ def _coding(item: Item, place: Point, backend: ModuleType) -> Coding | None:
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
         return code_factors(item.matrix, item.factors, step, item.total)
+    assert isinstance(item.matrix, Tensor)
     rows = item.dense.shape[0]
     return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
 
 
-def _half(item: Item, allowed: float) -> Entry | None:
+def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
     """Encode as float16 times a power of two, where that is exact enough."""
-    largest = max(abs(float(extreme)) for extreme in item.exact.aminmax())
+    largest = max(abs(float(extreme)) for extreme in exact.aminmax())
     # Below float16's largest number, 65504, by as little as a power of two can be.
     exponent = math.frexp(largest)[1] - 15
     if abs(exponent) > 126:
         return None
-    values = torch.ldexp(item.exact, torch.tensor(-exponent)).half()
+    values = torch.ldexp(exact, torch.tensor(-exponent)).half()
     decoded = torch.ldexp(values.double(), torch.tensor(exponent))
     decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
-    exact = item.exact.double()
-    if (decoded - exact).square().sum() > allowed * item.total:
+    if (decoded - exact.double()).square().sum() > allowed * item.total:
         return None
     payload = half_payload(exponent, to_bytes(values))
     return replace(item.template, mode=Mode.HALF, payload=payload)
@@ -186,13 +208,17 @@ def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType)
     entries = [item.template for item in items]
     for (index, coding), stream in zip(codings, _streams(codings, backend), strict=True):
         payload = coding.payload(stream)
-        if len(payload) < len(entries[index].payload):
+        held = len(entries[index].payload)
+        if len(payload) < held or not held:
             entries[index] = replace(
                 entries[index], mode=coding.mode, rank=coding.rank, payload=payload
             )
     for index, item in enumerate(items):
-        if _HALF_HEAD + 2 * item.exact.numel() < len(entries[index].payload):
-            entries[index] = _half(item, allowed[index]) or entries[index]
+        if isinstance(item.exact, LowRank):
+            if not entries[index].payload:
+                entries[index] = raw_entry(entries[index].name, item.exact.dense())
+        elif _HALF_HEAD + 2 * item.exact.numel() < len(entries[index].payload):
+            entries[index] = _half(item, item.exact, allowed[index]) or entries[index]
     return entries
 
 

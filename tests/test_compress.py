@@ -15,7 +15,7 @@ from updates import model, powerlaw, relative_error
 import fedkd_fast
 from fedkd_fast import Compressor, SubspaceCache, WireError, decompress, inspect
 from fedkd_fast.codec import DTYPES, VECTOR_SHARE
-from fedkd_fast.compress import CODECS
+from fedkd_fast.message import CODECS
 from fedkd_fast.wire import Mode
 
 LOSSY = ("wf0", "factors-fp32")

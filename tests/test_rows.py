@@ -21,7 +21,7 @@ from fedkd_fast import (
     wire,
 )
 from fedkd_fast.codec import DTYPES
-from fedkd_fast.compress import CODECS
+from fedkd_fast.message import CODECS
 from fedkd_fast.records import frame_layers
 from fedkd_fast.tensors import digest_of
 from fedkd_fast.wire import Mode

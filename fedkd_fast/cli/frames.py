@@ -124,7 +124,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 def _decompress(args: argparse.Namespace) -> int:
     check_target(args.target, args.overwrite)
-    from fedkd_fast.compress import decompress
+    from fedkd_fast.decompression import decompress
     from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
     limit = DEFAULT_MAX_BYTES if args.max_bytes is None else args.max_bytes

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from fedkd_fast import wire
 from fedkd_fast.codec import DTYPES, all_finite
-from fedkd_fast.decode import backend_named, decode_entry
+from fedkd_fast.decode import Parts, backend_named, decode_parts, written_out
 from fedkd_fast.tensors import (
     Shaped,
     as_tensors,
+    check_same_names,
     check_same_tensors,
     digest_of,
     specs_of,
@@ -35,33 +38,80 @@ def decode_frame(
     The schema is compared before anything is decoded, so that a frame costs no more than what the
     receiver expects. `schema_name` is what messages call it.
     """
-    module = backend_named(backend)
+    found, base = decode_frame_parts(
+        frame, schema, schema_name=schema_name, max_bytes=max_bytes, module=backend_named(backend)
+    )
+    written: dict[int, Tensor] = {}
+    tensors = {}
+    for entry, parts in found:
+        if id(parts) not in written:
+            written[id(parts)] = _written(entry, parts, backend_named(backend))
+        tensors[entry.name] = written[id(parts)]
+    return tensors, base
+
+
+def decode_frame_parts(
+    frame: bytes | bytearray | memoryview,
+    schema: Mapping[str, Shaped] | None,
+    *,
+    schema_name: str,
+    max_bytes: int,
+    module: ModuleType,
+) -> tuple[list[tuple[Entry, Parts]], Base | None]:
+    """Decode a frame but for the products of factors; tied tensors have the same parts."""
     # A frame without a schema of its own needs the receiver's, and its order.
     needed = None if schema is None or wire.header(frame).schema_embedded else specs_of(schema)
     parsed = wire.decode(frame, schema=needed, max_bytes=max_bytes)
     if schema is not None:
         check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
-    tensors: dict[str, Tensor] = {}
-    names = [entry.name for entry in parsed.entries]
+    found: list[tuple[Entry, Parts]] = []
     for entry in parsed.entries:
-        tensors[entry.name] = (
-            tensors[names[entry.rank]] if entry.mode is Mode.ALIAS else _decoded(entry, module)
-        )
-    return tensors, parsed.base
+        if entry.mode is Mode.ALIAS:
+            found.append((entry, found[entry.rank][1]))
+            continue
+        with _naming(entry):
+            parts = decode_parts(entry, module)
+        if not _surely_finite(parts):
+            _written(entry, parts, module)
+        found.append((entry, parts))
+    return found, parsed.base
 
 
-def _decoded(entry: Entry, module: ModuleType) -> Tensor:
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    """Name the tensor that memory did not suffice for."""
     try:
-        tensor = decode_entry(entry, module)
+        yield
     except RuntimeError as error:
         # torch has no error of its own for this.
         if "allocate" not in str(error):
             raise
         raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
+
+
+def _surely_finite(parts: Parts) -> bool:
+    """Tell whether what parts stand for is finite, as far as that can be seen without a product."""
+    if isinstance(parts, Tensor):
+        return not parts.is_floating_point() or all_finite(parts)
+    largest = [max((abs(float(end)) for end in side.aminmax()), default=0.0) for side in parts]
+    # Not so where one is NaN.
+    return len(parts[0]) * largest[0] * largest[1] < torch.finfo(torch.float32).max
+
+
+def _written(entry: Entry, parts: Parts, module: ModuleType) -> Tensor:
+    """Return the tensor that parts stand for."""
+    with _naming(entry):
+        tensor = written_out(entry, parts, module)
     # No honest sender sends these, and one of them would poison a mean.
     if tensor.is_floating_point() and not all_finite(tensor):
         raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
     return tensor
+
+
+def _decoded(entry: Entry, module: ModuleType) -> Tensor:
+    with _naming(entry):
+        parts = decode_parts(entry, module)
+    return _written(entry, parts, module)
 
 
 def decompress(
@@ -139,7 +189,7 @@ def decompress_from(
     )
     _check_base(reader.header.base, base, relative_to)
     if base is not None:
-        check_same_tensors({info.name: info for info in reader.entries}, base, "base")
+        check_same_names({info.name: info for info in reader.entries}, base, "base")
     for index, info in enumerate(reader.entries):
         entry = reader.read(info.rank if info.mode is Mode.ALIAS else index)
         tensor = _decoded(entry, module)
