@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "common/rans.h"
 #include "wire/crc32c.h"
 #include "wire/entry.h"
 #include "wire/frame.h"
@@ -24,6 +25,10 @@ namespace py = pybind11;
 namespace wire = fedkd_fast::wire;
 
 namespace {
+
+constexpr std::uint16_t kGaussianTables[fedkd_fast::kRansTables][fedkd_fast::kRansStored] = {
+#include "common/gaussian_tables.inc"
+};
 
 // fedkd_fast.wire.WireError; owned by the module for the life of the process.
 PyObject* wire_error = nullptr;
@@ -220,6 +225,14 @@ PYBIND11_MODULE(_C, module) {
     dtypes[code] = py::str(name.data(), name.size());
   }
   module.attr("dtypes") = dtypes;
+
+  py::tuple tables(fedkd_fast::kRansTables);
+  for (std::size_t index = 0; index < tables.size(); ++index) {
+    py::tuple stored(fedkd_fast::kRansStored);
+    for (std::size_t i = 0; i < stored.size(); ++i) stored[i] = py::int_(kGaussianTables[index][i]);
+    tables[index] = stored;
+  }
+  module.attr("gaussian_tables") = tables;
 
   module.attr("version") = FEDKD_FAST_VERSION;
   module.attr("has_cuda") = py::bool_(FEDKD_FAST_HAS_CUDA != 0);
