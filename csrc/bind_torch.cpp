@@ -44,6 +44,12 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
+  m.def(
+      "rans_encode(Tensor[] values, Tensor multiplier, Tensor levels, int[] owner) -> (Tensor "
+      "codes, Tensor sizes)");
+  m.def(
+      "rans_decode(Tensor codes, Tensor sizes, Tensor scale, Tensor levels, int[] rows, int[] "
+      "counts, int[] owner) -> Tensor[] values");
 }
 
 FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
@@ -55,6 +61,8 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
+  m.impl("rans_encode", TORCH_BOX(&bind::rans_encode));
+  m.impl("rans_decode", TORCH_BOX(&bind::rans_decode));
 }
 
 #if defined(FEDKD_FAST_HAS_CUDA) && !defined(FEDKD_FAST_SIMT)
@@ -67,5 +75,7 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CUDA, m) {
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
+  m.impl("rans_encode", TORCH_BOX(&bind::rans_encode));
+  m.impl("rans_decode", TORCH_BOX(&bind::rans_decode));
 }
 #endif

@@ -136,4 +136,11 @@ Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bit
 Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);
 Tensor reconstruct(const Tensor& left, const Tensor& right);
 
+std::tuple<Tensor, Tensor> rans_encode(const std::vector<Tensor>& values, const Tensor& multiplier,
+                                       const Tensor& levels, const std::vector<int64_t>& owner);
+std::vector<Tensor> rans_decode(const Tensor& codes, const Tensor& sizes, const Tensor& scale,
+                                const Tensor& levels, const std::vector<int64_t>& rows,
+                                const std::vector<int64_t>& counts,
+                                const std::vector<int64_t>& owner);
+
 }  // namespace fedkd_fast::bind

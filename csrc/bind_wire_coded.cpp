@@ -9,10 +9,16 @@
 
 #include "bind_wire_records.h"
 #include "common/levels.h"
+#include "common/rans.h"
 #include "wire/coded.h"
 
 namespace fedkd_fast::bind {
 namespace {
+
+constexpr std::uint16_t kGaussianTables[kRansTables][kRansStored] = {
+#include "common/gaussian_tables.inc"
+};
+
 
 template <typename Integer>
 py::bytes to_bytes(const std::vector<Integer>& numbers) {
@@ -62,6 +68,14 @@ int half_log2(std::uint64_t count) {
 }  // namespace
 
 void define_coded(py::module_* module) {
+  py::tuple tables(kRansTables);
+  for (std::size_t index = 0; index < tables.size(); ++index) {
+    py::tuple stored(kRansStored);
+    for (std::size_t i = 0; i < stored.size(); ++i) stored[i] = py::int_(kGaussianTables[index][i]);
+    tables[index] = stored;
+  }
+  module->attr("gaussian_tables") = tables;
+
   module->def("split_coded", &split_coded, py::arg("record"),
               "Split an entropy-coded payload: (step, top, sigmas, base, width, codes, levels, "
               "where the stream begins); sigmas and levels as int16, codes as uint8.");

@@ -15,6 +15,7 @@
 #include "common/layer_mse.h"
 #include "common/macros.h"
 #include "common/truncated_svd.h"
+#include "kernels_rans.h"
 
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -353,8 +354,7 @@ cudaError_t distill_loss(const DistillLossArgs& args, DistillMeans* means, void*
 }  // namespace cuda
 #endif
 
-// ---- layer_mse ----------------------------------------------------------------------------------
-// Squared errors between layers: common/layer_mse.h.
+// ---- layer_mse: squared errors between layers, common/layer_mse.h -------------------------------
 
 namespace cpu {
 

@@ -11,6 +11,8 @@ cuda_version: str
 compiler: str
 dtypes: tuple[str, ...]
 codecs: tuple[str, ...]
+# Of each table of the rANS coder: the frequencies of 0, ±1, …, ±31 and of the escape.
+gaussian_tables: tuple[tuple[int, ...], ...]
 
 class WireError(ValueError): ...
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkd_fast.distillation import DistillationConfig
+from fedkd_fast.reference_rans import rans_decode as rans_decode
+from fedkd_fast.reference_rans import rans_encode as rans_encode
 
 PAPER = DistillationConfig.paper()
 

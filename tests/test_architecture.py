@@ -14,7 +14,10 @@ import fedkd_fast
 PACKAGE = Path(fedkd_fast.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = {
-    0: {"ops", "reference", "distillation", "wire", "_C", "_driver", "_files", "_seeds"},
+    0: {
+        *("ops", "reference", "reference_rans", "distillation", "wire"),
+        *("_C", "_driver", "_files", "_seeds"),
+    },
     1: {"rate", "rows", "codec", "tensors", "compress", "feedback", "aggregation"},
     2: {"losses", "models"},
     3: {"methods", "tasks", "client", "server"},

@@ -13,6 +13,7 @@ from fedkd_fast.ops._distill_loss import (
 )
 from fedkd_fast.ops._layer_mse import layer_mse, projected_mse
 from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
+from fedkd_fast.ops._rans import rans_decode, rans_encode
 from fedkd_fast.ops._truncated_svd import truncated_svd, truncated_svd_list
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "layer_mse",
     "pack_factors",
     "projected_mse",
+    "rans_decode",
+    "rans_encode",
     "reconstruct",
     "truncated_svd",
     "truncated_svd_list",

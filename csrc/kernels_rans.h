@@ -1,0 +1,55 @@
+// rans_encode, rans_decode: the part of kernels.h that codes integers with Gaussian tables.
+//
+// The stream, the tables and every formula stand in common/rans.h and reference_rans.py. A chunk is
+// coded on its own: `lanes` states, then 16-bit words, little-endian. Bytes to decode are hostile:
+// a decoder reads only them, writes only the values that it is given places for, and takes time by
+// the two sizes, whatever they say.
+#pragma once
+
+#include <cstdint>
+
+#include "common/rans.h"
+
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fedkd_fast {
+
+// At most kRansChunk consecutive values of a row.
+struct RansSource {
+  const float* values;
+  int32_t count;
+  int32_t level;  // in kRansFirstLevel..kRansMostLevel
+  float multiplier;
+};
+
+struct RansTarget {
+  float* values;
+  const uint8_t* low;  // rans_raw_bytes(count, raw bits) bytes
+  int32_t count;
+  int32_t level;
+  float scale;
+};
+
+// That a chunk may take: a symbol takes at most a word, and as an escape two more.
+constexpr int64_t rans_chunk_bound(int64_t symbols) { return 4 * kRansManyLanes + 6 * symbols; }
+
+namespace cpu {
+
+// Writes a chunk to the end of scratch, which holds rans_chunk_bound(its symbols) bytes, and
+// returns its size. `portable`: without the instructions that this machine may have beyond others;
+// the same bytes.
+int64_t rans_encode_chunk(const RansSource* pieces, int64_t count, int lanes, uint8_t* scratch,
+                          int64_t scratch_bytes, bool portable = false);
+
+// rans_raw_bytes(source.count, raw bits) bytes.
+void rans_pack_low(const RansSource& source, uint8_t* low);
+
+// The values of a fault are undefined.
+RansFault rans_decode_chunk(const uint8_t* bytes, int64_t size, const RansTarget* pieces,
+                            int64_t count, int lanes, bool portable = false);
+
+}  // namespace cpu
+
+}  // namespace fedkd_fast
