@@ -13,7 +13,7 @@ from shapes import PACK, PRODUCT
 from torch import Tensor
 
 from fedkd_fast import ops, reference
-from fedkd_fast.rate import HALF_STEP
+from fedkd_fast.codec.rate import HALF_STEP
 
 SMALL = 2**16  # values; larger inputs are checked by a round trip instead of the specification
 

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import TORCH_DTYPES
+from fedkd_fast.codec.common import TORCH_DTYPES
+from fedkd_fast.codec.decode import Parts, backend_named
+from fedkd_fast.codec.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decode import Parts, backend_named
 from fedkd_fast.decompression import decode_frame_parts
-from fedkd_fast.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.tensors import Shaped
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fedkd_fast import wire
-from fedkd_fast.codec import DTYPES, all_finite
-from fedkd_fast.decode import backend_named, decode_entry
+from fedkd_fast.codec.common import DTYPES, all_finite
+from fedkd_fast.codec.decode import backend_named, decode_entry
+from fedkd_fast.codec.lowrank import LowRank, distinct
+from fedkd_fast.codec.message import CODECS, Message, wide
+from fedkd_fast.codec.rows import Rows, touched
+from fedkd_fast.codec.targets import Target, check_energy, make_target
+from fedkd_fast.codec.wf1 import EXACT_SHARE
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
-from fedkd_fast.lowrank import LowRank, distinct
-from fedkd_fast.message import CODECS, Message, wide
-from fedkd_fast.rows import Rows, touched
-from fedkd_fast.targets import Target, check_energy, make_target
 from fedkd_fast.tensors import (
     as_mapping,
     as_tensors,
@@ -27,7 +28,6 @@ from fedkd_fast.tensors import (
     digest_of,
     tied_names,
 )
-from fedkd_fast.wf1 import EXACT_SHARE
 from fedkd_fast.wire import Base, Entry
 
 SCOPES = ("tensor", "message")

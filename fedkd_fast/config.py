@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fedkd_fast.message import CODECS
+from fedkd_fast.codec.message import CODECS
 from fedkd_fast.methods import get_method
 from fedkd_fast.tasks import TaskOptions
 

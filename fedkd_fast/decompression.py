@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkd_fast import wire
-from fedkd_fast.codec import DTYPES, all_finite
-from fedkd_fast.decode import Parts, backend_named, decode_parts, written_out
+from fedkd_fast.codec.common import DTYPES, all_finite
+from fedkd_fast.codec.decode import Parts, backend_named, decode_parts, written_out
 from fedkd_fast.tensors import (
     Shaped,
     as_tensors,

@@ -34,7 +34,7 @@ class Server:
             WireError: a frame is damaged.
             ValueError: a frame does not fit the shared parameters.
         """
-        mean = aggregate(frames, schema=self._parameters)
+        mean = aggregate(frames, schema=self._parameters, strict=True)
         broadcast = mean.recompress(self._compressor, energy=energy)
         self._parameters = decompress(broadcast, schema=self._parameters, base=self._parameters)
         return broadcast

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import DTYPES, all_finite, to_bytes
+from fedkd_fast.codec.common import DTYPES, all_finite, to_bytes
 from fedkd_fast.wire import TensorSpec
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from updates import relative_error
 
-from fedkd_fast import Compressor, WireError, aggregate, decompress
+from fedkd_fast import Compressor, WireError, aggregate, decompress, inspect
+from fedkd_fast.codec.lowrank import LowRank
+from fedkd_fast.wire import Base, Mode
 
 RAW = Compressor(codec="raw")
 ROUNDING = torch.finfo(torch.float32).eps
@@ -90,7 +93,7 @@ def test_integers_are_exact_or_refused() -> None:
     value = torch.tensor([2**53, -(2**53), 7])
     assert torch.equal(aggregate([RAW.compress({"n": value})] * 3)["n"], value)
     with pytest.raises(ValueError, match="frame 0: 'n' holds integers beyond 2\\^53"):
-        aggregate([RAW.compress({"n": torch.tensor([2**53 + 1])})])
+        aggregate([RAW.compress({"n": torch.tensor([2**53 + 1])})], strict=True)
 
 
 def test_huge_weights() -> None:
@@ -109,13 +112,96 @@ def test_refusals() -> None:
             aggregate(frames, weights=[1.0, bad])
     with pytest.raises(ValueError, match="not all be zero"):
         aggregate(frames, weights=[0, 0])
-    with pytest.raises(ValueError, match="frame 1 compared with frame 0 does not match"):
-        aggregate([frames[0], RAW.compress({"w": torch.ones(2)})])
-    with pytest.raises(ValueError, match="schema does not match"):
+    with pytest.raises(ValueError, match="first frame of frame 1 does not match"):
+        aggregate([frames[0], RAW.compress({"w": torch.ones(2)})], strict=True)
+    with pytest.raises(ValueError, match="schema of frame 0 does not match"):
+        aggregate(frames, schema={"w": torch.ones(2)}, strict=True)
+    with pytest.raises(ValueError, match="got none: .*schema of frame 1 does not match"):
         aggregate(frames, schema={"w": torch.ones(2)})
     part = {"w": torch.ones(3)}
     other = [RAW.compress(part, base={"w": torch.full((3,), value)}) for value in (0.0, 2.0)]
     with pytest.raises(ValueError, match="frame 1 was made against another base"):
-        aggregate(other)
+        aggregate(other, strict=True)
     with pytest.raises(WireError):
-        aggregate([frames[0], frames[1][:-1]])
+        aggregate([frames[0], frames[1][:-1]], strict=True)
+
+
+def low_rank(seed: int, rank: int = 3, shape: tuple[int, int] = (60, 40)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, rank, generator=generator) for n in shape)
+    return left @ right.T
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_factors_are_added_as_factors_and_written_out_when_they_are_many(count: int) -> None:
+    frames = [Compressor(0.99).compress({"w": low_rank(seed)}) for seed in range(count)]
+    weights = [1.0 + seed for seed in range(count)]
+    exact = sum(
+        weight * decompress(frame)["w"].double()
+        for frame, weight in zip(frames, weights, strict=True)
+    ) / sum(weights)
+    mean = aggregate(frames, weights)
+    # Sums of up to `count` float32 numbers of this size.
+    assert float((mean["w"] - exact).abs().max()) <= 8 * count * ROUNDING * float(exact.abs().max())
+    assert mean["w"] is mean["w"]
+
+
+def test_recompress_takes_the_mean_as_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = {"w": low_rank(0, 2, (96, 80)), "tied": torch.zeros(1), "b": torch.randn(50)}
+    update["tied"] = update["w"]
+    frames = [Compressor(0.99).compress(update) for _ in range(2)]
+    mean = aggregate(frames)
+    exact = {name: mean[name].clone() for name in mean}
+    again = aggregate(frames)
+    # Nothing is written out: the dense tensor is never asked for.
+    monkeypatch.setattr(LowRank, "dense", lambda _: pytest.fail("was written out"))
+    frame = again.recompress(Compressor(0.95))
+    monkeypatch.undo()
+    infos = {info.name: info for info in inspect(frame)}
+    assert infos["w"].mode is Mode.CODED_FACTORS and infos["tied"].mode is Mode.ALIAS
+    assert list(infos) == list(update)
+    decoded = decompress(frame)
+    for name, allowed in (("w", 0.05), ("b", 0.05 / 16)):
+        assert relative_error(exact[name], decoded[name]) <= allowed
+    # With residuals it is, and for other codecs.
+    for other in (Compressor(0.95, feedback=True), Compressor(0.95, "wf0"), Compressor(0.99999)):
+        decoded = decompress(aggregate(frames).recompress(other))
+        assert relative_error(exact["w"], decoded["w"]) <= 0.05
+
+
+def test_frames_that_do_not_fit_are_left_out_by_name() -> None:
+    part = {"w": torch.ones(3, 4)}
+    base, other = {"w": torch.zeros(3, 4)}, {"w": torch.ones(3, 4)}
+    good = RAW.compress({"w": torch.full((3, 4), 2.0)}, base=base)
+    frames = {
+        "north": RAW.compress(part, base=base),
+        "shape": RAW.compress({"w": torch.ones(3)}, base={"w": torch.zeros(3)}),
+        "base": RAW.compress(part, base=other),
+        "damaged": good[:-1] + b"!",
+        "south": good,
+    }
+    mean = aggregate(frames, weights=[1, 100, 100, 100, 3])
+    assert list(mean.refused) == ["shape", "base", "damaged"]
+    assert "does not match" in mean.refused["shape"]
+    assert "another base" in mean.refused["base"]
+    assert "checksum" in mean.refused["damaged"]
+    assert mean["w"].tolist() == [[1.75] * 4] * 3
+    with pytest.raises(ValueError, match="another base than is wanted"):
+        aggregate({"a": good}, relative_to=Base(run=1, round=2), strict=True)
+
+
+def test_versions_of_bases() -> None:
+    part = {"w": torch.ones(3, 4)}
+    frames = [RAW.compress(part, relative_to=Base(run=7, round=number)) for number in (3, 3, 4)]
+    mean = aggregate(frames, relative_to=Base(run=7, round=3))
+    assert list(mean.refused) == [2] and mean.relative_to == Base(run=7, round=3)
+    broadcast = mean.recompress(RAW)
+    now = {"w": torch.zeros(3, 4)}
+    applied = decompress(broadcast, base=now, relative_to=Base(run=7, round=3))
+    assert torch.equal(applied["w"], part["w"])
+    with pytest.raises(ValueError, match="made against run 7 round 3, the receiver is at run 7 r"):
+        decompress(broadcast, base=now, relative_to=Base(run=7, round=4))
+    with pytest.raises(ValueError, match="difference to run 7 round 3: pass relative_to="):
+        decompress(broadcast, base=now)
+    with pytest.raises(ValueError, match="not a difference"):
+        decompress(RAW.compress(part), relative_to=Base(run=7, round=3))

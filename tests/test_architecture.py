@@ -18,7 +18,7 @@ FLOORS = {
         *("ops", "reference", "reference_rans", "distillation", "wire"),
         *("_C", "_driver", "_files", "_seeds"),
     },
-    1: {"rate", "rows", "codec", "tensors", "compress", "feedback", "aggregation"},
+    1: {"codec", "tensors", "compress", "decompression", "feedback", "aggregation"},
     2: {"losses", "models"},
     3: {"methods", "tasks", "client", "server"},
     4: {"trainer", "runs", "config", "records"},

@@ -16,8 +16,8 @@ from fake_runs import make_run
 
 from fedkd_fast.__main__ import build_parser, main
 from fedkd_fast._driver import describe_driver
+from fedkd_fast.codec.message import CODECS
 from fedkd_fast.compress import Compressor
-from fedkd_fast.message import CODECS
 
 __all__ = ["refused"]
 COMMANDS = ("train", "evaluate", "predict", "report", "compress", "decompress", "inspect", "info")

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 import fedkd_fast
 from fedkd_fast.__main__ import main
 from fedkd_fast.compress import Compressor
-from fedkd_fast.wire import DEFAULT_MAX_BYTES
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base
 
 __all__ = ["refused"]
 # Offset of the major version in a frame's header.
 MAJOR_VERSION = 4
 ENERGY = 0.99
-DEFAULT_ENERGY = Compressor().energy
+DEFAULT_ENERGY = Compressor().target.energy
 
 
 @pytest.fixture
@@ -142,7 +142,9 @@ def test_inspect_names_base_and_tied_tensors(
     shared = torch.ones(3, 3)
     path = tmp_path / "tied.fkd"
     digest = bytes(range(16))
-    path.write_bytes(Compressor().compress({"a": shared, "b": shared}, base_digest=digest))
+    path.write_bytes(
+        Compressor().compress({"a": shared, "b": shared}, relative_to=Base(digest=digest))
+    )
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^b\s+3×3\s+alias\s+= a", text, re.MULTILINE)

@@ -14,11 +14,11 @@ from updates import model, powerlaw, relative_error
 
 import fedkd_fast
 from fedkd_fast import Compressor, SubspaceCache, WireError, decompress, inspect
-from fedkd_fast.codec import DTYPES, VECTOR_SHARE
-from fedkd_fast.message import CODECS
+from fedkd_fast.codec.common import DTYPES, VECTOR_SHARE
+from fedkd_fast.codec.message import CODECS
 from fedkd_fast.wire import Mode
 
-LOSSY = ("wf0", "factors-fp32")
+LOSSY = ("wf1", "wf0", "factors-fp32")
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.95, 0.98, 0.999])
@@ -37,10 +37,12 @@ def test_every_tensor_keeps_its_energy(codec: str, energy: float) -> None:
         assert relative_error(exact, decoded[name]) <= allowed
 
 
-def test_wf0_is_several_times_smaller_than_fp32_factors() -> None:
+def test_codecs_by_size() -> None:
     update = {"w": powerlaw(256, 256)}
     sizes = {codec: len(Compressor(0.95, codec).compress(update)) for codec in CODECS}
     assert sizes["wf0"] * 5 < sizes["factors-fp32"] < sizes["raw"]
+    assert sizes["wf1"] * 8 < sizes["factors-fp32"]
+    assert sizes["wf1"] * 1.07 < sizes["wf0"]
 
 
 def test_fp32_factors_follow_the_rank_rule_of_the_paper() -> None:
@@ -59,7 +61,7 @@ def test_break_even_in_encoded_bytes(codec: str) -> None:
     row = torch.randn(1, 200, generator=torch.Generator().manual_seed(1))
     frame = Compressor(0.98, codec).compress({"noise": noise, "row": row})
     for info in inspect(frame):
-        assert info.mode not in (Mode.FACTORS, Mode.PACKED_FACTORS)
+        assert info.mode not in (Mode.FACTORS, Mode.PACKED_FACTORS, Mode.CODED_FACTORS)
         assert info.payload_bytes <= info.dense_bytes
     # The public code sends both of these as zeros.
     assert float(decompress(frame)["row"].abs().sum()) > 0
@@ -111,7 +113,7 @@ def test_convolutions_are_flattened() -> None:
     kernel = powerlaw(32, 64 * 9, 1.5).reshape(32, 64, 3, 3)
     frame = Compressor(0.9).compress({"conv": kernel})
     (info,) = inspect(frame)
-    assert info.mode is Mode.PACKED_FACTORS and info.shape == (32, 64, 3, 3)
+    assert info.mode is Mode.CODED_FACTORS and info.shape == (32, 64, 3, 3)
     assert relative_error(kernel, decompress(frame)["conv"]) <= 0.1
 
 
@@ -149,10 +151,11 @@ def test_big_endian_arrays() -> None:
     )
 
 
-def test_thousands_of_tiny_tensors_travel_raw() -> None:
+def test_thousands_of_tiny_tensors_travel_as_they_are() -> None:
     update = {f"layer.{index}.bias": torch.randn(3) for index in range(3000)}
-    infos = inspect(Compressor(0.9).compress(update))
-    assert {info.mode for info in infos} == {Mode.RAW}
+    for codec, mode in (("wf1", Mode.HALF), ("wf0", Mode.RAW)):
+        infos = inspect(Compressor(0.9, codec).compress(update))
+        assert {info.mode for info in infos} == {mode}
 
 
 def test_numpy_in_strides_and_read_only() -> None:
@@ -219,8 +222,22 @@ def test_bad_arguments() -> None:
         Compressor().compress([torch.ones(2)])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="non-empty str names"):
         Compressor().compress({1: torch.ones(2)})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="not both"):
-        Compressor().compress({"w": torch.ones(2)}, {"w": torch.ones(2)}, base_digest=b"0" * 16)
+    with pytest.raises(
+        ValueError, match=r"give one of energy, error, .* got \['energy', 'error'\]"
+    ):
+        Compressor(0.9, error=0.1)
+    for error in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"error must lie in \[0, 1\), got"):
+            Compressor(error=error)
+    with pytest.raises(ValueError, match="budget_bytes must be at least 1, got 0"):
+        Compressor(budget_bytes=0)
+    with pytest.raises(ValueError, match="bits_per_param must be positive, got 0"):
+        Compressor(bits_per_param=0)
+    with pytest.raises(ValueError, match="scope must be one of .*, got 'model'"):
+        Compressor(scope="model")
+    for wish in ({"budget_bytes": 100}, {"scope": "message"}):
+        with pytest.raises(ValueError, match="need codec 'wf1', got 'wf0'"):
+            Compressor(codec="wf0", **wish)
 
 
 def test_damaged_frames_are_refused() -> None:

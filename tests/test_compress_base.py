@@ -9,7 +9,7 @@ from updates import model, powerlaw, relative_error
 import fedkd_fast
 from fedkd_fast import Compressor, decompress
 from fedkd_fast.tensors import digest_of
-from fedkd_fast.wire import Mode
+from fedkd_fast.wire import Base, Mode
 
 
 def test_difference_to_a_base() -> None:
@@ -71,7 +71,7 @@ def test_ties_of_differences_follow_the_base() -> None:
     difference = torch.full((4,), 0.5)
     base = {"a": torch.zeros(4), "b": torch.full((4,), 100.0)}
     frame = Compressor(codec="raw").compress(
-        {"a": difference, "b": difference}, base_digest=digest_of(base)
+        {"a": difference, "b": difference}, relative_to=Base(digest=digest_of(base))
     )
     decoded = decompress(frame, base=base)
     assert decoded["a"].tolist() == [0.5] * 4 and decoded["b"].tolist() == [100.5] * 4
@@ -80,7 +80,7 @@ def test_ties_of_differences_follow_the_base() -> None:
 def test_base_plus_difference_may_not_overflow() -> None:
     base = {"w": torch.full((2, 300), 65000.0).half()}
     frame = Compressor(codec="raw").compress(
-        {"w": torch.full((2, 300), 1000.0).half()}, base_digest=digest_of(base)
+        {"w": torch.full((2, 300), 1000.0).half()}, relative_to=Base(digest=digest_of(base))
     )
     with pytest.raises(ValueError, match="base\\['w'\\] \\+ difference overflows float16"):
         decompress(frame, base=base)

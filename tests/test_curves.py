@@ -9,8 +9,8 @@ import pytest
 import torch
 from updates import powerlaw
 
-from fedkd_fast.curves import Curve, Spectrum, at_error, curves_of
-from fedkd_fast.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of
+from fedkd_fast.codec.curves import Curve, Spectrum, at_error, curves_of
+from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of
 from fedkd_fast.wire import Mode
 
 # Samples of a Gaussian: mean squares and mean code lengths are off by a few parts of the root.

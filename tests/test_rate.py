@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedkd_fast import ops
-from fedkd_fast.rate import DISTORTION, HALF_STEP, allocate_bits
+from fedkd_fast.codec.rate import DISTORTION, HALF_STEP, allocate_bits
 
 # The Gaussian as a quadrature: points of equal distance within ±8 standard deviations, weighted by
 # the density. Of 2^19 points 128 lie in a cell at 12 bits, and the midpoint rule's error falls with

@@ -17,14 +17,14 @@ from fedkd_fast import (
     aggregate,
     decompress,
     inspect,
-    rows,
     wire,
 )
-from fedkd_fast.codec import DTYPES
-from fedkd_fast.message import CODECS
+from fedkd_fast.codec import rows
+from fedkd_fast.codec.common import DTYPES
+from fedkd_fast.codec.message import CODECS
 from fedkd_fast.records import frame_layers
 from fedkd_fast.tensors import digest_of
-from fedkd_fast.wire import Mode
+from fedkd_fast.wire import Base, Mode
 
 HEIGHT, WIDTH = 700, 48
 IDS = torch.tensor([*range(3, 400, 5), 650, HEIGHT - 1])
@@ -310,7 +310,7 @@ def test_a_sparse_update_takes_no_memory_of_its_shape() -> None:
     huge = torch.sparse_coo_tensor(
         torch.tensor([[7, 2**40]]), torch.ones(2, 20), (2**45, 20), check_invariants=True
     )
-    (info,) = inspect(Compressor().compress({"w": huge}, base_digest=digest_of({})))
+    (info,) = inspect(Compressor().compress({"w": huge}, relative_to=Base(digest=digest_of({}))))
     assert info.shape == (2**45, 20) and info.rank == 2
     with pytest.raises(WireError, match="max_bytes"):
         decompress(Compressor().compress({"w": huge}))

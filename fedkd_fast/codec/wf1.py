@@ -16,15 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import (
-    TORCH_DTYPES,
-    VECTOR_SHARE,
-    dense_rows,
-    matrix_shape,
-    raw_entry,
-    to_bytes,
-)
-from fedkd_fast.coding import (
+from fedkd_fast.codec.coding import (
     STEPS,
     Coding,
     code_dense,
@@ -34,9 +26,17 @@ from fedkd_fast.coding import (
     row_squares,
     scales_of,
 )
-from fedkd_fast.curves import Curve, Point, Spectrum, at_error, curves_of
-from fedkd_fast.gaussian import Floats
-from fedkd_fast.lowrank import LowRank
+from fedkd_fast.codec.common import (
+    TORCH_DTYPES,
+    VECTOR_SHARE,
+    dense_rows,
+    matrix_shape,
+    raw_entry,
+    to_bytes,
+)
+from fedkd_fast.codec.curves import Curve, Point, Spectrum, at_error, curves_of
+from fedkd_fast.codec.gaussian import Floats
+from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode, half_payload
 
@@ -49,11 +49,18 @@ MARGIN = 1.06
 # Where less than this may be lost, float32 sums cannot tell whether it was.
 EXACT_SHARE = 1e-3
 _REMEMBERED = 8  # misses of the curves
-_HALF_HEAD = 2  # bytes
+_HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
+_USUAL = 40  # octaves round one
+
+
+def _shift(exact: Tensor) -> int:
+    """Return the power of two that brings a tensor of unusual size near one; 0 for others."""
+    exponent = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
+    return exponent if abs(exponent) > _USUAL else 0
 
 
 class Item:
-    """A tensor to be encoded.
+    """A tensor to be encoded; `shift` is the power of two that it was divided by.
 
     Args:
         template: its raw entry.
@@ -71,19 +78,30 @@ class Item:
         vector: bool,
         factors: Factors | None,
     ) -> None:
-        self.template, self.exact, self.factors = template, exact, factors
+        self.template = template
         self.share = VECTOR_SHARE if vector else 1.0
         shape = template.shape
+        self.exact: Tensor | LowRank
         self.matrix: Tensor | LowRank
         self.row_energies: Floats
+        # Squares must stay inside float32; sums of factors have been through it already.
+        self.shift = 0 if isinstance(exact, LowRank) else _shift(exact)
         if isinstance(exact, LowRank):
+            self.exact = exact
             self.matrix, self.row_energies = exact.matrix(), np.empty(0)
             self.total = exact.squared_norm()
         else:
+            if self.shift:
+                exact = torch.ldexp(exact, torch.tensor(-self.shift))
+                if factors is not None:
+                    sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
+                    factors = factors._replace(sigma=sigma)
+            self.exact = exact
             self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
             self.dense = self.matrix.reshape(dense_rows(shape), -1)
             self.row_energies = row_squares(self.dense)
             self.total = float(self.row_energies.sum())
+        self.factors = factors
 
     def curves(self, least_share: float) -> list[Curve]:
         """Return what the modes cost down to an error of this share of the squared norm."""
@@ -163,14 +181,14 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
     largest = max(abs(float(extreme)) for extreme in exact.aminmax())
     # Below float16's largest number, 65504, by as little as a power of two can be.
     exponent = math.frexp(largest)[1] - 15
-    if abs(exponent) > 126:
+    if abs(exponent + item.shift) > _MOST_EXPONENT:
         return None
     values = torch.ldexp(exact, torch.tensor(-exponent)).half()
     decoded = torch.ldexp(values.double(), torch.tensor(exponent))
     decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
     if (decoded - exact.double()).square().sum() > allowed * item.total:
         return None
-    payload = half_payload(exponent, to_bytes(values))
+    payload = half_payload(exponent + item.shift, to_bytes(values))
     return replace(item.template, mode=Mode.HALF, payload=payload)
 
 
@@ -207,7 +225,7 @@ def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType)
     ]
     entries = [item.template for item in items]
     for (index, coding), stream in zip(codings, _streams(codings, backend), strict=True):
-        payload = coding.payload(stream)
+        payload = coding.payload(stream, items[index].shift)
         held = len(entries[index].payload)
         if len(payload) < held or not held:
             entries[index] = replace(

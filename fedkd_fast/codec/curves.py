@@ -3,7 +3,7 @@
 All coefficients of ``U·diag(σ)`` and ``V·diag(σ)`` weigh the same in the error of their product, so
 one step Δ for all of them is the optimum (reverse water-filling): a column gets about
 ``log2(σ / (Δ√n))`` bits an entry, and columns that would become zeros are left out. With the closed
-forms of `fedkd_fast.gaussian`, error and bytes are functions of Δ alone; every kind of rate control
+forms of `gaussian`, error and bytes are functions of Δ alone; every kind of rate control
 reads them off here. What is sent is measured afterwards.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd_fast.gaussian import PER_OCTAVE, Floats, cost_of
+from fedkd_fast.codec.gaussian import PER_OCTAVE, Floats, cost_of
 from fedkd_fast.wire import Mode
 
 Ints = NDArray[np.int64]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fedkd_fast import wire
-from fedkd_fast.codec import TORCH_DTYPES, from_bytes, matrix_shape
-from fedkd_fast.coding import Ints, decoded_values, scales_of
-from fedkd_fast.rows import placed, split
+from fedkd_fast.codec.coding import Ints, decoded_values, scales_of
+from fedkd_fast.codec.common import TORCH_DTYPES, from_bytes, matrix_shape
+from fedkd_fast.codec.rows import placed, split
 from fedkd_fast.wire import Entry, Mode, WireError
 
 BACKENDS = ("native", "reference")

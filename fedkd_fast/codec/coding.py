@@ -22,9 +22,9 @@ from torch import Tensor
 
 import fedkd_fast._C as _C
 from fedkd_fast import wire
-from fedkd_fast.curves import KEPT_LEVEL, ROW_QUANTUM
-from fedkd_fast.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats
-from fedkd_fast.lowrank import LowRank
+from fedkd_fast.codec.curves import KEPT_LEVEL, ROW_QUANTUM
+from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats
+from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Mode
 
@@ -53,14 +53,15 @@ class Coding:
     levels: Ints  # of all rows of all segments
     error: float  # squared, of what is decoded
 
-    def payload(self, stream: bytes) -> bytes:
-        """Return the payload of its entry, given what the coder made of the integers."""
+    def payload(self, stream: bytes, shift: int) -> bytes:
+        """Return the payload of its entry, times 2^shift, given what the coder made of it."""
+        step, sigmas = self.step + STEPS * PER_OCTAVE * shift, self.sigmas + PER_OCTAVE * shift
         if self.mode is Mode.CODED_FACTORS:
-            return wire.coded_factors_payload(self.step, self.sigmas, stream)
+            return wire.coded_factors_payload(step, sigmas, stream)
         dense = (self.base, self.width, self.codes.tobytes())
         if self.mode is Mode.CODED_DENSE:
-            return wire.coded_dense_payload(self.step, *dense, stream)
-        return wire.coded_hybrid_payload(self.step, self.sigmas, *dense, stream)
+            return wire.coded_dense_payload(step, *dense, stream)
+        return wire.coded_hybrid_payload(step, sigmas, *dense, stream)
 
 
 def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:

@@ -8,8 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fedkd_fast import wf0, wf1
-from fedkd_fast.codec import (
+from fedkd_fast.codec import wf0, wf1
+from fedkd_fast.codec.common import (
     DTYPES,
     factors_entry,
     is_matrix,
@@ -18,11 +18,11 @@ from fedkd_fast.codec import (
     raw_entry,
     representable,
 )
+from fedkd_fast.codec.lowrank import LowRank
+from fedkd_fast.codec.rows import Rows, whole_entry
+from fedkd_fast.codec.targets import Priced, expected_size, shares_of
 from fedkd_fast.feedback import SubspaceCache
-from fedkd_fast.lowrank import LowRank
 from fedkd_fast.reference import Factors
-from fedkd_fast.rows import Rows, whole_entry
-from fedkd_fast.targets import Priced, expected_size, shares_of
 from fedkd_fast.wire import Entry, Mode
 
 CODECS = ("wf1", "wf0", "factors-fp32", "raw")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedkd_fast.curves import Curve, Point, at_error
+from fedkd_fast.codec.curves import Curve, Point, at_error
 
 # With scope "message" no tensor loses more than this many times its share, nor all of itself.
 MESSAGE_CAP = 4.0

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec import dense_rows, matrix_shape, to_bytes
-from fedkd_fast.decode import decode_entry, unpacked_levels
-from fedkd_fast.rate import HALF_STEP, Allocation, allocate_bits
+from fedkd_fast.codec.common import dense_rows, matrix_shape, to_bytes
+from fedkd_fast.codec.decode import decode_entry, unpacked_levels
+from fedkd_fast.codec.rate import HALF_STEP, Allocation, allocate_bits
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode
 

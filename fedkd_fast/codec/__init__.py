@@ -1,0 +1,1 @@
+"""Tensors <-> entries of a frame: modes, rate control, quantisers, decoders."""
