@@ -79,15 +79,18 @@ def row_squares(values: Tensor) -> Floats:
 
 
 class _Columns:
-    """The columns of a spectrum that are kept at a step."""
+    """The columns of a spectrum that are kept at a step: `least` to `most` of them."""
 
-    def __init__(self, factors: Factors, shape: tuple[int, int], step: int, most: int) -> None:
+    def __init__(
+        self, factors: Factors, shape: tuple[int, int], step: int, least: int, most: int
+    ) -> None:
         sigma = factors.sigma[:most].double()
         sigma = sigma[sigma > 0]
         codes = torch.round(PER_OCTAVE * torch.log2(sigma)).to(torch.int32).numpy()
         self.halves = [_C.half_log2(n) for n in shape]
         level = (16 * codes - step - max(self.halves) + 8) >> 4
-        self.codes = codes[level >= KEPT_LEVEL]
+        kept = (level >= KEPT_LEVEL) | ((np.arange(len(level)) < least) & (level >= LOWEST))
+        self.codes = codes[kept]
         self.step = step
 
     def levels(self) -> Ints:
@@ -120,13 +123,25 @@ def _fitted(
 
 
 def code_factors(
-    matrix: Tensor | LowRank, factors: Factors, step: int, total: float
+    matrix: Tensor | LowRank, factors: Factors, step: int, total: float, least: int = 0
 ) -> Coding | None:
-    """Quantise factors at a step; None where no column is worth it, or they are not independent."""
+    """Quantise factors at a step.
+
+    Args:
+        matrix: (P, Q).
+        factors: of the matrix, leading ones.
+        step: log2 Δ in 1/256 octave.
+        total: squared norm of the matrix.
+        least: keep so many columns, even where the step is too coarse for them.
+
+    Returns:
+        None where no column is worth it, the step is too fine for the coder, or what is sent of the
+        shorter side is not independent.
+    """
     rows, cols = matrix.shape
-    columns = _Columns(factors, (rows, cols), step, len(factors.sigma))
+    columns = _Columns(factors, (rows, cols), step, least, len(factors.sigma))
     rank = len(columns.codes)
-    if not rank:
+    if not rank or columns.levels().max() > HIGHEST:
         return None
     scales = columns.scales()
     tall = rows >= cols
@@ -170,7 +185,6 @@ def _row_codes(values: Tensor, step: int) -> tuple[int, int, Bytes]:
     with np.errstate(divide="ignore"):
         level = np.rint((0.5 * PER_OCTAVE * np.log2(squares) - step / STEPS) / ROW_QUANTUM)
     level = np.where(np.isfinite(level), level, -(2.0**15)).astype(np.int64)
-    level = np.minimum(level, HIGHEST // ROW_QUANTUM)
     top = int(level.max())
     coded = ROW_QUANTUM * level >= LOWEST
     code = np.where(coded, 1 + top - level, 0)
@@ -188,7 +202,7 @@ def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding 
     """Quantise rows (R, n) at a step; with a head they are what its decoded factors leave out."""
     scale = float(np.float32(_C.exp2_fixed(step)))
     base, width, codes = _row_codes(values, step)
-    if base < LOWEST:
+    if not LOWEST <= base <= HIGHEST:
         return None
     levels = _row_levels(base, codes)
     sent = _rounded(values, scale)
@@ -215,8 +229,8 @@ def code_hybrid(
 ) -> Coding | None:
     """Quantise `rank` factors and what is left, in so many rows, at one step."""
     shape = (matrix.shape[0], matrix.shape[1])
-    columns = _Columns(factors, shape, step, min(rank, len(factors.sigma) - 1))
-    if not len(columns.codes):
+    columns = _Columns(factors, shape, step, 0, min(rank, len(factors.sigma) - 1))
+    if not len(columns.codes) or columns.levels().max() > HIGHEST:
         return None
     sides = [side[: len(columns.codes)] for side in (factors.left, factors.right)]
     left, right = (_rounded(side, 1 / columns.multipliers()[:, None]) for side in sides)

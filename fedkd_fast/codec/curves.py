@@ -28,6 +28,8 @@ ROW_QUANTUM = 4
 _MOST_POINTS = 320
 _HEADS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 _BOTH = 0.1
+# Of the squared norm: errors up to here are those of fine steps, Δ²/12 a number.
+_FINE_SHARE = 0.05
 _FEW_SYMBOLS, _CHUNK = 16384, 65536
 
 
@@ -80,7 +82,8 @@ def _grid(spectrum: Spectrum, least_error: float) -> Floats:
     """Return steps from where a dense tensor has this error to where everything becomes zeros."""
     numel = spectrum.rows * spectrum.cols
     # Two full factors have twice as many numbers as the tensor: half an octave finer.
-    low = math.floor(float(log_level(12 * least_error / numel))) - PER_OCTAVE // 2 - 2
+    least = min(least_error, _FINE_SHARE * spectrum.total)
+    low = math.floor(float(log_level(12 * least / numel))) - PER_OCTAVE // 2 - 2
     high = low + 2.0
     if len(spectrum.row_energies):
         largest = float(spectrum.row_energies.max()) * len(spectrum.row_energies) / numel

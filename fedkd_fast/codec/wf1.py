@@ -43,7 +43,7 @@ from fedkd_fast.wire import Entry, Mode, half_payload
 # Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
 # coded again where it would use less than this share of it.
 AIM, FULL_USE = 0.985, 0.965
-ATTEMPTS = 5
+ATTEMPTS = 7
 # Modes that may be this much larger than the most promising one are tried as well.
 MARGIN = 1.06
 # Where less than this may be lost, float32 sums cannot tell whether it was.
@@ -128,7 +128,7 @@ def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -
     return float((decoded - item.exact.double().reshape(decoded.shape)).square().sum())
 
 
-class _Biases:
+class Biases:
     """By how much errors miss what the curves say, in each mode, as seen in the message so far."""
 
     def __init__(self) -> None:
@@ -142,35 +142,51 @@ class _Biases:
         self._seen.setdefault(mode, []).append(math.log(min(4.0, max(0.25, ratio))))
 
 
-def _meeting(
-    item: Item, curve: Curve, allowed: float, biases: _Biases, backend: ModuleType
+def meeting(
+    item: Item, curve: Curve, allowed: float, biases: Biases, backend: ModuleType
 ) -> Coding | None:
     """Find the coarsest coding of a mode that loses at most the share `allowed`."""
     target = allowed * item.total
-    best, aim, used = None, AIM * target / biases[curve.mode], 0.0
+    aim = AIM * target / biases[curve.mode]
+    place = at_error(curve, aim)
+    best, used, coarse = None, 0.0, None
     for attempt in range(ATTEMPTS):
-        place = at_error(curve, aim)
-        coding = _coding(item, place, backend) if place else None
-        if coding is None:
+        if place is None:
             break
+        coding = _coding(item, place, best, backend)
+        if coding is None:
+            # Too coarse for the last column, perhaps.
+            place = place._replace(step=place.step - 1)
+            continue
         error = _measured(coding, item, allowed, backend)
         if attempt == 0:
             biases.note(curve.mode, error / aim)
         if used < error <= target:
             best, used = coding, error
+        elif error > target:
+            coarse = coding
         if FULL_USE * target <= error <= target:
             break
+        if best is not None and coarse is not None:
+            # Between the two a column may come or go; the columns of the finer one are kept.
+            if coarse.step - best.step < 2:
+                break
+            place = place._replace(step=0.5 * (best.step + coarse.step) / STEPS)
+            continue
         aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+        place = at_error(curve, aim)
     return best
 
 
-def _coding(item: Item, place: Point, backend: ModuleType) -> Coding | None:
+def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType) -> Coding | None:
+    """Code a tensor at a place of a curve, with no fewer columns than a finer coding has."""
     step = math.floor(STEPS * place.step)
     if place.mode is Mode.CODED_DENSE:
         return code_dense(item.dense, step)
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
-        return code_factors(item.matrix, item.factors, step, item.total)
+        least = finer.rank if finer else 0
+        return code_factors(item.matrix, item.factors, step, item.total, least)
     assert isinstance(item.matrix, Tensor)
     rows = item.dense.shape[0]
     return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
@@ -192,7 +208,7 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
     return replace(item.template, mode=Mode.HALF, payload=payload)
 
 
-def _codings(item: Item, allowed: float, biases: _Biases, backend: ModuleType) -> Iterator[Coding]:
+def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) -> Iterator[Coding]:
     """Yield what may be the smallest coding."""
     curves = item.curves(0.5 * allowed)
     places = [
@@ -201,7 +217,7 @@ def _codings(item: Item, allowed: float, biases: _Biases, backend: ModuleType) -
     least = min((place.size for _, place in places), default=0.0)
     for curve, place in places:
         if place.size <= MARGIN * least:
-            coding = _meeting(item, curve, allowed, biases, backend)
+            coding = meeting(item, curve, allowed, biases, backend)
             if coding is not None:
                 yield coding
 
@@ -217,14 +233,14 @@ def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType)
         allowed: share that each may lose, in (0, 1).
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
-    biases = _Biases()
+    biases = Biases()
     codings = [
         (index, coding)
         for index, (item, share) in enumerate(zip(items, allowed, strict=True))
         for coding in _codings(item, share, biases, backend)
     ]
     entries = [item.template for item in items]
-    for (index, coding), stream in zip(codings, _streams(codings, backend), strict=True):
+    for (index, coding), stream in zip(codings, streams(codings, backend), strict=True):
         payload = coding.payload(stream, items[index].shift)
         held = len(entries[index].payload)
         if len(payload) < held or not held:
@@ -240,7 +256,7 @@ def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType)
     return entries
 
 
-def _streams(codings: Sequence[tuple[int, Coding]], backend: ModuleType) -> list[bytes]:
+def streams(codings: Sequence[tuple[int, Coding]], backend: ModuleType) -> list[bytes]:
     """Return what the entropy coder makes of the integers of each coding."""
     if not codings:
         return []
