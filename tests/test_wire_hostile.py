@@ -134,7 +134,7 @@ HEADER_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "entry missing": (
         pair(count=0, schema_hash=hash_of([])),
-        "directory has 9 bytes after its last entry",
+        "directory of 9 bytes is more than 0 entries can take",
     ),
     "bytes behind": (pair(tail=b"\0"), "directory has 1 bytes after its last entry"),
     "payload of nobody": (

@@ -136,6 +136,10 @@ Status read_header_throwing(const std::uint8_t* data, std::size_t size, std::uin
     return invalid("entry count must be at most ", kMaxEntries, " and fit the directory of ",
                    header->directory_bytes, " bytes, got ", header->entry_count);
   }
+  if (header->directory_bytes > header->entry_count * kMostLineBytes) {
+    return invalid("directory of ", header->directory_bytes, " bytes is more than ",
+                   header->entry_count, " entries can take");
+  }
   return {};
 }
 
