@@ -173,7 +173,7 @@ def _inspect(args: argparse.Namespace) -> int:
         how, rank = mode.name.lower().replace("_", " "), "–"
         if entry.mode is Mode.ROWS:
             how = f"{_count(entry.rank, 'row')}, {how}"
-        if mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+        if mode in wire.FACTORED:
             rank = str(number)
         elif mode is Mode.ALIAS:
             rank = f"= {visible(entries[number].name)}"
