@@ -26,6 +26,7 @@ from fedkd_fast.report.text import size
 _ADVICE = {
     "at most max_bytes": "at most --max-bytes",
     "pass base=": "give --base",
+    "pass schema=": "decode it in Python, with schema=",
     "decode it without": "decode it without --base",
 }
 
