@@ -17,6 +17,9 @@ inline constexpr std::uint64_t kMostLineBytes =
 // The fewest bytes of a directory an entry.
 std::uint64_t least_line_bytes(const Header& header);
 
+// Names the tensors: the first 8 bytes of the SHA-256 of their schema section.
+std::uint64_t schema_hash(const Schema& schema);
+
 // Reads the directory of a frame whose header is read and whose payloads take `payload_bytes`.
 // Fields that depend on each other are left to check_directory().
 Status parse_directory(const Header& header, const std::uint8_t* data, std::uint64_t payload_bytes,
