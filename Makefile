@@ -7,9 +7,11 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 DEMO_METHODS := local central fedavg fedkd
 WHEEL := build/wheel
+FUZZ := build/fuzz
+FUZZ_SECONDS ?= 120
 TRIAL_PIP := $(WHEEL)/venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench gpu slow wheel clean .venv
+.PHONY: demo test lint bench fuzz gpu slow wheel clean .venv
 .DELETE_ON_ERROR:
 
 # Train four methods on real handwritten digits and compare them on one page.
@@ -36,6 +38,17 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-json=bench/out/latest.json
+
+# The decoder of the wire format under libFuzzer and sanitizers; inputs that broke it stay in build/fuzz.
+# `make test` replays the seeds and mutations of them without clang. make fuzz FUZZ_SECONDS=3600
+fuzz: $(VENV)/.dev
+	@command -v clang++ >/dev/null || { echo "clang++ is missing: apt install clang"; exit 1; }
+	@mkdir -p $(FUZZ)/corpus $(FUZZ)/found
+	PYTHONPATH=. $(BIN)/python tests/fuzz_corpus.py $(FUZZ)/corpus
+	clang++ -std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all \
+	  -fsanitize=fuzzer,address,undefined -Icsrc tests/native/fuzz_wire.cpp csrc/wire/*.cpp -o $(FUZZ)/wire
+	$(FUZZ)/wire -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 -timeout=10 \
+	  -print_final_stats=1 -artifact_prefix=$(FUZZ)/ $(FUZZ)/found $(FUZZ)/corpus
 
 # On a machine with a GPU: tests, sanitizers and benches of every CUDA kernel, in at most 8 minutes.
 # Takes $(PYTHON) with the torch, pytest and rich it has, not .venv, whose torch may know no CUDA.

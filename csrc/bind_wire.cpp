@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -193,8 +192,9 @@ py::tuple finish(const py::list& records, const py::tuple& facts, bool needs_tab
 
 std::uint64_t schema_hash(const py::list& tensors) {
   wire::Schema schema = to_schema(tensors);
-  raise_unless_ok(wire::check_directory(&schema, std::numeric_limits<std::int64_t>::max()));
-  return wire::schema_hash(schema);
+  std::uint64_t hash = 0;
+  raise_unless_ok(wire::hash_schema(&schema, &hash));
+  return hash;
 }
 
 std::uint32_t crc32c(const py::object& buffer, std::uint32_t value, bool portable) {

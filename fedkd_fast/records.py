@@ -11,7 +11,6 @@ from typing import Any
 
 from fedkd_fast import wire
 from fedkd_fast.methods import Losses
-from fedkd_fast.wire import Mode
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def frame_layers(frame: bytes) -> list[dict[str, Any]]:
         if len(entry.shape) > 1 and all(entry.shape):
             full_rank = min(entry.shape[0], math.prod(entry.shape[1:]))
         mode, rank = entry.numbers
-        factored = mode in (Mode.FACTORS, Mode.PACKED_FACTORS)
+        factored = mode in wire.FACTORED
         layers.append(
             {
                 "name": entry.name,

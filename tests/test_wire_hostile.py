@@ -134,7 +134,7 @@ HEADER_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "entry missing": (
         pair(count=0, schema_hash=hash_of([])),
-        "directory has 9 bytes after its last entry",
+        "directory of 9 bytes is more than 0 entries can take",
     ),
     "bytes behind": (pair(tail=b"\0"), "directory has 1 bytes after its last entry"),
     "payload of nobody": (
@@ -258,9 +258,13 @@ PAYLOAD_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: one(VECTOR, mode=FACTORS, rank=1, shape=(1, 1)),
         "payload must take 12 bytes, got 8",
     ),
-    "factors whose size wraps": (
+    "factors of 2**63 bytes": (
         lambda: one(mode=FACTORS, rank=2**30, shape=(2**30, 2**30)),
         "payload must take .* bytes, got 0",
+    ),
+    "factors whose size wraps": (
+        lambda: one(mode=FACTORS, dtype=2, rank=2**31 - 1, shape=(2**31 - 1, 2**31 - 1)),
+        r"its factors take more than 2\*\*64 bytes",
     ),
     "factors with NaN": (
         lambda: one(floats(1, 1, NAN), mode=FACTORS, rank=1, shape=(1, 1)),

@@ -105,26 +105,8 @@ Status read_rows(const std::string& where, Cursor* cursor, std::uint64_t numel, 
   return {};
 }
 
-}  // namespace
-
-Status read_matrix(const std::string& where, const Entry& entry, std::uint64_t numel,
-                   Matrix* matrix) {
-  if (!kDTypes[entry.dtype].floating) {
-    return invalid(where, ": factors need a floating dtype, got ", kDTypes[entry.dtype].name);
-  }
-  if (entry.ndim < 2) {
-    return invalid(where, ": factors need at least 2 dimensions, got ", std::uint64_t{entry.ndim});
-  }
-  matrix->rows = entry.shape[0];
-  matrix->columns = matrix->rows == 0 ? 0 : numel / matrix->rows;
-  const std::uint64_t full = std::min(matrix->rows, matrix->columns);
-  if (entry.rank < 1 || entry.rank > full) {
-    return invalid(where, ": rank must lie in [1, min(P, Q)] = [1, ", full, "], got ", entry.rank);
-  }
-  return {};
-}
-
-Status read_coded(const std::string& where, const Entry& entry, std::uint64_t numel, Coded* coded) {
+Status read_sections(const std::string& where, const Entry& entry, std::uint64_t numel,
+                     Coded* coded) {
   const auto mode = static_cast<Mode>(entry.mode);
   *coded = Coded{};
   if (mode == Mode::kCodedDense) {
@@ -150,6 +132,67 @@ Status read_coded(const std::string& where, const Entry& entry, std::uint64_t nu
   }
   coded->head_bytes = entry.payload_bytes - cursor.left();
   return {};
+}
+
+Status write_gaps(const std::int16_t* sigmas, std::size_t count, std::string* out) {
+  std::uint64_t bit = 0;
+  for (std::size_t k = 0; k < count; ++k) {
+    const int gap = k == 0 ? 0 : sigmas[k - 1] - sigmas[k];
+    if (gap < 0) return invalid("sigmas must not rise, got ", text(sigmas[k]), " at ", k);
+    bit += static_cast<std::uint64_t>(gap);
+    out->resize(bit / 8 + 1, '\0');
+    (*out)[bit / 8] = static_cast<char>((*out)[bit / 8] | 1 << bit % 8);
+    ++bit;
+  }
+  return {};
+}
+
+Status write_codes(const std::uint8_t* codes, std::size_t count, unsigned width, std::string* out) {
+  if (width > kMaxWidth) {
+    return invalid("width of row codes must lie in [0, 6], got ", std::uint64_t{width});
+  }
+  unsigned held = 0;
+  unsigned bits = 0;
+  for (std::size_t row = 0; row < count; ++row) {
+    if (width == 0 ? codes[row] != 1 : codes[row] >> width != 0) {
+      return invalid("row codes of ", std::uint64_t{width}, " bits cannot say ",
+                     std::uint64_t{codes[row]}, " at ", row);
+    }
+    if (width == 0) continue;
+    held |= static_cast<unsigned>(codes[row]) << bits;
+    bits += width;
+    if (bits >= 8) {
+      out->push_back(static_cast<char>(held & 0xFF));
+      held >>= 8;
+      bits -= 8;
+    }
+  }
+  if (bits > 0) out->push_back(static_cast<char>(held));
+  return {};
+}
+
+}  // namespace
+
+Status read_matrix(const std::string& where, const Entry& entry, std::uint64_t numel,
+                   Matrix* matrix) {
+  if (!kDTypes[entry.dtype].floating) {
+    return invalid(where, ": factors need a floating dtype, got ", kDTypes[entry.dtype].name);
+  }
+  if (entry.ndim < 2) {
+    return invalid(where, ": factors need at least 2 dimensions, got ", std::uint64_t{entry.ndim});
+  }
+  matrix->rows = entry.shape[0];
+  matrix->columns = matrix->rows == 0 ? 0 : numel / matrix->rows;
+  const std::uint64_t full = std::min(matrix->rows, matrix->columns);
+  if (entry.rank < 1 || entry.rank > full) {
+    return invalid(where, ": rank must lie in [1, min(P, Q)] = [1, ", full, "], got ", entry.rank);
+  }
+  return {};
+}
+
+Status read_coded(const std::string& where, const Entry& entry, std::uint64_t numel,
+                  Coded* coded) noexcept {
+  return guarded([&] { return read_sections(where, entry, numel, coded); });
 }
 
 void unpack_sigmas(const Coded& coded, std::int16_t* out) {
@@ -198,41 +241,13 @@ void unpack_levels(const Coded& coded, const std::int16_t* sigmas, const std::ui
   }
 }
 
-Status pack_gaps(const std::int16_t* sigmas, std::size_t count, std::string* out) {
-  std::uint64_t bit = 0;
-  for (std::size_t k = 0; k < count; ++k) {
-    const int gap = k == 0 ? 0 : sigmas[k - 1] - sigmas[k];
-    if (gap < 0) return invalid("sigmas must not rise, got ", text(sigmas[k]), " at ", k);
-    bit += static_cast<std::uint64_t>(gap);
-    out->resize(bit / 8 + 1, '\0');
-    (*out)[bit / 8] = static_cast<char>((*out)[bit / 8] | 1 << bit % 8);
-    ++bit;
-  }
-  return {};
+Status pack_gaps(const std::int16_t* sigmas, std::size_t count, std::string* out) noexcept {
+  return guarded([=] { return write_gaps(sigmas, count, out); });
 }
 
-Status pack_codes(const std::uint8_t* codes, std::size_t count, unsigned width, std::string* out) {
-  if (width > kMaxWidth) {
-    return invalid("width of row codes must lie in [0, 6], got ", std::uint64_t{width});
-  }
-  unsigned held = 0;
-  unsigned bits = 0;
-  for (std::size_t row = 0; row < count; ++row) {
-    if (width == 0 ? codes[row] != 1 : codes[row] >> width != 0) {
-      return invalid("row codes of ", std::uint64_t{width}, " bits cannot say ",
-                     std::uint64_t{codes[row]}, " at ", row);
-    }
-    if (width == 0) continue;
-    held |= static_cast<unsigned>(codes[row]) << bits;
-    bits += width;
-    if (bits >= 8) {
-      out->push_back(static_cast<char>(held & 0xFF));
-      held >>= 8;
-      bits -= 8;
-    }
-  }
-  if (bits > 0) out->push_back(static_cast<char>(held));
-  return {};
+Status pack_codes(const std::uint8_t* codes, std::size_t count, unsigned width,
+                  std::string* out) noexcept {
+  return guarded([=] { return write_codes(codes, count, width, out); });
 }
 
 }  // namespace fedkd_fast::wire

@@ -38,8 +38,10 @@ struct Coded {
 Status read_matrix(const std::string& where, const Entry& entry, std::uint64_t numel,
                    Matrix* matrix);
 
-// Checks and splits a payload. Allocates nothing; the work is linear in the payload.
-Status read_coded(const std::string& where, const Entry& entry, std::uint64_t numel, Coded* coded);
+// Checks and splits a payload. Allocates nothing but a message; the work is linear in the payload.
+// Never throws.
+Status read_coded(const std::string& where, const Entry& entry, std::uint64_t numel,
+                  Coded* coded) noexcept;
 
 // The logarithms of the singular values, largest first; `out` holds `rank`.
 void unpack_sigmas(const Coded& coded, std::int16_t* out);
@@ -53,7 +55,9 @@ void unpack_levels(const Coded& coded, const std::int16_t* sigmas, const std::ui
                    std::int16_t* out);
 
 // The inverses, for encoders. Falling sigmas give gaps; codes below 2^width give their bit stream.
-Status pack_gaps(const std::int16_t* sigmas, std::size_t count, std::string* out);
-Status pack_codes(const std::uint8_t* codes, std::size_t count, unsigned width, std::string* out);
+// Never throw.
+Status pack_gaps(const std::int16_t* sigmas, std::size_t count, std::string* out) noexcept;
+Status pack_codes(const std::uint8_t* codes, std::size_t count, unsigned width,
+                  std::string* out) noexcept;
 
 }  // namespace fedkd_fast::wire

@@ -120,13 +120,7 @@ Status check_unique(const std::vector<Entry>& entries) {
   return {};
 }
 
-}  // namespace
-
-std::string place(const Entry& entry, std::size_t index) {
-  return "entry " + std::to_string(index) + " (\"" + entry.name + "\")";
-}
-
-Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes) {
+Status check_all(std::vector<Entry>* entries, std::uint64_t max_bytes) {
   std::uint64_t total = 0;
   for (std::size_t index = 0; index < entries->size(); ++index) {
     if (Status status = check_head(entries, index); !status.ok()) return status;
@@ -137,6 +131,16 @@ Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes) {
     }
   }
   return check_unique(*entries);
+}
+
+}  // namespace
+
+std::string place(const Entry& entry, std::size_t index) {
+  return "entry " + std::to_string(index) + " (\"" + entry.name + "\")";
+}
+
+Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes) noexcept {
+  return guarded([=] { return check_all(entries, max_bytes); });
 }
 
 }  // namespace fedkd_fast::wire

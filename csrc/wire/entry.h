@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -71,6 +72,16 @@ Status invalid(const Parts&... parts) {
   return status;
 }
 
+// Turns what the standard library throws into a status; its only cause here is memory.
+template <typename Call>
+Status guarded(const Call& call) noexcept {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    return Status{Status::Code::kNoMemory, "out of memory"};  // short enough to need no allocation
+  }
+}
+
 // `product` = a * b and `sum` = a + b; false, and no result, where it does not fit 64 bits.
 inline bool multiply(std::uint64_t a, std::uint64_t b, std::uint64_t* product) noexcept {
   if (b != 0 && a > std::numeric_limits<std::uint64_t>::max() / b) return false;
@@ -101,10 +112,11 @@ std::string place(const Entry& entry, std::size_t index);
 
 // Checks all that can be known without the payloads: names, also that they are unique, dtypes,
 // shapes, modes, aliases, and that the dense bytes of all entries together are at most `max_bytes`;
-// fills `dense_bytes`. Allocates one index a name.
-Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes);
+// fills `dense_bytes`. Allocates one index a name. Never throws.
+Status check_directory(std::vector<Entry>* entries, std::uint64_t max_bytes) noexcept;
 
-// Checks rank and payload of an entry that obeys check_directory; fills `coded`.
-Status check_payload(Entry* entry, std::size_t index);
+// Checks rank and payload of an entry that obeys check_directory; fills `coded`. Never
+// throws.
+Status check_payload(Entry* entry, std::size_t index) noexcept;
 
 }  // namespace fedkd_fast::wire

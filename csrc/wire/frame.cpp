@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 
 #include "wire/crc32c.h"
 #include "wire/directory.h"
@@ -136,6 +135,10 @@ Status read_header_throwing(const std::uint8_t* data, std::size_t size, std::uin
     return invalid("entry count must be at most ", kMaxEntries, " and fit the directory of ",
                    header->directory_bytes, " bytes, got ", header->entry_count);
   }
+  if (header->directory_bytes > header->entry_count * kMostLineBytes) {
+    return invalid("directory of ", header->directory_bytes, " bytes is more than ",
+                   header->entry_count, " entries can take");
+  }
   return {};
 }
 
@@ -203,16 +206,6 @@ Status plan_encode_throwing(Frame* frame, std::string* directory) {
   return {};
 }
 
-// Turns what the standard library throws into a status; its only cause here is memory.
-template <typename Call>
-Status guarded(const Call& call) noexcept {
-  try {
-    return call();
-  } catch (const std::exception&) {
-    return Status{Status::Code::kNoMemory, "out of memory"};  // short enough to need no allocation
-  }
-}
-
 }  // namespace
 
 Status decode(const std::uint8_t* data, std::size_t size, const Schema* schema,
@@ -232,6 +225,14 @@ Status read_directory(const Header& header, const std::uint8_t* data, const Sche
         header.frame_bytes - kHeaderBytes - digest_bytes(header) - header.directory_bytes;
     Status status = parse_directory(header, data, payload_bytes, schema, entries);
     return status.ok() ? check_directory(entries, max_bytes) : status;
+  });
+}
+
+Status hash_schema(Schema* schema, std::uint64_t* hash) noexcept {
+  return guarded([=] {
+    if (Status status = check_directory(schema, kMaxSize); !status.ok()) return status;
+    *hash = schema_hash(*schema);
+    return Status{};
   });
 }
 

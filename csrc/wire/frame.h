@@ -51,8 +51,8 @@ struct Frame {
 // The tensors that a receiver expects, as entries of which only name, dtype and shape count.
 using Schema = std::vector<Entry>;
 
-// Names the tensors: the first 8 bytes of the SHA-256 of their schema section.
-std::uint64_t schema_hash(const Schema& schema);
+// Checks a schema and gives the number that names it. Never throws.
+Status hash_schema(Schema* schema, std::uint64_t* hash) noexcept;
 
 // Reads a whole frame, `size` bytes at `data`. `schema` may be null where the frame carries its
 // own. On success the payloads of `frame` point into `data`; otherwise `frame` is unspecified.

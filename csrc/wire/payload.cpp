@@ -241,9 +241,7 @@ Status check_rows(const std::string& where, const Entry& entry, std::uint64_t nu
   return check_mode(where + ", its rows", rows, numel / height * entry.rank);
 }
 
-}  // namespace
-
-Status check_payload(Entry* entry, std::size_t index) {
+Status check_any(Entry* entry, std::size_t index) {
   const std::string where = place(*entry, index);
   const std::uint64_t numel = entry->dense_bytes / kDTypes[entry->dtype].itemsize;
   const auto mode = static_cast<Mode>(entry->mode);
@@ -254,6 +252,12 @@ Status check_payload(Entry* entry, std::size_t index) {
   if (mode == Mode::kRows) return check_rows(where, *entry, numel, &entry->coded);
   entry->coded = is_coded(mode);
   return check_mode(where, *entry, numel);
+}
+
+}  // namespace
+
+Status check_payload(Entry* entry, std::size_t index) noexcept {
+  return guarded([=] { return check_any(entry, index); });
 }
 
 }  // namespace fedkd_fast::wire

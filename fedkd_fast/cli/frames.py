@@ -26,6 +26,7 @@ from fedkd_fast.report.text import size
 _ADVICE = {
     "at most max_bytes": "at most --max-bytes",
     "pass base=": "give --base",
+    "pass schema=": "decode it in Python, with schema=",
     "decode it without": "decode it without --base",
 }
 
@@ -173,7 +174,7 @@ def _inspect(args: argparse.Namespace) -> int:
         how, rank = mode.name.lower().replace("_", " "), "–"
         if entry.mode is Mode.ROWS:
             how = f"{_count(entry.rank, 'row')}, {how}"
-        if mode in (Mode.FACTORS, Mode.PACKED_FACTORS):
+        if mode in wire.FACTORED:
             rank = str(number)
         elif mode is Mode.ALIAS:
             rank = f"= {visible(entries[number].name)}"

@@ -23,6 +23,7 @@ from fedkd_fast.wire._coded import half_payload as half_payload
 from fedkd_fast.wire._entries import CODECS as CODECS
 from fedkd_fast.wire._entries import DEFAULT_MAX_BYTES as DEFAULT_MAX_BYTES
 from fedkd_fast.wire._entries import DTYPES as DTYPES
+from fedkd_fast.wire._entries import FACTORED as FACTORED
 from fedkd_fast.wire._entries import Base as Base
 from fedkd_fast.wire._entries import Described as Described
 from fedkd_fast.wire._entries import Entry as Entry

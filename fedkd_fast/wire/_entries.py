@@ -48,6 +48,10 @@ class Mode(IntEnum):
     HALF = 10
 
 
+FACTORED = frozenset({Mode.FACTORS, Mode.PACKED_FACTORS, Mode.CODED_FACTORS, Mode.CODED_HYBRID})
+"""Modes whose rank is that of two factors."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a frame.

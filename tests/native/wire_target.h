@@ -105,7 +105,7 @@ inline std::uint64_t touch_coded(const Entry& entry) {
   unpack_sigmas(coded, sigmas.data());
   unpack_codes(coded, codes.data());
   unpack_levels(coded, sigmas.data(), codes.data(), levels.data());
-  const auto at = [&entry](const std::string& packed, const std::uint8_t* place) {
+  const auto at = [](const std::string& packed, const std::uint8_t* place) {
     return packed.empty() || std::memcmp(packed.data(), place, packed.size()) == 0;
   };
   std::string packed;

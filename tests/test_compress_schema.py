@@ -1,0 +1,58 @@
+"""Frames without a schema of their own, by the calls that take a schema or a base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkd_fast import aggregate, decompress, wire
+from fedkd_fast.compress import Compressor
+from fedkd_fast.wire import WireError
+
+TENSORS = {
+    "weight": torch.arange(600.0).reshape(20, 30),
+    "bias": torch.ones(30, dtype=torch.float16),
+    "steps": torch.tensor(3),
+}
+
+
+def bare(frame: bytes) -> bytes:
+    """The same frame, its schema left out."""
+    found = wire.decode(frame)
+    return wire.encode(found.entries, codec=found.codec, base=found.base, schema=False)
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert list(left) == list(right)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_frame_without_schema_needs_that_of_the_receiver() -> None:
+    frame = Compressor(0.9).compress(TENSORS)
+    short = bare(frame)
+    assert len(short) < len(frame)
+    assert_equal(decompress(short, TENSORS), decompress(frame))
+    assert_equal(aggregate([short, short], schema=TENSORS), decompress(frame))
+    with pytest.raises(WireError, match="frame carries no schema: pass schema="):
+        decompress(short)
+    reordered = dict(reversed(TENSORS.items()))
+    with pytest.raises(WireError, match="schema= does not match the frame"):
+        decompress(short, reordered)
+
+
+def test_a_base_is_a_schema() -> None:
+    base = {name: torch.zeros_like(value) for name, value in TENSORS.items()}
+    frame = Compressor(0.9).compress(TENSORS, base)
+    assert_equal(decompress(bare(frame), base=base), decompress(frame, base=base))
+
+
+def test_the_order_of_a_schema_counts_only_where_it_is_needed() -> None:
+    reordered = dict(reversed(TENSORS.items()))
+    frame = Compressor(0.9).compress(TENSORS)
+    assert_equal(decompress(frame, reordered), decompress(frame))
+
+
+@pytest.mark.parametrize("codec", ["raw", "factors-fp32", "wf0"])
+def test_frames_name_their_codec(codec: str) -> None:
+    assert wire.header(Compressor(0.9, codec).compress(TENSORS)).codec == codec
