@@ -27,4 +27,5 @@ PRODUCT: list[tuple[int, int, int]] = [(64, 384, 384), (128, 1536, 384)]
 # What keeps a large GPU busy; on a CPU these would take minutes.
 DISTILL_LARGE: list[tuple[int, int]] = [(2048, 30522)]
 PACK_LARGE: list[tuple[int, int]] = [(1024, 65536)]
+RANS_LARGE: list[tuple[int, int]] = [(1024, 65536)]
 PRODUCT_LARGE: list[tuple[int, int, int]] = [(256, 4096, 4096)]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from fedkd_fast import ops, reference
@@ -67,3 +68,25 @@ def check(message: Message, device: torch.device | None = None) -> torch.Tensor:
     again, _ = ops.rans_encode(found, *on_device[1:])
     assert torch.equal(again, codes), "values on the grid are not fixed points"
     return codes.cpu()
+
+
+HOSTILE = [
+    sample([(2, 9)], [2, 60], tails=2.0),
+    sample([(1, 16384)], [-40]),
+    sample([(2, 9000)], [0], tails=1.0),
+]
+
+
+def refused(message: Message, codes: torch.Tensor, sizes: torch.Tensor | None = None) -> bool:
+    """Whether both decoders refuse; where they do not, they agree."""
+    sizes = torch.tensor([len(codes)]) if sizes is None else sizes
+    try:
+        values = decode(message, codes, sizes)
+    except RuntimeError as error:
+        assert "stream 0 is corrupt: " in str(error)
+        with pytest.raises(RuntimeError, match="stream 0 is corrupt: "):
+            decode(message, codes, sizes, reference)
+        return True
+    for ours, truth in zip(values, decode(message, codes, sizes, reference), strict=True):
+        assert torch.equal(ours, truth)
+    return False

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedkd_fast import _C, ops
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 32, 33, 63, 64, 65])
-@pytest.mark.parametrize("levels", [[0], [-48], [47], [48], [17, -49, 70, -3], [335], [-300]])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 32, 33, 65])
+@pytest.mark.parametrize("levels", [[0], [47, -48, 48], [17, -49, 70, 335, -300]])
 def test_bytes_equal_the_specification(device: torch.device, levels: list[int], count: int) -> None:
     check(sample([(3, count), (2, count + 1)], levels), device)
 
@@ -48,6 +48,10 @@ def test_many_streams_with_escapes_and_raw_bits(device: torch.device) -> None:
     shapes = [(4, 5000), (7, 3), (2, 20000), (1, 1), (5, 999), (3, 6000), (1, 7)]
     owner = [0, 0, 1, 2, 3, 3, 4]
     check(sample(shapes, [-48, 3, 90, -60, 200, 20], owner, tails=1.5), device)
+
+
+def test_many_lanes(device: torch.device) -> None:
+    check(sample([(3, 5500)], [3, 60, -10], tails=0.3), device)
 
 
 def test_small_streams_with_escapes_and_raw_bits(device: torch.device) -> None:

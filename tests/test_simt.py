@@ -92,6 +92,12 @@ def test_wire_codec_survives_mutations_under_sanitizers() -> None:
     assert re.match(r"300000 mutations, \d{4,} accepted", done.stdout)
 
 
+def test_rans_paths_agree_and_survive_mutations_under_sanitizers() -> None:
+    done = run("rans_address", "1", "600")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d{4,} refused", done.stdout)
+
+
 @pytest.mark.parametrize("build", ["plain", "address"])
 def test_eigenvalues_and_vectors_of_symmetric_matrices(build: str) -> None:
     done = run(f"eigen_{build}")
