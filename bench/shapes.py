@@ -18,10 +18,14 @@ SVD: list[tuple[int, int, int]] = [(8, 384, 384), (2, 1536, 384), (2, 768, 768),
 # (K, n): factors of a 384-wide layer, and of a large one.
 PACK: list[tuple[int, int]] = [(32, 3072), (256, 16384)]
 
+# (R, n): rows of a small layer's update, and of a large one's.
+RANS: list[tuple[int, int]] = [(100, 3072), (32, 65536)]
+
 # (K, P, Q) of a reconstruction.
 PRODUCT: list[tuple[int, int, int]] = [(64, 384, 384), (128, 1536, 384)]
 
 # What keeps a large GPU busy; on a CPU these would take minutes.
 DISTILL_LARGE: list[tuple[int, int]] = [(2048, 30522)]
 PACK_LARGE: list[tuple[int, int]] = [(1024, 65536)]
+RANS_LARGE: list[tuple[int, int]] = [(1024, 65536)]
 PRODUCT_LARGE: list[tuple[int, int, int]] = [(256, 4096, 4096)]

@@ -93,6 +93,25 @@ const char* words_of(RansFault fault) {
   return "sound";
 }
 
+// For the values of each segment; what takes no symbols is zero.
+std::vector<Tensor> rooms(const Tensor& device, const std::vector<int64_t>& rows,
+                          const std::vector<int64_t>& counts, const RansLayout& layout) {
+  std::vector<bool> has_zeros(rows.size());
+  for (const RansLayout::Zeros& zeros : layout.zeros)
+    has_zeros[static_cast<size_t>(zeros.segment)] = true;
+  std::vector<Tensor> values;
+  for (size_t m = 0; m < rows.size(); ++m) {
+    values.push_back(empty_like_device(device, {rows[m], counts[m]}, ScalarType::Float));
+    if (has_zeros[m] && !device.is_cpu()) torch::stable::zero_(values.back());
+  }
+  if (device.is_cpu())
+    for (const RansLayout::Zeros& zeros : layout.zeros)
+      std::fill_n(
+          values[static_cast<size_t>(zeros.segment)].mutable_data_ptr<float>() + zeros.first,
+          zeros.count, 0.0f);
+  return values;
+}
+
 std::vector<RansSource> sources(const RansLayout& layout, const std::vector<Tensor>& values,
                                 const RansRows& rows) {
   std::vector<RansSource> found;
@@ -108,8 +127,7 @@ std::vector<RansSource> sources(const RansLayout& layout, const std::vector<Tens
 
 // ---- on the CPU ---------------------------------------------------------------------------------
 
-Tensor encode_on_cpu(const RansLayout& layout, const std::vector<RansSource>& pieces,
-                     int64_t* sizes) {
+RansEncoded encode_on_cpu(const RansLayout& layout, const std::vector<RansSource>& pieces) {
   const auto count = static_cast<int64_t>(layout.chunks.size());
   std::vector<std::vector<uint8_t>> coded(layout.chunks.size());
   torch::stable::parallel_for(0, count, chunk_grain(layout), [&](int64_t begin, int64_t end) {
@@ -124,17 +142,11 @@ Tensor encode_on_cpu(const RansLayout& layout, const std::vector<RansSource>& pi
       coded[static_cast<size_t>(c)].assign(scratch.data() + bound - size, scratch.data() + bound);
     }
   });
-  int64_t total = 0;
-  std::vector<int64_t> starts;
-  for (size_t s = 0; s < layout.streams.size(); ++s) {
-    const RansLayout::Stream& stream = layout.streams[s];
-    starts.push_back(total);
-    sizes[s] = stream.head_bytes();
-    for (int64_t c = stream.begin; c < stream.end; ++c)
-      sizes[s] += static_cast<int64_t>(coded[static_cast<size_t>(c)].size());
-    total += sizes[s];
-  }
-  Tensor codes = torch::stable::empty({total}, ScalarType::Byte);
+  std::vector<int64_t> sizes;
+  for (const std::vector<uint8_t>& chunk : coded)
+    sizes.push_back(static_cast<int64_t>(chunk.size()));
+  std::vector<int64_t> starts = rans_starts(layout, sizes);
+  Tensor codes = torch::stable::empty({starts.back()}, ScalarType::Byte);
   uint8_t* const out = codes.mutable_data_ptr<uint8_t>();
   for (size_t s = 0; s < layout.streams.size(); ++s) {
     const RansLayout::Stream& stream = layout.streams[s];
@@ -158,7 +170,7 @@ Tensor encode_on_cpu(const RansLayout& layout, const std::vector<RansSource>& pi
                                  layout.pieces[static_cast<size_t>(p)].low);
     }
   });
-  return codes;
+  return {codes, std::move(starts)};
 }
 
 // Where each chunk begins, and where the last one ends; false where a stream's table does not fit.
@@ -175,20 +187,24 @@ bool read_table(const uint8_t* stream, int64_t size, const RansLayout::Stream& l
   return at == size;
 }
 
-void decode_on_cpu(const RansLayout& layout, const uint8_t* codes,
-                   const std::vector<int64_t>& starts, const std::vector<RansTarget>& pieces,
-                   const std::vector<Tensor>& values, std::vector<RansFault>* faults) {
+// Of each chunk.
+std::vector<RansFault> decode_on_cpu(const RansLayout& layout,
+                                     const std::vector<RansTarget>& pieces,
+                                     const RansCodes& codes) {
+  const auto* const in = codes.bytes.const_data_ptr<uint8_t>();
+  std::vector<RansFault> faults(layout.chunks.size(), RansFault::kNone);
   std::vector<int64_t> begins(layout.chunks.size()), ends(layout.chunks.size());
   std::vector<bool> readable(layout.streams.size());
   for (size_t s = 0; s < layout.streams.size(); ++s) {
     const RansLayout::Stream& stream = layout.streams[s];
+    const int64_t start = codes.starts[s];
     std::vector<int64_t> places(static_cast<size_t>(stream.end - stream.begin) + 1);
-    readable[s] = read_table(codes + starts[s], starts[s + 1] - starts[s], stream, places.data());
+    readable[s] = read_table(in + start, codes.starts[s + 1] - start, stream, places.data());
     for (int64_t c = stream.begin; c < stream.end; ++c) {
-      begins[static_cast<size_t>(c)] = starts[s] + places[static_cast<size_t>(c - stream.begin)];
-      ends[static_cast<size_t>(c)] = starts[s] + places[static_cast<size_t>(c - stream.begin) + 1];
+      begins[static_cast<size_t>(c)] = start + places[static_cast<size_t>(c - stream.begin)];
+      ends[static_cast<size_t>(c)] = start + places[static_cast<size_t>(c - stream.begin) + 1];
     }
-    if (!readable[s]) (*faults)[static_cast<size_t>(stream.begin)] = RansFault::kLength;
+    if (!readable[s]) faults[static_cast<size_t>(stream.begin)] = RansFault::kLength;
   }
   const auto count = static_cast<int64_t>(layout.chunks.size());
   torch::stable::parallel_for(0, count, chunk_grain(layout), [&](int64_t begin, int64_t end) {
@@ -196,14 +212,12 @@ void decode_on_cpu(const RansLayout& layout, const uint8_t* codes,
       const auto index = static_cast<size_t>(c);
       const RansLayout::Chunk& chunk = layout.chunks[index];
       if (!readable[static_cast<size_t>(chunk.stream)]) continue;
-      (*faults)[index] = cpu::rans_decode_chunk(codes + begins[index], ends[index] - begins[index],
-                                                pieces.data() + chunk.begin,
-                                                chunk.end - chunk.begin, rans_lanes(chunk.symbols));
+      faults[index] = cpu::rans_decode_chunk(in + begins[index], ends[index] - begins[index],
+                                             pieces.data() + chunk.begin, chunk.end - chunk.begin,
+                                             rans_lanes(chunk.symbols));
     }
   });
-  for (const RansLayout::Zeros& zeros : layout.zeros)
-    std::fill_n(values[static_cast<size_t>(zeros.segment)].mutable_data_ptr<float>() + zeros.first,
-                zeros.count, 0.0f);
+  return faults;
 }
 
 }  // namespace
@@ -225,10 +239,19 @@ std::tuple<Tensor, Tensor> rans_encode(const std::vector<Tensor>& values, const 
   check_rows(data, multiplier, "multiplier", levels, shapes);
   const RansRows rows = read_rows(multiplier, "multiplier", levels);
   const RansLayout layout(shapes.rows, shapes.counts, owner, rows.levels.const_data_ptr<int16_t>());
-  Tensor sizes =
-      torch::stable::empty({static_cast<int64_t>(layout.streams.size())}, ScalarType::Long);
   const std::vector<RansSource> pieces = sources(layout, segments, rows);
-  return {encode_on_cpu(layout, pieces, sizes.mutable_data_ptr<int64_t>()), sizes};
+#ifdef FEDKD_FAST_HAS_CUDA
+  const RansEncoded found =
+      on_gpu(data) ? on_gpu_half::rans_encode(layout, pieces, data) : encode_on_cpu(layout, pieces);
+#else
+  const RansEncoded found = encode_on_cpu(layout, pieces);
+#endif
+  const auto streams = static_cast<int64_t>(layout.streams.size());
+  Tensor sizes = torch::stable::empty({streams}, ScalarType::Long);
+  for (int64_t s = 0; s < streams; ++s)
+    sizes.mutable_data_ptr<int64_t>()[s] =
+        found.starts[static_cast<size_t>(s) + 1] - found.starts[static_cast<size_t>(s)];
+  return {found.codes, sizes};
 }
 
 std::vector<Tensor> rans_decode(const Tensor& codes, const Tensor& sizes, const Tensor& scale,
@@ -263,23 +286,25 @@ std::vector<Tensor> rans_decode(const Tensor& codes, const Tensor& sizes, const 
   STD_TORCH_CHECK(starts.back() == codes.size(0), "sizes must add up to the ", codes.size(0),
                   " bytes of codes, got ", starts.back());
   const Tensor bytes = torch::stable::contiguous(codes);
-  std::vector<Tensor> values;
-  for (size_t m = 0; m < rows.size(); ++m)
-    values.push_back(empty_like_device(codes, {rows[m], counts[m]}, ScalarType::Float));
+  std::vector<Tensor> values = rooms(codes, rows, counts, layout);
   const auto* const in = bytes.const_data_ptr<uint8_t>();
   std::vector<RansTarget> pieces;
   pieces.reserve(layout.pieces.size());
   for (const RansLayout::Chunk& chunk : layout.chunks)
     for (int64_t p = chunk.begin; p < chunk.end; ++p) {
       const RansLayout::Piece& piece = layout.pieces[static_cast<size_t>(p)];
-      Tensor& segment = values[static_cast<size_t>(piece.segment)];
-      pieces.push_back({segment.mutable_data_ptr<float>() + piece.first,
-                        in + starts[static_cast<size_t>(chunk.stream)] + piece.low,
-                        static_cast<int32_t>(piece.count), factors.level(piece.row),
-                        factors.factor(piece.row)});
+      pieces.push_back(
+          {values[static_cast<size_t>(piece.segment)].mutable_data_ptr<float>() + piece.first,
+           in + starts[static_cast<size_t>(chunk.stream)] + piece.low,
+           static_cast<int32_t>(piece.count), factors.level(piece.row), factors.factor(piece.row)});
     }
-  std::vector<RansFault> faults(layout.chunks.size(), RansFault::kNone);
-  decode_on_cpu(layout, in, starts, pieces, values, &faults);
+#ifdef FEDKD_FAST_HAS_CUDA
+  const std::vector<RansFault> faults =
+      on_gpu(codes) ? on_gpu_half::rans_decode(layout, pieces, {bytes, starts})
+                    : decode_on_cpu(layout, pieces, {bytes, starts});
+#else
+  const std::vector<RansFault> faults = decode_on_cpu(layout, pieces, {bytes, starts});
+#endif
   for (size_t c = 0; c < faults.size(); ++c)
     STD_TORCH_CHECK(faults[c] == RansFault::kNone, "stream ", layout.chunks[c].stream,
                     " is corrupt: ", words_of(faults[c]));

@@ -52,4 +52,49 @@ RansFault rans_decode_chunk(const uint8_t* bytes, int64_t size, const RansTarget
 
 }  // namespace cpu
 
+#if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
+namespace cuda {
+
+// Everything lies on the device, what the pieces point to as well. Chunks are many at once; each
+// takes pieces [begin, end).
+
+struct RansEncodeChunk {
+  int64_t begin, end;
+  int64_t scratch_end;  // it is written to the end of its rans_chunk_bound bytes of scratch
+  int32_t lanes;
+};
+
+// sizes (count): bytes of each chunk.
+cudaError_t rans_encode_chunks(const RansSource* pieces, const RansEncodeChunk* chunks,
+                               int64_t count, uint8_t* scratch, int64_t* sizes,
+                               cudaStream_t stream);
+
+// Where an encoded chunk goes in the codes: its bytes, its entry of the chunk table, and what the
+// places of low bits count from.
+struct RansPlaces {
+  int64_t bytes, table, stream;
+};
+
+// lows: of each piece, where in its stream the low bits go.
+cudaError_t rans_gather_chunks(const RansSource* pieces, const int64_t* lows,
+                               const RansEncodeChunk* chunks, const RansPlaces* places,
+                               int64_t count, const uint8_t* scratch, const int64_t* sizes,
+                               uint8_t* codes, cudaStream_t stream);
+
+struct RansDecodeChunk {
+  int64_t begin, end;
+  int64_t table, body, stop;  // of its stream in the codes: chunk table, chunks, end
+  int64_t index;              // in its stream
+  int32_t last;               // whether it is the last one there
+  int32_t lanes;
+};
+
+// faults (count): kLength too where the chunk table up to this chunk does not fit the stream.
+cudaError_t rans_decode_chunks(const uint8_t* codes, const RansTarget* pieces,
+                               const RansDecodeChunk* chunks, int64_t count, RansFault* faults,
+                               cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
 }  // namespace fedkd_fast

@@ -18,6 +18,10 @@ EPS = torch.finfo(torch.float64).eps
 BITS = torch.tensor([4, 1, 0, 16, 7, 8], dtype=torch.uint8)
 SCALE = torch.tensor([0.3, 1.0, 1.0, 1e-4, 0.03, 0.02])
 COUNT = 1001
+# Ways to code a row: with a table, with low bits that travel raw, not at all.
+LEVELS = torch.tensor([0, 70, -60, 20], dtype=torch.int16)
+MULTIPLIER = torch.tensor([1.0, 20.0, 1.0, 9.0])  # the last row has escaped symbols
+CODED = 40
 LOGIT_ROWS = 12  # more than blocks on CPU threads, which need a second for each
 
 
@@ -122,6 +126,15 @@ def layer_mse(mse: Callable[..., reference.LayerMse], *shapes: tuple[int, ...]) 
     )
 
 
+def encoded(values: Tensor) -> Tensor:
+    return reference.rans_encode([values], MULTIPLIER, LEVELS, [0])[0]
+
+
+def decoded(decode: Callable[..., list[Tensor]], codes: Tensor) -> list[Tensor]:
+    sizes = torch.tensor([len(codes)])
+    return decode(codes, sizes, 1 / MULTIPLIER, LEVELS, [len(LEVELS)], [CODED], [0])
+
+
 OPS = {
     "distill_loss": distill_loss(1500, DistillationConfig.paper()),
     "distill_loss of few classes": distill_loss(100, DistillationConfig.paper()),
@@ -147,6 +160,16 @@ OPS = {
         lambda left, right: [ops.reconstruct(left, right)],
         lambda left, right: [reference.reconstruct(left, right)],
     ),
+    "rans_encode": Op(
+        lambda seed: [noise(seed, len(LEVELS), CODED)],
+        lambda values: list(ops.rans_encode([values], MULTIPLIER, LEVELS, [0])),
+        lambda values: list(reference.rans_encode([values], MULTIPLIER, LEVELS, [0])),
+    ),
+    "rans_decode": Op(
+        lambda seed: [encoded(noise(seed, len(LEVELS), CODED))],
+        lambda codes: decoded(ops.rans_decode, codes),
+        lambda codes: decoded(reference.rans_decode, codes),
+    ),
     "truncated_svd": Op(
         lambda seed: [noise(seed, 3, 40, 24)],
         lambda matrix: [ops.truncated_svd(matrix, energy=0.9).S.double()],
@@ -165,8 +188,8 @@ OPS = {
         lambda matrix: [reference.truncated_svd(matrix, energy=0.9).S],
     ),
 }
-# truncated_svd waits for the ranks.
-ASYNCHRONOUS = [name for name in OPS if not name.startswith("truncated_svd")]
+# truncated_svd waits for the ranks, rans_encode for sizes, and rans_decode to know what to refuse.
+ASYNCHRONOUS = [name for name in OPS if not name.startswith(("truncated_svd", "rans"))]
 # Torch's products are its own.
 ALL_OURS = [name for name in ASYNCHRONOUS if name != "projected_mse"]
 

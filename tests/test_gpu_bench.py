@@ -24,6 +24,8 @@ SMALL = {
     "pack_factors": (4, 64),
     "unpack_factors": (4, 64),
     "reconstruct": (7, 33, 20),
+    "rans_encode": (4, 64),
+    "rans_decode": (4, 64),
     "truncated_svd": (2, 24, 40),
     "truncated_svd_list": (2, 24, 40, 1, 40, 24),
     "distill_loss": (8, 50),

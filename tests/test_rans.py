@@ -1,85 +1,23 @@
-"""rANS streams: the bytes of the specification, everywhere; and no trust in bytes to decode."""
+"""rANS streams: the bytes of the specification, everywhere."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from native_build import ROOT
+from rans_cases import LARGEST, Message, check, decode, sample
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedkd_fast import _C, ops, reference, reference_rans
-
-LARGEST = 2**22 - 1
+from fedkd_fast import _C, ops
 
 
-class Message(NamedTuple):
-    values: list[torch.Tensor]
-    multiplier: torch.Tensor
-    levels: torch.Tensor
-    owner: list[int]
-
-    @property
-    def shapes(self) -> list[list[int]]:
-        return [list(sizes) for sizes in zip(*(v.shape for v in self.values), strict=True)]
-
-    def to(self, device: torch.device) -> Message:
-        values = [segment.to(device) for segment in self.values]
-        return self._replace(values=values, multiplier=self.multiplier.to(device))
-
-
-def sample(
-    shapes: Sequence[tuple[int, int]],
-    levels: Sequence[int],
-    owner: Sequence[int] | None = None,
-    *,
-    tails: float = 0.0,
-    seed: int = 0,
-) -> Message:
-    """Rows with the levels in turn and the standard deviation that they say, or longer tails."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(shape[0] for shape in shapes)
-    chosen = torch.tensor(list(itertools.islice(itertools.cycle(levels), rows)), dtype=torch.int16)
-    values = []
-    for shape in shapes:
-        noise = torch.randn(shape, generator=generator)
-        values.append(noise * (tails * torch.randn(shape, generator=generator)).exp())
-    return Message(values, 2 ** (chosen / 16), chosen, list(owner or [0] * len(shapes)))
-
-
-def decode(
-    message: Message, codes: torch.Tensor, sizes: torch.Tensor, by: object = ops
-) -> list[torch.Tensor]:
-    scale = 1 / message.multiplier
-    return by.rans_decode(codes, sizes, scale, message.levels, *message.shapes, message.owner)  # type: ignore[attr-defined,no-any-return]
-
-
-def check(message: Message, device: torch.device | None = None) -> torch.Tensor:
-    """Hold both ways against the specification, and return the codes."""
-    on_device = message.to(device or torch.device("cpu"))
-    codes, sizes = ops.rans_encode(*on_device)
-    wanted, wanted_sizes = reference.rans_encode(*message)
-    assert torch.equal(sizes, wanted_sizes)
-    assert torch.equal(codes.cpu(), wanted)
-    found = decode(on_device, codes, sizes)
-    for ours, truth in zip(found, decode(message, wanted, sizes, reference), strict=True):
-        assert torch.equal(ours.cpu(), truth)
-    again, _ = ops.rans_encode(found, *on_device[1:])
-    assert torch.equal(again, codes), "values on the grid are not fixed points"
-    return codes.cpu()
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 32, 33, 63, 64, 65])
-@pytest.mark.parametrize("levels", [[0], [-48], [47], [48], [17, -49, 70, -3], [335], [-300]])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 32, 33, 65])
+@pytest.mark.parametrize("levels", [[0], [47, -48, 48], [17, -49, 70, 335, -300]])
 def test_bytes_equal_the_specification(device: torch.device, levels: list[int], count: int) -> None:
     check(sample([(3, count), (2, count + 1)], levels), device)
 
@@ -110,6 +48,10 @@ def test_many_streams_with_escapes_and_raw_bits(device: torch.device) -> None:
     shapes = [(4, 5000), (7, 3), (2, 20000), (1, 1), (5, 999), (3, 6000), (1, 7)]
     owner = [0, 0, 1, 2, 3, 3, 4]
     check(sample(shapes, [-48, 3, 90, -60, 200, 20], owner, tails=1.5), device)
+
+
+def test_many_lanes(device: torch.device) -> None:
+    check(sample([(3, 5500)], [3, 60, -10], tails=0.3), device)
 
 
 def test_small_streams_with_escapes_and_raw_bits(device: torch.device) -> None:
@@ -202,193 +144,6 @@ def test_nothing_to_code() -> None:
     codes, sizes = ops.rans_encode(*message)
     assert len(codes) == 0 and sizes.tolist() == [0, 0]
     assert [v.abs().sum().item() for v in decode(message, codes, sizes)] == [0, 0, 0]
-
-
-# ---- bytes that are not trusted ------------------------------------------------------------------
-
-HOSTILE = [
-    sample([(2, 9)], [2, 60], tails=2.0),
-    sample([(1, 16384)], [-40]),
-    sample([(2, 9000)], [0], tails=1.0),
-]
-
-
-def refused(message: Message, codes: torch.Tensor, sizes: torch.Tensor | None = None) -> bool:
-    """Whether both decoders refuse; where they do not, they agree."""
-    sizes = torch.tensor([len(codes)]) if sizes is None else sizes
-    try:
-        values = decode(message, codes, sizes)
-    except RuntimeError as error:
-        assert "stream 0 is corrupt: " in str(error)
-        with pytest.raises(RuntimeError, match="stream 0 is corrupt: "):
-            decode(message, codes, sizes, reference)
-        return True
-    for ours, truth in zip(values, decode(message, codes, sizes, reference), strict=True):
-        assert torch.equal(ours, truth)
-    return False
-
-
-def test_every_flipped_bit_is_refused_or_decodes_as_specified() -> None:
-    message = HOSTILE[0]
-    codes, _ = ops.rans_encode(*message)
-    outcomes = []
-    for bit in range(8 * len(codes)):
-        flipped = codes.clone()
-        flipped[bit // 8] ^= 1 << bit % 8
-        outcomes.append(refused(message, flipped))
-    assert not all(outcomes)  # low bits are not protected
-    assert sum(outcomes) > len(outcomes) / 2
-
-
-@pytest.mark.parametrize("message", HOSTILE, ids=["raw", "quiet", "loud"])
-def test_shorter_and_longer_streams_are_refused(message: Message) -> None:
-    codes, _ = ops.rans_encode(*message)
-    for length in [0, 1, 5, len(codes) // 2, len(codes) - 2, len(codes) - 1]:
-        assert refused(message, codes[:length])
-    assert refused(message, torch.cat([codes, codes[:2]]))
-
-
-@given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_hostile_bytes(data: st.DataObject) -> None:
-    message = data.draw(st.sampled_from(HOSTILE))
-    codes, _ = ops.rans_encode(*message)
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(codes) - 1))
-        codes[place] = data.draw(st.integers(0, 255))
-    refused(message, codes)
-
-
-@given(code=st.binary(max_size=200), level=st.integers(-50, 335), count=st.integers(0, 70))
-@settings(max_examples=200, deadline=None)
-def test_bytes_of_nobody(code: bytes, level: int, count: int) -> None:
-    refused(sample([(1, count)], [level]), torch.tensor(list(code), dtype=torch.uint8))
-
-
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_any_message(data: st.DataObject) -> None:
-    shape = st.tuples(st.integers(0, 4), st.integers(0, 200))
-    shapes = data.draw(st.lists(shape, min_size=1, max_size=4))
-    rises = data.draw(st.lists(st.integers(0, 1), min_size=len(shapes), max_size=len(shapes)))
-    levels = data.draw(st.lists(st.integers(-60, 335), min_size=1, max_size=6))
-    tails, seed = data.draw(st.floats(0, 4)), data.draw(st.integers(0, 1000))
-    owner = np.cumsum([0, *rises[1:]]).tolist()
-    check(sample(shapes, levels, owner, tails=tails, seed=seed))
-
-
-def broken(place: int, *values: int) -> torch.Tensor:
-    """Replace bytes of the code of sixty values of level 0."""
-    codes, _ = ops.rans_encode(*PLAIN)
-    for offset, value in enumerate(values):
-        codes[place + offset] = value
-    return codes
-
-
-PLAIN = sample([(1, 60)], [0])
-HEAD, STATES = 4, 16  # bytes
-
-
-def test_each_rule_has_its_words(device: torch.device) -> None:
-    def refuse(codes: torch.Tensor, words: str, message: Message = PLAIN) -> None:
-        on_device = message.to(device)
-        with pytest.raises(RuntimeError, match="stream 0 is corrupt: " + words):
-            decode(on_device, codes.to(device), torch.tensor([len(codes)]))
-
-    size = len(broken(0)) - HEAD
-    refuse(broken(0)[:3], "it has 3 bytes, its low bits and chunk table take 4")
-    refuse(
-        torch.ones(2, dtype=torch.uint8), "it has no symbols, but 2 bytes", sample([(1, 9)], [-49])
-    )
-    refuse(broken(0, size + 2), "its chunk table does not add up to its size")
-    refuse(broken(0, size - 2), "its chunk table does not add up to its size")
-    refuse(broken(0, 255, 255, 255, 255), "its chunk table does not add up to its size")
-    refuse(
-        torch.cat([broken(0, size + 1), torch.zeros(1, dtype=torch.uint8)]),
-        "a chunk must have an even size that holds its states",
-    )
-    refuse(broken(0, STATES - 2)[: HEAD + STATES - 2], "a chunk must have an even size that holds")
-    refuse(broken(HEAD + 2, 0, 0), "a state must be at least 65536")
-    refuse(broken(0, STATES)[: HEAD + STATES], "words are missing")
-    quiet = sample([(1, 1)], [-48])  # of one symbol, which only the first lane has
-    codes, _ = ops.rans_encode(*quiet)
-    codes[-4] = 1
-    refuse(codes, "states must end at 65536", quiet)
-    more = torch.cat([broken(0, size + 2), torch.zeros(2, dtype=torch.uint8)])
-    refuse(more, "words are left")
-
-
-def escaped(device: torch.device, level: int, *words: int, count: int = 1) -> list[torch.Tensor]:
-    """Decode a row of symbols that are all the escape, followed by these words."""
-    table = reference_rans.table(level - 16 * reference_rans.raw_bits(level))
-    low = (count * reference_rans.raw_bits(level) + 7) // 8
-    state = 2**16
-    full = state >= int(table.frequency[63]) << 20
-    assert not full and count == 1
-    quotient, rest = divmod(state, int(table.frequency[63]))
-    states = [(quotient << 12) + int(table.before[63]) + rest, *[2**16] * 3]
-    chunk = np.array(states, "<u4").tobytes() + np.array(words, "<u2").tobytes()
-    code = bytes(low) + len(chunk).to_bytes(4, "little") + chunk
-    codes = torch.tensor(list(code), dtype=torch.uint8)
-    message = sample([(1, count)], [level])._replace(multiplier=torch.ones(1)).to(device)
-    return decode(message, codes.to(device), torch.tensor([len(codes)]))
-
-
-def test_escaped_symbols_are_refused_where_no_encoder_writes_them(device: torch.device) -> None:
-    assert escaped(device, 0, 13)[0].item() == -7  # just outside of the support, ±6
-    assert escaped(device, 0, 14)[0].item() == 7
-    assert escaped(device, 0, 0x8001, 1)[0].item() == -(2**14 + 1)
-    assert escaped(device, 0, 0xFFFE, 0xFF)[0].item() == LARGEST
-    assert escaped(device, 0, 0xFFFD, 0xFF)[0].item() == -LARGEST
-    outside = "stream 0 is corrupt: an escaped symbol must lie outside of its table"
-    for words in [
-        (12,),
-        (11,),
-        (0,),
-        (0x8001, 0),
-        (0x8001, 0x8001),
-        (0x8000, 0x100),
-        (0xFFFF, 0xFF),
-    ]:
-        with pytest.raises(RuntimeError, match=outside):
-            escaped(device, 0, *words)
-    for words in [(), (0x8001,)]:
-        with pytest.raises(RuntimeError, match="stream 0 is corrupt: words are missing"):
-            escaped(device, 0, *words)
-    with pytest.raises(RuntimeError, match="stream 0 is corrupt: words are left"):
-        escaped(device, 0, 13, 13)
-    # One low bit of zero: q = 2·h - 1, of which the most negative is one too many.
-    assert escaped(device, 48, 0xFFFE, 0x7F)[0].item() == 2 * (2**21 - 1) - 1
-    assert escaped(device, 48, 0xFFFD, 0x7F)[0].item() == 2 * (1 - 2**21) - 1
-    with pytest.raises(RuntimeError, match=outside):
-        escaped(device, 48, 0xFFFF, 0x7F)
-
-
-def test_padding_and_range_of_low_bits(device: torch.device) -> None:
-    message = sample([(1, 3)], [48])
-    codes, sizes = ops.rans_encode(*message)
-    codes[0] |= 8
-    on_device = message.to(device)
-    with pytest.raises(RuntimeError, match="corrupt: bits behind low parts must be zero"):
-        decode(on_device, codes.to(device), sizes)
-    # 31 · 2^18 is beyond 2^22, and a symbol that has a frequency.
-    edge = sample([(1, 1)], [335])._replace(multiplier=torch.ones(1))
-    edge.values[0][0, 0] = LARGEST
-    codes, sizes = ops.rans_encode(*edge)
-    assert decode(edge.to(device), codes.to(device), sizes)[0].item() == LARGEST
-    codes[:3] = 255
-    codes[2] = 3
-    with pytest.raises(RuntimeError, match="corrupt: an integer must be at most 4194303"):
-        decode(edge.to(device), codes.to(device), sizes)
-
-
-def test_the_first_corrupt_stream_is_named(device: torch.device) -> None:
-    message = sample([(1, 9)] * 4, [0], [0, 1, 2, 3]).to(device)
-    codes, sizes = ops.rans_encode(*message)
-    for stream in (3, 1):
-        codes[int(sizes[:stream].sum()) + HEAD + 2 :][:2] = 0
-    with pytest.raises(RuntimeError, match="stream 1 is corrupt: a state must be at least 65536"):
-        decode(message, codes, sizes)
 
 
 # ---- arguments -----------------------------------------------------------------------------------

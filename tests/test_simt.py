@@ -86,6 +86,12 @@ def test_simt_kernels_are_clean_under_sanitizers(build: str) -> None:
     assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr
 
 
+def test_rans_paths_agree_and_survive_mutations_under_sanitizers() -> None:
+    done = run("rans_address", "1", "600")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d{4,} refused", done.stdout)
+
+
 @pytest.mark.parametrize("build", ["plain", "address"])
 def test_eigenvalues_and_vectors_of_symmetric_matrices(build: str) -> None:
     done = run(f"eigen_{build}")

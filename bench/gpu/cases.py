@@ -6,31 +6,16 @@ Every builder takes the device, so that the tests can run it without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import peers
+from bench.gpu import rans
+from bench.gpu.case import FLOAT32_EPS, Prepared, copying, noise, spread
 from bench.gpu.plan import COMPILED
 from fedkd_fast import ops, reference
-
-# Specifications that run on the CPU term by term are given a part of the result.
-CHECKED_VALUES = 2**18
-# A sum of K products in float32 is off by at most about K roundings of the sum of magnitudes.
-FLOAT32_EPS = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A case with its inputs on the device."""
-
-    calls: dict[str, Callable[[], Any]]
-    # (impl, its result) -> the error against the specification in float64; AssertionError if wrong.
-    check: Callable[[str, Any], float]
-    moved_bytes: int  # inputs read once, results written once
-    flops: int | None = None
 
 
 def prepare(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
@@ -38,22 +23,6 @@ def prepare(op: str, shape: tuple[int, ...], dtype: str, device: torch.device) -
     # Compiled code of other shapes counts against a limit, after which torch silently runs eager.
     torch.compiler.reset()
     return BUILDERS[op](shape, dtype, device)
-
-
-def noise(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
-
-
-def copying(moved_bytes: int, device: torch.device) -> Callable[[], Tensor]:
-    source = torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def spread(rows: int, row_values: int) -> Tensor:
-    """Choose rows, first and last among them, that hold about CHECKED_VALUES together."""
-    wanted = min(rows, max(2, CHECKED_VALUES // max(1, row_values)))
-    return torch.linspace(0, rows - 1, wanted).round().long().unique()
 
 
 # ---- distill_loss --------------------------------------------------------------------------------
@@ -374,6 +343,8 @@ BUILDERS: dict[str, Callable[[tuple[int, ...], str, torch.device], Prepared]] = 
     "pack_factors": pack_factors,
     "unpack_factors": unpack_factors,
     "reconstruct": reconstruct,
+    "rans_encode": rans.rans_encode,
+    "rans_decode": rans.rans_decode,
     "truncated_svd": truncated_svd,
     "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,

@@ -23,6 +23,7 @@ CLASSES = (7, 64, 1500, 2047)
 COUNTS = (21, 1024)
 BITS = (0, 1, 4, 7, 8, 16)
 LAYERS = ((3, 2, 40, 40), (2, 3, 7, 7), (3, 300, 65))
+LEVELS = [0, 70, -48, -60, 335, 20, 47]
 PRODUCTS = ((5, 33, 47), (8, 64, 128))
 MATRICES = ((2, 24, 40), (1, 64, 32))
 # With subspaces that fit in shared memory, and that do not.
@@ -84,6 +85,27 @@ def reconstruct(device: torch.device) -> None:
         ops.reconstruct(cases.noise(device, rank, height), cases.noise(device, rank, width))
 
 
+def message(device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    # Chunks of few lanes and of many; levels of every way to code a row.
+    values = [cases.noise(device, len(LEVELS), count) for count in (7, 3001)]
+    levels = torch.tensor(2 * LEVELS, dtype=torch.int16)
+    return values, 2 ** (levels / 16), levels
+
+
+def rans_encode(device: torch.device) -> None:
+    values, multiplier, levels = message(device)
+    ops.rans_encode(values, multiplier, levels, [0, 1])
+    ops.rans_encode(values, multiplier * 100, levels, [0, 1])  # escapes
+
+
+def rans_decode(device: torch.device) -> None:
+    values, multiplier, levels = message(device)
+    shapes = [list(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
+    for factor in (multiplier, multiplier * 100):
+        codes, sizes = reference.rans_encode([v.cpu() for v in values], factor, levels, [0, 1])
+        ops.rans_decode(codes.to(device), sizes, 1 / factor, levels, *shapes, [0, 1])
+
+
 def truncated_svd(device: torch.device) -> None:
     for shape in MATRICES:
         matrix = cases.noise(device, *shape)
@@ -105,6 +127,8 @@ RUNS: dict[str, Callable[[torch.device], None]] = {
     "pack_factors": pack_factors,
     "unpack_factors": unpack_factors,
     "reconstruct": reconstruct,
+    "rans_encode": rans_encode,
+    "rans_decode": rans_decode,
     "truncated_svd": truncated_svd,
     "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,

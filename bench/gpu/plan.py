@@ -35,6 +35,9 @@ class Row(NamedTuple):
 
 _WIDTHS = ("4 bits", "8 bits")
 _PACK_IMPLS = ("ours", "eager", "copy", COMPILED)
+# Of 2.8 bits a value, and of 5.8, of which two travel raw.
+_LEVELS = ("level 12", "level 60")
+_RANS_IMPLS = ("ours", "eager", "copy")
 # A list of matrices is a (B, P, Q) for each of its shapes: all of a 12-layer BERT.
 _BERT = (48, 768, 768, 12, 3072, 768, 12, 768, 3072)
 TABLE: dict[str, Row] = {
@@ -46,6 +49,8 @@ TABLE: dict[str, Row] = {
         ("float32",),
         ("ours", "torch.matmul", "copy"),
     ),
+    "rans_encode": Row("rans", shapes.RANS + shapes.RANS_LARGE, _LEVELS, _RANS_IMPLS),
+    "rans_decode": Row("rans", shapes.RANS + shapes.RANS_LARGE, _LEVELS, _RANS_IMPLS),
     "truncated_svd": Row(
         "truncated_svd",
         shapes.SVD,

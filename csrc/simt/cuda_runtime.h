@@ -2,6 +2,7 @@
 // that our kernels use. Another word is a compile error, to be added here.
 #pragma once
 
+#include <bit>
 #include <cmath>
 
 #include "simt/engine.h"
@@ -81,6 +82,7 @@ inline int __any_sync(unsigned mask, int predicate, simt_place where = simt_plac
 inline int __all_sync(unsigned mask, int predicate, simt_place where = simt_place::current()) {
   return __ballot_sync(mask, predicate, where) == kSimtAllLanes;
 }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 namespace cooperative_groups {
 struct grid_group {
   void sync(simt_place where = simt_place::current()) const {

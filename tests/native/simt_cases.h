@@ -32,6 +32,7 @@ inline std::vector<float> normal(int64_t count, unsigned seed) {
   return values;
 }
 
+void rans_cases();
 void truncated_svd_cases();
 
 }  // namespace simt_cases

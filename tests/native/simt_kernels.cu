@@ -226,6 +226,7 @@ int main() {
     layer_mse<BFloat16>(FloatType::kBFloat16, 3, 3, 24, 24, masked);
     layer_mse<Float16>(FloatType::kFloat16, 2, 2, 7, 7, masked);
   }
+  rans_cases();
   truncated_svd_cases();
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
