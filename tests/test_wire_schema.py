@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from wire_frames import all_modes, hash_of, record
+from wire_frames import all_modes, hash_of, record, seal
 
 from fedkd_fast import wire
-from fedkd_fast.wire import Base, TensorSpec, WireError
+from fedkd_fast.wire import Base, Mode, TensorSpec, WireError
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_another_schema_is_refused(embedded: bool, change: Callable[..., Any]) -
     frame = wire.encode(all_modes(), schema=embedded)
     with pytest.raises(WireError, match="schema= does not match the frame: its hash is"):
         wire.decode(frame, schema=change(specs))
+
+
+def test_a_frame_has_as_many_entries_as_the_schema_that_it_names() -> None:
+    lines = [record(b"a", mode=Mode.ZERO), record(b"b", mode=Mode.ZERO)]
+    frame = seal(lines, embedded=False, schema_hash=hash_of(lines[:1]))
+    with pytest.raises(WireError, match="entry count must be that of the schema, 1, got 2"):
+        wire.decode(frame, schema=[TensorSpec("a", "float32", ())])
 
 
 def test_a_schema_of_a_kind_that_no_frame_has() -> None:
