@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,13 @@ class ClientRow:
             self.seconds_codec += spent
 
     def record(
-        self, score_mentor: float | None, score_mentee: float | None, bytes_down: int
+        self,
+        score_mentor: float | None,
+        score_mentee: float | None,
+        bytes_down: int,
+        schema: Sequence[wire.Described],
     ) -> dict[str, Any]:
-        """Return the line without round and energy."""
+        """Return the line without round and energy; the schema is that of the frame."""
         return {
             "client": self.client,
             "loss_mentor": self.losses.mentor,
@@ -63,14 +67,16 @@ class ClientRow:
             "bytes_down": bytes_down,
             "seconds": self.seconds,
             "seconds_codec": self.seconds_codec,
-            "layers": frame_layers(self.frame),
+            "layers": frame_layers(self.frame, schema),
         }
 
 
-def frame_layers(frame: bytes) -> list[dict[str, Any]]:
-    """List what a frame holds, tensor by tensor."""
+def frame_layers(
+    frame: bytes, schema: Sequence[wire.Described] | None = None
+) -> list[dict[str, Any]]:
+    """List what a frame holds, tensor by tensor; one without a schema needs that of its sender."""
     layers = []
-    for entry in wire.inspect(frame) if frame else []:
+    for entry in wire.inspect(frame, schema) if frame else []:
         full_rank = 0
         if len(entry.shape) > 1 and all(entry.shape):
             full_rank = min(entry.shape[0], math.prod(entry.shape[1:]))

@@ -9,7 +9,8 @@ from torch import Tensor
 from fedkd_fast.aggregation import aggregate
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
-from fedkd_fast.tensors import digest_of
+from fedkd_fast.tensors import digest_of, specs_of
+from fedkd_fast.wire import TensorSpec
 
 
 class Server:
@@ -23,6 +24,11 @@ class Server:
     def __init__(self, parameters: Mapping[str, Tensor], compressor: Compressor) -> None:
         self._parameters: Mapping[str, Tensor] = dict(parameters)
         self._compressor = compressor
+
+    @property
+    def schema(self) -> list[TensorSpec]:
+        """Names, dtypes and shapes of the shared parameters, as frames have them."""
+        return specs_of(self._parameters)
 
     def step(self, frames: Sequence[bytes], energy: float) -> bytes:
         """Turn one round's uploads into the broadcast.

@@ -27,6 +27,7 @@ from fedkd_fast.records import ClientRow, RoundRecord
 from fedkd_fast.runs import RunWriter
 from fedkd_fast.server import Server
 from fedkd_fast.tasks import Task, build_task, task_defaults
+from fedkd_fast.wire import Base
 
 # Uses of the run's seed apart from the clients' own, which start at 0: keys of `derived_seed`.
 _SHARDS, _PRIVATE = 1_000_001, 1_000_002
@@ -220,11 +221,12 @@ class _Loop:
         if self.writer is not None:
             lossy = self.server is not None and not self.method.lossless
             head = {"round": number, "energy": energy if lossy else None}
+            schema = self.server.schema if self.server is not None else []
             for index, row in enumerate(rows):
                 mentor = scores.mentors[index] if scores.mentors else None
-                self.writer.append(head | row.record(mentor, scores.mentee, bytes_down))
+                self.writer.append(head | row.record(mentor, scores.mentee, bytes_down, schema))
             if self.server is not None:
-                means = server_row.record(record.score_mentor, scores.mentee, bytes_down)
+                means = server_row.record(record.score_mentor, scores.mentee, bytes_down, schema)
                 losses = {"loss_mentor": record.loss_mentor, "loss_mentee": record.loss_mentee}
                 self.writer.append(head | means | losses | {"bytes_up": 0})
         if self.progress is not None:
@@ -247,7 +249,9 @@ class _Loop:
         mentor = self.clients[0].learner.mentor or self.task.build_mentor()
         # Not of the weights themselves: biases that start at zero would cost nothing.
         update = {name: torch.ones_like(p) for name, p in trainable_parameters(mentor).items()}
-        return len(Compressor(codec="raw").compress(update))
+        # What a frame says of its base is counted in both.
+        base = Base(digest=bytes(16))
+        return len(Compressor(codec="raw", schema=False).compress(update, relative_to=base))
 
     def _summary(self, scores: _Scores, sizes: Mapping[str, int], seconds: float) -> dict[str, Any]:
         config, count = self.config, len(self.clients)
@@ -319,9 +323,10 @@ def _make_clients(config: TrainConfig, task: Task, method: Method) -> list[Clien
 
 
 def _make_compressor(config: TrainConfig, method: Method) -> Compressor:
+    # Everyone has the shared model: its names and shapes need not travel.
     if method.lossless:
-        return Compressor(codec="raw")
-    return Compressor(codec=config.codec, feedback=config.feedback)
+        return Compressor(codec="raw", schema=False)
+    return Compressor(codec=config.codec, feedback=config.feedback, schema=False)
 
 
 def _make_server(config: TrainConfig, client: Client, method: Method) -> Server | None:

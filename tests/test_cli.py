@@ -17,7 +17,7 @@ from fake_runs import make_run
 from fedkd_fast.__main__ import build_parser, main
 from fedkd_fast._driver import describe_driver
 from fedkd_fast.codec.message import CODECS
-from fedkd_fast.compress import Compressor
+from fedkd_fast.compress import DEFAULT_ENERGY, Compressor
 
 __all__ = ["refused"]
 COMMANDS = ("train", "evaluate", "predict", "report", "compress", "decompress", "inspect", "info")
@@ -58,7 +58,7 @@ def test_help_names_codecs_and_defaults_of_the_library(capsys: pytest.CaptureFix
         assert codec in text
     defaults = inspect.signature(Compressor).parameters
     args = build_parser().parse_args(["compress", "a", "b"])
-    assert args.energy == defaults["energy"].default
+    assert args.energy == DEFAULT_ENERGY
     assert args.codec == defaults["codec"].default
     assert f"(default: {args.energy})" in text
     assert f"(default: {args.codec})" in text

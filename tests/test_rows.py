@@ -28,7 +28,7 @@ from fedkd_fast.wire import Base, Mode
 
 HEIGHT, WIDTH = 700, 48
 IDS = torch.tensor([*range(3, 400, 5), 650, HEIGHT - 1])
-LOSSY = ("wf0", "factors-fp32")
+LOSSY = ("wf1", "wf0", "factors-fp32")
 
 
 def embedding(

@@ -57,9 +57,10 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--codec",
-        default="wf0",
+        default="wf1",
         metavar="NAME",
-        help="wf0 (quantised factors), factors-fp32 (float32 factors) or raw (nothing lost)",
+        help="wf1 (quantised and entropy-coded), wf0 (quantised), factors-fp32 (float32 factors) "
+        "or raw (nothing lost)",
     )
     _add_overwrite(parser, "OUT.fkd")
 

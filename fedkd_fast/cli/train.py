@@ -38,7 +38,12 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
         ("--local-epochs", int, "N", "passes over a client's data between two exchanges"),
         ("--energy-start", float, "T", "share of an update's energy sent in the first round"),
         ("--energy-end", float, "T", "and in the last; larger: finer, and more bytes"),
-        ("--codec", str, "NAME", "wf0 (quantised factors), factors-fp32 or raw"),
+        (
+            "--codec",
+            str,
+            "NAME",
+            "wf1 (quantised, entropy-coded), wf0 (quantised), factors-fp32 or raw",
+        ),
     ),
     "training": (
         ("--batch-size", int, "N", "samples a step"),
