@@ -20,7 +20,7 @@ from fedkd_fast.compress import Compressor
 from fedkd_fast.feedback import SubspaceCache
 from fedkd_fast.reference import Factors, Subspace, select_rank
 
-CODECS = ("wf0", "factors-fp32")
+CODECS = ("wf1", "wf0", "factors-fp32")
 Factorise = Callable[..., list[Factors]]
 
 

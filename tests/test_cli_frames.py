@@ -107,7 +107,7 @@ def test_inspect_table(frame: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(frame)]) == 0
     text = capsys.readouterr().out
     size = f"{frame.stat().st_size:,}"
-    assert re.search(r"^dense\.weight\s+64×48\s+packed factors\s+3\s", text, re.MULTILINE)
+    assert re.search(r"^dense\.weight\s+64×48\s+coded factors\s+3\s", text, re.MULTILINE)
     assert re.search(rf"^total, 4 tensors\s+{size}\s+100\.0%", text, re.MULTILINE)
 
 
@@ -115,9 +115,9 @@ def test_inspect_json(frame: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(frame), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["frame_bytes"] == frame.stat().st_size
-    assert facts["base_digest"] is None
+    assert facts["codec"] == "wf1" and facts["base_digest"] is facts["base_run"] is None
     modes = {tensor["name"]: tensor["mode"] for tensor in facts["tensors"]}
-    assert modes["dense.weight"] == "PACKED_FACTORS"
+    assert modes["dense.weight"] == "CODED_FACTORS"
     assert modes["frozen"] == "ZERO"
     assert facts["dense_bytes"] == sum(tensor["dense_bytes"] for tensor in facts["tensors"])
 
@@ -331,3 +331,16 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFix
 def test_inspect_missing_file(tmp_path: Path, refused: Refusal) -> None:
     assert "nowhere: No such file" in refused("inspect", tmp_path / "nowhere")
     assert "Is a directory" in refused("inspect", tmp_path)
+
+
+def test_inspect_names_the_round_of_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "round.fkd"
+    update = {"w": torch.ones(3)}
+    path.write_bytes(Compressor().compress(update, relative_to=Base(run=12, round=7)))
+    assert main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "difference to run 12, round 7"
+    assert main(["inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["base_run"], facts["base_round"]) == (12, 7)

@@ -116,7 +116,10 @@ def test_energy_is_kept_and_other_rows_are_zero(codec: str, energy: float) -> No
     for backend in ("native", "reference"):
         decoded = decompress(frame, backend=backend)["w"]
         assert relative_error(exact, decoded) <= 1 - energy
-        assert torch.equal(decoded.any(1), exact.any(1))
+        # A row that is worth less than its bits may be zeros, but no other one is anything else.
+        sent, touched = decoded.any(1), exact.any(1)
+        assert not bool((sent & ~touched).any())
+        assert codec == "wf1" or torch.equal(sent, touched)
 
 
 def test_every_payload_of_rows() -> None:

@@ -102,7 +102,7 @@ def test_the_script_runs(
     assert model["source"] == "spectra" and len(model["matrices"]) == 2
     assert {"methods", "ours_in_one_call", "floor", "ranks"} == set(model["energies"]["0.9"])
     assert {record["start"] for record in model["memory"]} == {"warm", "cold"}
-    assert {record["codec"] for record in model["compressor"]} == {"wf0", "factors-fp32"}
+    assert {record["codec"] for record in model["compressor"]} == {"wf1", "wf0", "factors-fp32"}
     assert len(model["two_threads"]) == 3 and len(result["row_sparse"]) == 2
     assert "minilm, spectra matrices" in capsys.readouterr().out
 

@@ -146,8 +146,8 @@ def _inspect(args: argparse.Namespace) -> int:
     data = args.source.read_bytes()
     with _naming(args.source):
         entries = wire.inspect(data)
-        base = wire.header(data).base
-    digest = None if base is None else base.digest
+        head = wire.header(data)
+    base = head.base or wire.Base()
     dense_bytes = sum(entry.dense_bytes for entry in entries)
     if args.json:
         tensors = [
@@ -162,7 +162,10 @@ def _inspect(args: argparse.Namespace) -> int:
             "file": str(args.source),
             "frame_bytes": len(data),
             "dense_bytes": dense_bytes,
-            "base_digest": digest.hex() if digest else None,
+            "codec": head.codec,
+            "base_run": base.run,
+            "base_round": base.round,
+            "base_digest": base.digest.hex() if base.digest else None,
             "tensors": tensors,
         }
         say(json.dumps(facts, indent=2))
@@ -194,8 +197,10 @@ def _inspect(args: argparse.Namespace) -> int:
     share = f"{len(data) / dense_bytes:.1%}" if dense_bytes else "–"
     shown.add_row(f"total, {_count(len(entries))}", "", "", "", f"{len(data):,}", "100.0%", share)
     stdout().print(shown)
-    if digest is not None:
-        say(f"difference to base {digest.hex()}")
+    if base.run is not None:
+        say(f"difference to run {base.run}, round {base.round}")
+    if base.digest is not None:
+        say(f"difference to base {base.digest.hex()}")
     return 0
 
 

@@ -42,7 +42,7 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
             "--codec",
             str,
             "NAME",
-            "wf1 (quantised, entropy-coded), wf0 (quantised), factors-fp32 or raw",
+            "wf1 (quantised and coded), wf0 (quantised), factors-fp32 or raw",
         ),
     ),
     "training": (

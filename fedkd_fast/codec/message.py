@@ -214,7 +214,10 @@ class Message:
             for name, matrix in matrices.items()
         ]
         found: list[Factors] = self._backend.truncated_svd_list(
-            list(matrices.values()), energy=energy, earlier=earlier, budgets_bytes=budgets
+            list(matrices.values()),
+            energy=energy,
+            earlier=earlier,
+            budgets_bytes=budgets or [None] * len(matrices),
         )
         self.factors = dict(zip(matrices, found, strict=True))
 

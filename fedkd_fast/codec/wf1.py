@@ -135,10 +135,12 @@ class Biases:
         self._seen: dict[Mode, list[float]] = {}
 
     def __getitem__(self, mode: Mode) -> float:
+        """Return what errors of a mode are over what is aimed at."""
         seen = self._seen.get(mode, [])[-_REMEMBERED:]
         return math.exp(sum(seen) / (len(seen) + 1))
 
     def note(self, mode: Mode, ratio: float) -> None:
+        """Remember an error over what was aimed at."""
         self._seen.setdefault(mode, []).append(math.log(min(4.0, max(0.25, ratio))))
 
 
