@@ -167,6 +167,47 @@ void low_parts(const float* values, int64_t count, float multiplier, int raw_bit
     out[i] = rans_low(rans_quantise(values[i], multiplier), raw_bits);
 }
 
+// Appends to a bit stream, which ends at `end`; returns where it goes on.
+uint8_t* write_bits(const uint32_t* values, int64_t count, int raw_bits, uint8_t* out,
+                    const uint8_t* end) {
+  int64_t i = 0;
+  // Eight values are whole bytes, and groups do not wait for each other. What a group writes beyond
+  // its bytes, the next one writes again.
+  for (; raw_bits <= 8 && i + 8 <= count && end - out >= 8; i += 8, out += raw_bits) {
+    uint64_t group = 0;
+    for (int value = 0; value < 8; ++value)
+      group |= uint64_t{values[i + value]} << (value * raw_bits);
+    for (int byte = 0; byte < 8; ++byte) out[byte] = static_cast<uint8_t>(group >> (8 * byte));
+  }
+  uint64_t window = 0;
+  int held = 0;
+  for (; i < count; ++i) {
+    window |= uint64_t{values[i]} << held;
+    for (held += raw_bits; held >= 8; held -= 8, window >>= 8)
+      *out++ = static_cast<uint8_t>(window);
+  }
+  if (held > 0) *out++ = static_cast<uint8_t>(window);
+  return out;
+}
+
+// `left` bytes may be read.
+void read_bits(const uint8_t* in, int64_t left, int64_t count, int raw_bits, uint32_t* values) {
+  const uint32_t mask = (1u << raw_bits) - 1u;
+  // A value lies in four bytes, which at the end there may not be.
+  const int64_t whole = left < 4 ? 0 : std::min(count, ((left - 4) * 8 + 7) / raw_bits + 1);
+  const auto step = static_cast<uint64_t>(raw_bits);
+  uint64_t bit = 0;
+  for (int64_t i = 0; i < whole; ++i, bit += step) {
+    const uint8_t* const at = in + bit / 8;
+    values[i] = (load_word(at) | load_word(at + 2) << 16) >> bit % 8 & mask;
+  }
+  for (int64_t i = whole; i < count; ++i, bit += step) {
+    uint32_t window = 0;
+    for (uint64_t byte = (bit + step + 7) / 8; byte-- > bit / 8;) window = window << 8 | in[byte];
+    values[i] = window >> bit % 8 & mask;
+  }
+}
+
 FEDKD_CLONES
 int32_t join_parts(const uint32_t* low, int64_t count, float scale, int raw_bits, float* values) {
   int32_t largest = 0;
@@ -193,41 +234,32 @@ const RansTables& rans_tables() {
 
 void rans_pack_low(const RansSource& source, uint8_t* low) {
   const int raw_bits = rans_raw_bits(source.level);
+  const uint8_t* const end = low + rans_raw_bytes(source.count, raw_bits);
   uint32_t block[kBlock];
   for (int64_t first = 0; first < source.count; first += kBlock) {
     const int64_t size = std::min<int64_t>(kBlock, source.count - first);
     low_parts(source.values + first, size, source.multiplier, raw_bits, block);
-    uint64_t window = 0;
-    int held = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      window |= uint64_t{block[i]} << held;
-      for (held += raw_bits; held >= 8; held -= 8, window >>= 8)
-        *low++ = static_cast<uint8_t>(window);
-    }
-    if (held > 0) *low++ = static_cast<uint8_t>(window);
+    low = write_bits(block, size, raw_bits, low, end);
   }
 }
 
 RansFault add_low_bits(const RansTarget& target) {
   const int raw_bits = rans_raw_bits(target.level);
   if (raw_bits == 0) return RansFault::kNone;
+  const int64_t bits = int64_t{target.count} * raw_bits;
+  if (bits % 8 != 0 && target.low[bits / 8] >> bits % 8 != 0) return RansFault::kPadding;
   const uint8_t* in = target.low;
+  int64_t left = rans_raw_bytes(target.count, raw_bits);
   uint32_t block[kBlock];
-  uint64_t window = 0;
   int32_t largest = 0;
   for (int64_t first = 0; first < target.count; first += kBlock) {
     const int64_t size = std::min<int64_t>(kBlock, target.count - first);
-    int held = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      for (; held < raw_bits; held += 8) window |= uint64_t{*in++} << held;
-      block[i] = static_cast<uint32_t>(window) & ((1u << raw_bits) - 1u);
-      window >>= raw_bits;
-      held -= raw_bits;
-    }
+    read_bits(in, left, size, raw_bits, block);
+    in += kBlock / 8 * raw_bits;
+    left -= kBlock / 8 * raw_bits;
     largest =
         std::max(largest, join_parts(block, size, target.scale, raw_bits, target.values + first));
   }
-  if (window != 0) return RansFault::kPadding;
   return largest <= kRansLargest ? RansFault::kNone : RansFault::kLargest;
 }
 

@@ -1,8 +1,6 @@
-// Stands in for CUDA's header of this name where kernels are compiled as C++ (engine.h): the words
-// that our kernels use. Another word is a compile error, to be added here.
+// CUDA's header where kernels are compiled as C++ (engine.h): the words that our kernels use.
 #pragma once
 
-#include <bit>
 #include <cmath>
 
 #include "simt/engine.h"
@@ -82,7 +80,7 @@ inline int __any_sync(unsigned mask, int predicate, simt_place where = simt_plac
 inline int __all_sync(unsigned mask, int predicate, simt_place where = simt_place::current()) {
   return __ballot_sync(mask, predicate, where) == kSimtAllLanes;
 }
-inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 namespace cooperative_groups {
 struct grid_group {
   void sync(simt_place where = simt_place::current()) const {
