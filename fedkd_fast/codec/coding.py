@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from types import ModuleType
 
 import numpy as np
@@ -35,7 +36,9 @@ Bytes = NDArray[np.uint8]
 STEPS = 16
 LARGEST = 2**22 - 1  # integer that the coder takes
 MOST_ROW_CODES = 63
-ROUNDING = 2e-6  # of the squared norm, in float32 sums of products
+# Smaller matrices are factorised without blocks. Newton's residual is squared by the last step.
+_BLOCK, _NEWTON, _CLOSE = 32, 6, 1e-3
+ROUNDING = 4e-6  # of the squared norm, in sums of products
 
 
 @dataclass(frozen=True)
@@ -108,57 +111,116 @@ class _Columns:
         return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
 
 
-def _fitted(
-    matrix: Tensor | LowRank, sent: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Fit the other side to the integers of one: (K, N), with ``matrix @ sentᵀ`` and the Gram."""
-    products = matrix @ sent.T  # (N, K)
-    gram = (sent @ sent.T).double()
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed):
-        return None
-    inverse = torch.cholesky_inverse(factor).float()
-    other = (products @ inverse).T  # (K, N)
-    return other / scales[:, None], products, gram
-
-
-def code_factors(
-    matrix: Tensor | LowRank, factors: Factors, step: int, total: float, least: int = 0
-) -> Coding | None:
-    """Quantise factors at a step.
+class Source:
+    """A matrix with leading factors, to be sent as factors; keeps what several steps share.
 
     Args:
         matrix: (P, Q).
-        factors: of the matrix, leading ones.
-        step: log2 Δ in 1/256 octave.
+        factors: of the matrix, as `truncated_svd_list` gives them: the vectors of the longer side
+            are the products with those of the shorter one.
         total: squared norm of the matrix.
+    """
+
+    def __init__(self, matrix: Tensor | LowRank, factors: Factors, total: float) -> None:
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        self.factors, self.total = factors, total
+        self.tall = self.shape[0] >= self.shape[1]
+        self._matrix = matrix if self.tall else matrix.T
+        sides = factors.right, factors.left
+        self.short, self._long = sides if self.tall else sides[::-1]
+
+    @cached_property
+    def _narrow(self) -> Tensor | None:
+        """The matrix in bfloat16, where that is what the machine multiplies fastest."""
+        if isinstance(self._matrix, LowRank) or not _multiplies_bfloat16():
+            return None
+        return self._matrix.bfloat16()
+
+    def products(self, sent: Tensor, multipliers: Tensor) -> Tensor:
+        """Return ``matrix · sentᵀ``, (N, K), for what short vectors times `multipliers` round to.
+
+        Of the exact vectors the products are known. Those of what was rounded off are small, and
+        eight bits of them suffice.
+        """
+        rank = len(sent)
+        # Two roundings: whether they are fused may depend on how threads share the elements.
+        off = sent - self.short[:rank] * multipliers[:, None]
+        known: Tensor = self._long[:rank].T * (self.factors.sigma[:rank].float() * multipliers)
+        narrow = self._narrow
+        if narrow is None:
+            return known + self._matrix @ off.T
+        return known.add_(narrow @ off.T.bfloat16())
+
+
+def _inverse(gram: Tensor) -> Tensor | None:
+    """Invert the Gram matrix of rounded vectors that were orthogonal; None where it is singular.
+
+    Scaled to a unit diagonal it is ``I + E`` with a small E: ``G = I - E + E²`` and Newton's
+    ``G ← G·(2I - (I + E)·G)`` are products alone, whose bits do not depend on the number of threads
+    as those of LAPACK's blocked factorisations do.
+    """
+    if len(gram) > _BLOCK:
+        root = gram.diagonal().rsqrt()
+        unit = gram * root[:, None] * root
+        inverse = unit @ unit - 3.0 * unit
+        inverse.diagonal().add_(3.0)
+        for _ in range(_NEWTON):
+            rest = unit @ inverse
+            rest.diagonal().sub_(1.0)
+            largest = float(torch.linalg.vector_norm(rest))
+            if not largest < 1.0:
+                break
+            inverse -= inverse @ rest
+            if largest < _CLOSE:
+                return inverse * root[:, None] * root
+    factor, failed = torch.linalg.cholesky_ex(gram.double())
+    return None if int(failed) else torch.cholesky_inverse(factor).float()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
+    """Quantise factors at a step.
+
+    Args:
+        source: the matrix.
+        step: log2 Δ in 1/256 octave.
         least: keep so many columns, even where the step is too coarse for them.
 
     Returns:
         None where no column is worth it, the step is too fine for the coder, or what is sent of the
         shorter side is not independent.
     """
-    rows, cols = matrix.shape
-    columns = _Columns(factors, (rows, cols), step, least, len(factors.sigma))
-    rank = len(columns.codes)
-    if not rank or columns.levels().max() > HIGHEST:
+    columns = _Columns(source.factors, source.shape, step, least, len(source.factors.sigma))
+    if not len(columns.codes) or columns.levels().max() > HIGHEST:
         return None
-    scales = columns.scales()
-    tall = rows >= cols
-    short = (factors.right if tall else factors.left)[:rank]
-    sent = _rounded(short, 1 / columns.multipliers()[:, None])
-    fitted = _fitted(matrix if tall else matrix.T, sent, scales)
-    if fitted is None:
+    scales, multipliers = columns.scales(), columns.multipliers()
+    sent = (source.short[: len(scales)] * multipliers[:, None]).round_()
+    products = source.products(sent, multipliers)  # (N, K)
+    gram = sent @ sent.T
+    inverse = _inverse(gram)
+    if inverse is None:
         return None
-    exact, products, gram = fitted
-    other = _rounded(exact, 1.0)
-    # |A - Σ c q⊗r|² = |A|² - 2 Σ c <A r, q> + Σ c c' <r, r'> <q, q'>.
-    scale = scales.double()
-    crossed = (products.T * other).sum(1).double() @ scale
-    squares = (gram * (other @ other.T).double() * scale[:, None] * scale).sum()
-    error = float(total - 2 * crossed + squares)
-    sides = (other, sent) if tall else (sent, other)
-    return _factors_coding(columns, sides, error + ROUNDING * total)
+    exact = products @ inverse  # (N, K)
+    # |A - (X + E)·R|² = |A|² - <A·Rᵀ, X> + <E·(R·Rᵀ), E> for the X that fits A best.
+    fitted = torch.linalg.vecdot(products, exact, dim=0).double().sum()
+    exact /= scales
+    other = exact.round()
+    off = (other - exact) * scales
+    squares = torch.linalg.vecdot(off, off, dim=0).double() @ gram.diagonal().double()
+    beside = gram.fill_diagonal_(0.0)
+    if _multiplies_bfloat16():
+        mixed = torch.linalg.vecdot(off, (off.bfloat16() @ beside.bfloat16()).float(), dim=0)
+    else:
+        mixed = torch.linalg.vecdot(off, off @ beside, dim=0)
+    error = source.total - float(fitted) + float(squares + mixed.double().sum())
+    fitted_side = other.T.contiguous()
+    sides = (fitted_side, sent) if source.tall else (sent, fitted_side)
+    return _factors_coding(columns, sides, error + ROUNDING * source.total)
 
 
 def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:
@@ -208,7 +270,7 @@ def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding 
     sent = _rounded(values, scale)
     if width:
         sent[torch.from_numpy(codes == 0)] = 0.0
-    error = float(row_squares(torch.sub(values, sent, alpha=scale)).sum())
+    error = float(row_squares(values - sent * scale).sum())
     none = np.empty(0, np.int16)
     return Coding(
         mode=Mode.CODED_HYBRID if head else Mode.CODED_DENSE,

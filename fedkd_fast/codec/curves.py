@@ -28,6 +28,8 @@ ROW_QUANTUM = 4
 _MOST_POINTS = 320
 _HEADS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 _BOTH = 0.1
+# Factors that are smaller than this share of a dense tensor are smaller than any mixture.
+_MIXED_SHARE = 0.6
 # Of the squared norm: errors up to here are those of fine steps, Δ²/12 a number.
 _FINE_SHARE = 0.05
 _FEW_SYMBOLS, _CHUNK = 16384, 65536
@@ -78,8 +80,8 @@ def log_level(squares: float | Floats) -> Floats:
         return 0.5 * PER_OCTAVE * np.log2(np.asarray(squares, np.float64))
 
 
-def _grid(spectrum: Spectrum, least_error: float) -> Floats:
-    """Return steps from where a dense tensor has this error to where everything becomes zeros."""
+def _grid(spectrum: Spectrum, least_error: float, most_error: float) -> Floats:
+    """Return steps from where a dense tensor has the least error to where any has the most."""
     numel = spectrum.rows * spectrum.cols
     # Two full factors have twice as many numbers as the tensor: half an octave finer.
     least = min(least_error, _FINE_SHARE * spectrum.total)
@@ -91,23 +93,34 @@ def _grid(spectrum: Spectrum, least_error: float) -> Floats:
     if len(spectrum.singular):
         column = float(spectrum.singular[0]) ** 2 / max(spectrum.rows, spectrum.cols)
         high = max(high, float(log_level(column)) - KEPT_LEVEL + 1)
+    # One column alone has this error, and of no column everything is lost.
+    longer = max(spectrum.rows, spectrum.cols)
+    high = min(high, float(log_level(12 * most_error / longer)) + PER_OCTAVE)
     return np.arange(low, min(math.ceil(high) + 1, low + _MOST_POINTS), dtype=np.float64)
 
 
-def _columns(spectrum: Spectrum, steps: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return levels of the long side, errors of both sides, and bits; each (G, K)."""
+class _Columns(NamedTuple):
+    """What each column costs at each step, (G, K)."""
+
+    level: Floats  # of the longer side
+    error_long: Floats
+    error_short: Floats
+    bits: Floats  # of both sides
+
+
+def _columns(spectrum: Spectrum, steps: Floats) -> _Columns:
     long, short = max(spectrum.rows, spectrum.cols), min(spectrum.rows, spectrum.cols)
     sigma = np.rint(log_level(spectrum.singular**2))
     levels = [sigma - log_level(float(n)) - steps[:, None] for n in (long, short)]
     (error_long, bits_long), (error_short, bits_short) = (cost_of(level) for level in levels)
     scale = 4.0 ** (steps[:, None] / PER_OCTAVE)
     bits = long * bits_long + short * bits_short
-    return levels[0], scale * long * error_long, scale * short * error_short, bits
+    return _Columns(levels[0], scale * long * error_long, scale * short * error_short, bits)
 
 
-def _factors(spectrum: Spectrum, steps: Floats) -> Curve:
+def _factors(spectrum: Spectrum, steps: Floats, columns: _Columns) -> Curve:
     short = min(spectrum.rows, spectrum.cols)
-    level, error_long, error_short, bits = _columns(spectrum, steps)
+    level, error_long, error_short, bits = columns
     kept = level >= KEPT_LEVEL
     rank = kept.sum(1)
     # The long side is fitted to the short one as it is sent. That undoes what the rounding of the
@@ -142,12 +155,10 @@ def _dense(spectrum: Spectrum, steps: Floats) -> Curve:
     return Curve(Mode.CODED_DENSE, steps, error, size, np.zeros(len(steps), np.int64))
 
 
-def _hybrid(spectrum: Spectrum, steps: Floats) -> Curve | None:
+def _hybrid(spectrum: Spectrum, steps: Floats, columns: _Columns) -> Curve:
     heads = np.array([head for head in _HEADS if head <= len(spectrum.singular)])
-    if not len(heads):
-        return None
     numel = float(spectrum.rows * spectrum.cols)
-    _, error_long, error_short, bits = _columns(spectrum, steps)
+    _, error_long, error_short, bits = (part[:, : heads[-1]] for part in columns)
     # What the rounding of the head leaves joins the residual.
     left = spectrum.total - np.cumsum(spectrum.singular**2)[heads - 1]
     noise = np.cumsum(error_long + error_short, 1)[:, heads - 1]
@@ -167,22 +178,34 @@ def _hybrid(spectrum: Spectrum, steps: Floats) -> Curve | None:
     return Curve(Mode.CODED_HYBRID, steps, error[every, best], size, heads[best])
 
 
-def curves_of(spectrum: Spectrum, least_error: float) -> list[Curve]:
-    """Return the curves of all modes that a tensor can have.
+def curves_of(
+    spectrum: Spectrum, least_error: float, most_error: float | None = None
+) -> list[Curve]:
+    """Return the curves of all modes that may be the smallest ones.
 
     Args:
         spectrum: of the tensor, not zero.
         least_error: smallest squared error that matters, > 0.
+        most_error: largest one; everything may be lost where it is None.
     """
-    steps = _grid(spectrum, least_error)
-    found: list[Curve | None] = []
-    if len(spectrum.singular):
-        found.append(_factors(spectrum, steps))
+    steps = _grid(spectrum, least_error, spectrum.total if most_error is None else most_error)
+    found: list[Curve] = []
     if len(spectrum.row_energies):
         found.append(_dense(spectrum, steps))
-        if len(spectrum.singular):
-            found.append(_hybrid(spectrum, steps))
-    return [curve for curve in found if curve is not None]
+    if len(spectrum.singular):
+        columns = _columns(spectrum, steps)
+        found.append(_factors(spectrum, steps, columns))
+        if len(found) > 1 and _may_mix(found[0], found[1], most_error):
+            found.append(_hybrid(spectrum, steps, columns))
+    return found
+
+
+def _may_mix(dense: Curve, factors: Curve, error: float | None) -> bool:
+    """Tell whether a few factors and the rest may be smaller than either alone."""
+    places = [None if error is None else at_error(curve, error) for curve in (dense, factors)]
+    if places[0] is None or places[1] is None:
+        return True
+    return places[1].size > _MIXED_SHARE * places[0].size
 
 
 def at_error(curve: Curve, target: float) -> Point | None:

@@ -47,10 +47,14 @@ BITS: Floats = np.concatenate(
 )
 
 
+# The same from _FLOOR on, where rows below LOWEST lose all of themselves and cost nothing.
+_FLOOR = -640
+_LOST = 4.0 ** (np.arange(_FLOOR, LOWEST) / PER_OCTAVE)
+_LOST[0] = 0.0  # nothing at all
+_ALL_ERROR, _ALL_BITS = np.concatenate([_LOST, ERROR]), np.concatenate([0.0 * _LOST, BITS])
+
+
 def cost_of(levels: Floats) -> tuple[Floats, Floats]:
     """Return squared error in steps² and bits of a symbol, for levels of any value."""
-    index = np.rint(np.clip(levels - LOWEST, -1, len(ERROR) - 1)).astype(np.int64)
-    zero = index < 0
-    index = np.maximum(index, 0)
-    lost = 4.0 ** (np.minimum(levels, LOWEST) / PER_OCTAVE)
-    return np.where(zero, lost, ERROR[index]), np.where(zero, 0.0, BITS[index])
+    index = np.maximum(levels - (_FLOOR - 0.5), 0.0).astype(np.int32)
+    return _ALL_ERROR.take(index, mode="clip"), _ALL_BITS.take(index, mode="clip")

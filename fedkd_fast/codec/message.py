@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -206,7 +206,7 @@ class Message:
     def _paying(self) -> dict[str, Factors]:
         return {name: found for name, found in self.factors.items() if found.pays}
 
-    def _factorise(self, energy: float, budgets: list[int] | None = None) -> None:
+    def _factorise(self, energy: float, budgets: Sequence[int | None] | None = None) -> None:
         """Factorise all matrices in one call."""
         matrices = self._matrices()
         earlier = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import ModuleType
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from fedkd_fast.codec.coding import (
     STEPS,
     Coding,
+    Source,
     code_dense,
     code_factors,
     code_hybrid,
@@ -103,8 +105,14 @@ class Item:
             self.total = float(self.row_energies.sum())
         self.factors = factors
 
-    def curves(self, least_share: float) -> list[Curve]:
-        """Return what the modes cost down to an error of this share of the squared norm."""
+    @cached_property
+    def source(self) -> Source:
+        """The matrix with its factors."""
+        assert self.factors is not None
+        return Source(self.matrix, self.factors, self.total)
+
+    def curves(self, least_share: float, most_share: float | None = None) -> list[Curve]:
+        """Return what the modes cost between these shares of the squared norm."""
         factors = self.factors
         spectrum = Spectrum(
             self.matrix.shape[0],
@@ -113,7 +121,8 @@ class Item:
             np.empty(0) if factors is None else factors.sigma.double().numpy(),
             self.row_energies,
         )
-        return curves_of(spectrum, least_share * self.total)
+        most_error = None if most_share is None else most_share * self.total
+        return curves_of(spectrum, least_share * self.total, most_error)
 
 
 def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -> float:
@@ -187,8 +196,7 @@ def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType)
         return code_dense(item.dense, step)
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
-        least = finer.rank if finer else 0
-        return code_factors(item.matrix, item.factors, step, item.total, least)
+        return code_factors(item.source, step, finer.rank if finer else 0)
     assert isinstance(item.matrix, Tensor)
     rows = item.dense.shape[0]
     return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
@@ -212,7 +220,7 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
 
 def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) -> Iterator[Coding]:
     """Yield what may be the smallest coding."""
-    curves = item.curves(0.5 * allowed)
+    curves = item.curves(0.5 * allowed, 1.5 * allowed)
     places = [
         (curve, place) for curve in curves if (place := at_error(curve, allowed * item.total))
     ]
