@@ -165,11 +165,11 @@ def test_a_message_as_a_whole_is_smaller() -> None:
 
 def test_frames_and_decodings_do_not_depend_on_threads() -> None:
     before = torch.get_num_threads()
-    results = []
+    update, results = model(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            frame = Compressor(0.97).compress(model())
+            frame = Compressor(0.97).compress(update)
             results.append((frame, decompress(frame)))
     finally:
         torch.set_num_threads(before)
