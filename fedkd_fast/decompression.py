@@ -136,7 +136,8 @@ def decompress(
         relative_to: run and round of that base, where the frame names it so.
         max_bytes: refuse frames that would decode to more; decoding may take some four times that
             for a moment, where tensors have 16 bits, and 50 times that where a matrix lists nearly
-            all of its rows of one byte.
+            all of its rows of one byte, or codes each element as a row. No encoder of ours makes
+            such rows, but a small frame may hold many.
         backend: as in `Compressor`.
 
     Returns:
