@@ -67,6 +67,18 @@ def integers(seed: str, level: int, count: int) -> list[int]:
     return found
 
 
+def with_integers(entry: Entry, values: Sequence[torch.Tensor]) -> Entry:
+    """Put the stream of these integers, a matrix a segment, behind a payload that has none."""
+    levels = levels_of(entry)
+    codes, _ = reference.rans_encode(
+        values,
+        torch.ones(len(levels)),
+        torch.tensor(levels, dtype=torch.int16),
+        [0] * len(values),
+    )
+    return replace(entry, payload=bytes(entry.payload) + to_bytes(codes))
+
+
 def with_stream(entry: Entry, rows: int = 0) -> Entry:
     """Put a stream behind a payload that has none."""
     levels = levels_of(entry)
@@ -75,13 +87,7 @@ def with_stream(entry: Entry, rows: int = 0) -> Entry:
         part = [integers(f"{entry.name}{at + i}", levels[at + i], count) for i in range(number)]
         values.append(torch.tensor(part, dtype=torch.float32))
         at += number
-    codes, _ = reference.rans_encode(
-        values,
-        torch.ones(len(levels)),
-        torch.tensor(levels, dtype=torch.int16),
-        [0] * len(values),
-    )
-    return replace(entry, payload=bytes(entry.payload) + to_bytes(codes))
+    return with_integers(entry, values)
 
 
 def factors(
@@ -156,3 +162,16 @@ LANES = [
     dense("two", "float16", (2, 35000), -3000, -47, [1, 1], 0),
     dense("one", "float32", (1, 16384), -1000, -48, [1], 0),
 ]
+# The example of the specification.
+EXAMPLE_INTEGERS = [[5, -12, 3, 0, 20, -7, 60], [1, 0, -2, 9, 0, 0, 1]]
+EXAMPLE = with_integers(
+    Entry(
+        "w",
+        "float32",
+        (2, 7),
+        Mode.CODED_DENSE,
+        2,
+        wire.coded_dense_payload(-256, 52, 4, bytes([1, 14]), b""),
+    ),
+    [torch.tensor(EXAMPLE_INTEGERS, dtype=torch.float32)],
+)

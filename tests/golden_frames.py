@@ -75,6 +75,7 @@ GOLDEN: dict[str, Golden] = {
     "coded-hybrid": Golden(coded_frames.HYBRID, {"codec": "wf1"}),
     "rows-of-coded": Golden(coded_frames.ROWS, {"codec": "wf1"}),
     "coded-lanes": Golden(coded_frames.LANES, {"codec": "wf1"}),
+    "stream-example": Golden([coded_frames.EXAMPLE], {"codec": "wf1"}),
     "base-digest": Golden(all_modes(), {"codec": "wf0", "base": Base(digest=DIGEST)}),
     "base-version": Golden(all_modes(), {"codec": "wf0", "base": Base(2**40 + 5, 70_000)}),
     "base-both": Golden(all_modes(), {"codec": "wf0", "base": Base(3, 4, DIGEST)}),

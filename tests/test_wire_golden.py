@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,16 +24,6 @@ def test_golden_frame(name: str) -> None:
     assert decoded.codec == golden.how.get("codec", "raw")
     assert decoded.schema_embedded == golden.how.get("schema", True)
     assert golden.encode() == frame == encode_again(decoded)
-
-
-def test_the_example_of_the_specification_is_a_golden_frame() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "wire-format.md").read_text()
-    lines = re.findall(r"^    ([0-9a-f]{2})  ((?:[0-9a-f]{2} {1,2})+)", text, re.MULTILINE)
-    frame = b""
-    for at, digits in lines:
-        assert int(at, 16) == len(frame)
-        frame += bytes.fromhex(digits)
-    assert frame == (FOLDER / "rows-of-halves.fkd").read_bytes()
 
 
 def test_every_golden_file_is_tested() -> None:
