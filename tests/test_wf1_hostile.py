@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import struct
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_frames import FLOATING, floats, mend_hash, one, reseal, shorts, varint
 
-from fedkd_fast import WireError, decompress, wire
+from fedkd_fast import WireError, decompress, decompress_from, wire
 from fedkd_fast.codec.decode import BACKENDS
 from fedkd_fast.wire import Entry, Mode
 
@@ -92,6 +93,19 @@ def test_flips_with_right_checksums_are_refused_or_harmless() -> None:
     assert 0.02 < sum(accepted) / len(accepted) < 0.2  # scales, low bits, names, shapes
     for bit in range(0, 8 * len(FRAME), 13):
         assert same(mended(flipped(bit))) == accepted[bit]
+
+
+def test_files_are_refused_where_frames_are() -> None:
+    for bit in range(0, 8 * len(FRAME), 7):
+        frame = mended(flipped(bit))
+        wanted = decoded(frame, "native")
+        try:
+            found = dict(decompress_from(io.BytesIO(frame), max_bytes=MAX_BYTES))
+        except ValueError:
+            assert wanted is None
+            continue
+        assert wanted is not None and list(found) == list(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 CHANGES = st.tuples(
@@ -229,7 +243,7 @@ def test_tensors_without_memory_for_them_are_refused() -> None:
     said = with_little_memory(
         2**27,
         many_rows(10**8, 0, b"xx"),
-        many_rows(2_000_000, -48, bytes(132 * 32)),  # the rows of a stream that may hold them
+        many_rows(4_000_000, -48, bytes(132 * 62)),  # a stream that could hold them
         one(shorts(0, -60) + b"\0", mode=Mode.CODED_DENSE, tables=1, **square),
         one(shorts(0, -1500) + b"\1", mode=Mode.CODED_FACTORS, tables=1, **square),
         one(floats(1) + b"\1\1" + codes, mode=Mode.PACKED_FACTORS, **square),
