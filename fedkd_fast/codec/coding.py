@@ -37,7 +37,10 @@ STEPS = 16
 LARGEST = 2**22 - 1  # integer that the coder takes
 MOST_ROW_CODES = 63
 # Smaller matrices are factorised without blocks. Newton's residual is squared by the last step.
-_BLOCK, _NEWTON, _CLOSE = 32, 6, 1e-3
+_BLOCK, _NEWTON, _CLOSE = 32, 6, 2e-3
+# Numbers of a side that are few enough to form all products of their errors; of more, the products
+# of different columns are this share of the squares at most.
+_FEW, _MIXED = 1 << 15, 5e-3
 ROUNDING = 4e-6  # of the squared norm, in sums of products
 
 
@@ -137,7 +140,7 @@ class Source:
         return self._matrix.bfloat16()
 
     def products(self, sent: Tensor, multipliers: Tensor) -> Tensor:
-        """Return ``matrix · sentᵀ``, (N, K), for what short vectors times `multipliers` round to.
+        """Return ``sent · matrixᵀ``, (K, N), for what short vectors times `multipliers` round to.
 
         Of the exact vectors the products are known. Those of what was rounded off are small, and
         eight bits of them suffice.
@@ -145,11 +148,11 @@ class Source:
         rank = len(sent)
         # Two roundings: whether they are fused may depend on how threads share the elements.
         off = sent - self.short[:rank] * multipliers[:, None]
-        known: Tensor = self._long[:rank].T * (self.factors.sigma[:rank].float() * multipliers)
+        known = self._long[:rank] * (self.factors.sigma[:rank].float() * multipliers)[:, None]
         narrow = self._narrow
         if narrow is None:
-            return known + self._matrix @ off.T
-        return known.add_(narrow @ off.T.bfloat16())
+            return known.add_((self._matrix @ off.T).T)
+        return known.add_(off.bfloat16() @ narrow.T)
 
 
 def _inverse(gram: Tensor) -> Tensor | None:
@@ -200,27 +203,36 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
         return None
     scales, multipliers = columns.scales(), columns.multipliers()
     sent = (source.short[: len(scales)] * multipliers[:, None]).round_()
-    products = source.products(sent, multipliers)  # (N, K)
+    products = source.products(sent, multipliers)  # (K, N)
     gram = sent @ sent.T
     inverse = _inverse(gram)
     if inverse is None:
         return None
-    exact = products @ inverse  # (N, K)
+    exact = _almost_diagonal(inverse, products)  # (K, N)
     # |A - (X + E)·R|² = |A|² - <A·Rᵀ, X> + <E·(R·Rᵀ), E> for the X that fits A best.
-    fitted = torch.linalg.vecdot(products, exact, dim=0).double().sum()
-    exact /= scales
-    other = exact.round()
-    off = (other - exact) * scales
-    squares = torch.linalg.vecdot(off, off, dim=0).double() @ gram.diagonal().double()
-    beside = gram.fill_diagonal_(0.0)
-    if _multiplies_bfloat16():
-        mixed = torch.linalg.vecdot(off, (off.bfloat16() @ beside.bfloat16()).float(), dim=0)
+    fitted = torch.linalg.vecdot(products, exact).double().sum()
+    other = exact.div_(scales[:, None]).round()
+    off = exact.sub_(other)
+    weights = gram.diagonal().double() * scales.double().square()
+    squares = torch.linalg.vector_norm(off, dim=1).double().square() @ weights
+    if off.numel() < _FEW:
+        off *= scales[:, None]
+        beside = gram.fill_diagonal_(0.0)
+        mixed = torch.linalg.vecdot(off, beside @ off).double().sum()
     else:
-        mixed = torch.linalg.vecdot(off, off @ beside, dim=0)
-    error = source.total - float(fitted) + float(squares + mixed.double().sum())
-    fitted_side = other.T.contiguous()
-    sides = (fitted_side, sent) if source.tall else (sent, fitted_side)
+        # Errors of different columns have nothing to do with each other.
+        mixed = _MIXED * squares
+    error = float(source.total - fitted + squares + mixed)
+    sides = (other, sent) if source.tall else (sent, other)
     return _factors_coding(columns, sides, error + ROUNDING * source.total)
+
+
+def _almost_diagonal(inverse: Tensor, products: Tensor) -> Tensor:
+    """Multiply with a matrix whose entries beside the diagonal are small: these in eight bits."""
+    if not _multiplies_bfloat16():
+        return inverse @ products
+    beside = inverse.bfloat16().fill_diagonal_(0.0)
+    return (products * inverse.diagonal()[:, None]).add_(beside @ products.bfloat16())
 
 
 def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:
