@@ -19,7 +19,6 @@ constexpr std::uint16_t kGaussianTables[kRansTables][kRansStored] = {
 #include "common/gaussian_tables.inc"
 };
 
-
 template <typename Integer>
 py::bytes to_bytes(const std::vector<Integer>& numbers) {
   return py::bytes(reinterpret_cast<const char*>(numbers.data()), sizeof(Integer) * numbers.size());
