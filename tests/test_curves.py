@@ -9,7 +9,7 @@ import pytest
 import torch
 from updates import powerlaw
 
-from fedkd_fast.codec.curves import Curve, Spectrum, at_error, curves_of
+from fedkd_fast.codec.curves import SPACING, Curve, Spectrum, at_error, curves_of
 from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of
 from fedkd_fast.wire import Mode
 
@@ -57,7 +57,7 @@ def test_every_mode_reaches_the_error(share: float) -> None:
     target = share * spectrum.total
     sizes = {}
     for curve in curves_of(spectrum, 0.5 * target):
-        assert (np.diff(curve.steps) == 1).all()
+        assert (np.diff(curve.steps) == SPACING).all()
         place = at_error(curve, target)
         assert place is not None and place.error == pytest.approx(target)
         assert curve.steps[0] < place.step < curve.steps[-1]
@@ -87,7 +87,7 @@ def test_without_factors_there_is_one_mode_and_without_rows_another() -> None:
 
 
 def test_places_beyond_the_ends() -> None:
-    steps = np.arange(4.0)
+    steps = SPACING * np.arange(4)
     curve = Curve(
         Mode.CODED_DENSE,
         steps,
@@ -97,7 +97,7 @@ def test_places_beyond_the_ends() -> None:
     )
     assert at_error(curve, 0.5) is None
     last = at_error(curve, 9.0)
-    assert last is not None and (last.step, last.error, last.size) == (3.0, 8.0, 10.0)
+    assert last is not None and (last.step, last.error, last.size) == (3 * SPACING, 8.0, 10.0)
     between = at_error(curve, math.sqrt(8.0))
     assert between is not None
-    assert between.step == pytest.approx(1.5) and between.size == pytest.approx(25.0)
+    assert between.step == pytest.approx(1.5 * SPACING) and between.size == pytest.approx(25.0)

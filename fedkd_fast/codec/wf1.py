@@ -45,11 +45,12 @@ from fedkd_fast.wire import Entry, Mode, half_payload
 # Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
 # coded again where it would use less than this share of it.
 AIM, FULL_USE = 0.98, 0.95
-ATTEMPTS = 7
+ATTEMPTS = 8
 # Modes that may be this much larger than the most promising one are tried as well.
 MARGIN = 1.06
 # Where less than this may be lost, float32 sums cannot tell whether it was.
 EXACT_SHARE = 1e-3
+_STRIDE = 64  # a quarter of an octave
 _REMEMBERED = 8  # misses of the curves
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
 _USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
@@ -156,7 +157,8 @@ def meeting(
     target = allowed * item.total
     aim = AIM * target / biases[curve.mode]
     place = at_error(curve, aim)
-    best, used, coarse = None, 0.0, None
+    best: Coding | None = None
+    used, beyond = 0.0, math.inf  # the error of the best, and a step that is too coarse for it
     for attempt in range(ATTEMPTS):
         if place is None:
             break
@@ -170,18 +172,19 @@ def meeting(
             biases.note(curve.mode, error / aim)
         if used < error <= target:
             best, used = coding, error
-        elif error > target:
-            coarse = coding
+        elif best is not None:
+            beyond = min(beyond, coding.step)
         if FULL_USE * target <= error <= target:
             break
-        if best is not None and coarse is not None:
-            # Between the two a column may come or go; the columns of the finer one are kept.
-            if coarse.step - best.step < 2:
-                break
-            place = place._replace(step=0.5 * (best.step + coarse.step) / STEPS)
+        if best is None or (attempt == 0 and error <= target):
+            aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+            place = at_error(curve, aim)
             continue
-        aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
-        place = at_error(curve, aim)
+        # The curve has done what it can: from here on the columns of the best are kept.
+        if beyond - best.step < 2:
+            break
+        coarser = min(0.5 * (best.step + beyond), best.step + _STRIDE)
+        place = place._replace(step=coarser / STEPS)
     return best
 
 
