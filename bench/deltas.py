@@ -1,7 +1,7 @@
 """Updates of real models, round by round: what the bench of truncated_svd runs on.
 
     python bench/deltas.py --data PATH [--mentor PATH_OR_NAME] [--cache DIR] [--spectra FILE]
-                           [--optimizers adam sgd] [--seeds 0 1 2]
+                           [--models minilm bert] [--optimizers adam sgd] [--seeds 0 1 2]
 
 trains once, keeps the updates outside the repository and prints what they are like. Where nobody
 has trained, `load` builds matrices with the same spectra and the same kinship of rounds, of Adam
@@ -246,9 +246,10 @@ def write_spectra(target: Path, cache: Path) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def recipes(optimizers: Iterable[str], seeds: Iterable[int]) -> list[Recipe]:
+def recipes(
+    optimizers: Iterable[str], seeds: Iterable[int], models: Iterable[str] = (*MODELS, EMBEDDING)
+) -> list[Recipe]:
     """List what to train; first those with the first seed, for each may take minutes."""
-    models = [*MODELS, EMBEDDING]
     return [
         Recipe(what, optimizer, seed)
         for seed in seeds
@@ -311,10 +312,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--spectra", type=Path, help="write what stands for the matrices to this file"
     )
+    models = [*MODELS, EMBEDDING]
+    parser.add_argument("--models", nargs="+", default=models, choices=models)
     parser.add_argument("--optimizers", nargs="+", default=["adam"], choices=OPTIMIZERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args(argv)
-    wanted = recipes(arguments.optimizers, arguments.seeds)
+    wanted = recipes(arguments.optimizers, arguments.seeds, arguments.models)
     torch.set_num_threads(1)  # other thread counts sum in another order
     try:
         make_missing(arguments.data, arguments.mentor, arguments.cache, wanted)

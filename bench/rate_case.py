@@ -7,6 +7,7 @@ the matrix that a receiver would have; whether that meets the share is for the c
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from torch import Tensor
 
 SCALE_BYTES = 4  # of one float32
 # How close to what is allowed a search has to come, and how often it may try.
-AIM, CLOSE_ENOUGH, ATTEMPTS = 0.9995, 0.998, 40
+AIM, CLOSE_ENOUGH, ATTEMPTS = 0.999, 0.998, 40
+TINY = 1e-12
 
 
 class Coded(NamedTuple):
@@ -43,7 +45,7 @@ class Case:
 
     def share(self, decoded: Tensor) -> float:
         """Return the lost share of the squared norm: the relative error, squared."""
-        return float((self.matrix - decoded).double().square().sum()) / self.total
+        return float((self.matrix - decoded).square().sum(dtype=torch.float64)) / self.total
 
 
 Codec = Callable[[Case, float], Coded | None]  # None: the codec does not get that near
@@ -79,6 +81,7 @@ def by_step(
     # A uniform quantiser loses a twelfth of its squared step.
     step = (12 * AIM * allowed * case.total / case.matrix.numel()) ** 0.5
     best, nearest = None, 0.0
+    power, before = 2.0, (0.0, 0.0)
     for _ in range(ATTEMPTS):
         decoded, size_up = attempt(step)
         share = case.share(decoded)
@@ -86,6 +89,11 @@ def by_step(
             best, nearest = size_up, share
         if CLOSE_ENOUGH * allowed <= share <= allowed:
             break
-        # The share grows with the step to the power of 2 or less, so these corrections converge.
-        step *= min(2.0, (AIM * allowed / max(share, 1e-12)) ** 0.5)
+        # The share grows as a power of the step, of 2 where steps are fine, that two tries show.
+        point = math.log(step), math.log(max(share, TINY))
+        if before != (0.0, 0.0) and point[0] != before[0]:
+            slope = (point[1] - before[1]) / (point[0] - before[0])
+            power = min(3.0, max(0.5, slope))
+        before = point
+        step *= min(2.0, (AIM * allowed / max(share, TINY)) ** (1 / power))
     return best() if best is not None else None

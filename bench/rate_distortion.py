@@ -4,7 +4,8 @@
 
 runs on the real updates that are there: `python bench/deltas.py --data PATH --optimizers adam sgd
 --seeds 0 1 2` makes them. Ours are whole frames, headers and all; peers are payloads with the side
-information that decoding needs, without any header. With --keep-peers only ours are measured again.
+information that decoding needs, without any header. With --keep-peers only ours are measured again,
+and sets that the file lacks.
 """
 
 from __future__ import annotations
@@ -197,6 +198,12 @@ def there(wanted: Iterable[str] | None) -> list[deltas.Recipe]:
     return [by_name[name] for name in wanted]
 
 
+def write(target: Path, result: Record) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as part:
+        part.write_text(json.dumps(result) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -204,7 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", help="minilm, bert-sgd-s1, …; default: all there are")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument(
-        "--keep-peers", action="store_true", help="take peers from the file that --out names"
+        "--keep-peers",
+        action="store_true",
+        help="take the peers of sets that the file has from it: one run can go on where one ended",
     )
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)
@@ -220,26 +229,24 @@ def main(argv: list[str] | None = None) -> None:
     result: Record = {
         "command": f"python bench/rate_distortion.py {shlex.join(given)}",
         "provenance": provenance,
-        "peers_provenance": before["peers_provenance"] if arguments.keep_peers else provenance,
         "notes": NOTES,
         "not_installed": before["not_installed"] if arguments.keep_peers else absent,
         "sets": {},
     }
     for recipe in recipes:
         began, update = time.monotonic(), deltas.last_update(recipe)
-        if arguments.keep_peers:
-            if str(recipe) not in before["sets"]:
-                continue
-            found = before["sets"][str(recipe)]
-            add_ours([Case(name, matrix) for name, matrix in update.items()], found)
-        else:
+        found = before["sets"].get(str(recipe)) if arguments.keep_peers else None
+        if found is None:
             found = measure(update, arguments.targets, peers, points)
+            found["peers_commit"] = provenance["commit"]
+        else:
+            add_ours([Case(name, matrix) for name, matrix in update.items()], found)
         result["sets"][str(recipe)] = describe(recipe, update) | found
         print(f"{recipe}: {time.monotonic() - began:.0f} s", flush=True)
-        # Sets take minutes: what there is is kept after each.
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(arguments.out) as part:
-            part.write_text(json.dumps(result) + "\n")
+        # Sets take minutes, so what there is is kept after each; the others' peers too, to go on.
+        others = before["sets"] if arguments.keep_peers else {}
+        write(arguments.out, result | {"sets": others | result["sets"]})
+    write(arguments.out, result)
     show(result)
 
 

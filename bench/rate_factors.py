@@ -88,7 +88,10 @@ def rounded(case: Case, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def dense_rows(case: Case, allowed: float, bits: int) -> Coded | None:
     """Round the matrix itself, each row at a scale of its own."""
     rows, cols = case.matrix.shape
-    decoded = to_levels(case.matrix, bits)
+    key = ("dense", bits)
+    if key not in case.shared:
+        case.shared[key] = to_levels(case.matrix, bits)
+    decoded: Tensor = case.shared[key]
     size = rows * (-(-bits * cols // 8) + SCALE_BYTES)
     return Coded(size, decoded, f"{DENSE} int{bits}") if case.share(decoded) <= allowed else None
 
