@@ -44,7 +44,7 @@ NOTES = [
     "above 1; of ours with one step for all, that of all matrices together",
     "fp32_factors_over_this: bytes of FedKD's float32 factors over bytes of this, on the same set",
     "ideal entropy: empirical, of the integers of each matrix, with tables free of charge: a bound "
-    "for real coders; of QSGD and top-k indices too",
+    "for coders with the same contexts; zstd, which finds others, may go below",
     "FedKD's factors fall back to the matrix in the same precision where that is smaller; integers "
     "have the scales and clips that lose least, and 8 bits where fewer do not reach the target",
     "EDEN: mixes two widths by rows; its scale is the one of least squares, not the unbiased one",
