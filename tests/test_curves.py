@@ -10,7 +10,7 @@ import torch
 from updates import powerlaw
 
 from fedkd_fast.codec.curves import SPACING, Curve, Spectrum, at_error, curves_of
-from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of
+from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of, shrink
 from fedkd_fast.wire import Mode
 
 # Samples of a Gaussian: mean squares and mean code lengths are off by a few parts of the root.
@@ -23,7 +23,8 @@ def test_gaussian_rows_cost_what_the_table_says(level: int) -> None:
     generator = torch.Generator().manual_seed(level + 100)
     values = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
     values *= 2.0 ** (level / PER_OCTAVE)
-    whole = values.round()
+    ratio = torch.tensor(2.0 ** (level / PER_OCTAVE), dtype=torch.float64)
+    whole = (values * shrink(ratio)).round()
     error = float((values - whole).square().mean())
     assert error == pytest.approx(ERROR[level - LOWEST], rel=NOISE)
     _, counts = whole.unique(return_counts=True)

@@ -2,7 +2,7 @@
 
 A row of n numbers and squared norm e is coded with one step Δ. Its level is the ratio of its
 standard deviation to the step, r = ``√(e / n) / Δ``, as ``log2(r)`` in sixteenths of an octave; it
-also chooses the table of the entropy coder (`fedkd_fast.ops.rans_encode`). Numbers are multiplied by
+also chooses the table of the entropy coder (`ops.rans_encode`). Numbers are multiplied by
 ``1 - 1/(12 r²)`` before they are rounded to a multiple of Δ: where two of these are about as near,
 the smaller one is cheaper. It is what minimises error plus bits where a bit is worth
 ``Δ²/6 · ln 2``, as it is at this step. These tables only steer the encoder: nothing on the wire
