@@ -45,8 +45,9 @@ fuzz: $(VENV)/.dev
 	@command -v clang++ >/dev/null || { echo "clang++ is missing: apt install clang"; exit 1; }
 	@mkdir -p $(FUZZ)/corpus $(FUZZ)/found
 	PYTHONPATH=. $(BIN)/python tests/fuzz_corpus.py $(FUZZ)/corpus
-	clang++ -std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all \
-	  -fsanitize=fuzzer,address,undefined -Icsrc tests/native/fuzz_wire.cpp csrc/wire/*.cpp -o $(FUZZ)/wire
+	clang++ -std=c++17 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-sanitize-recover=all \
+	  -fsanitize=fuzzer,address,undefined -Icsrc tests/native/fuzz_wire.cpp csrc/wire/*.cpp \
+	  csrc/cpu/rans.cpp csrc/cpu/rans_avx512.cpp -o $(FUZZ)/wire
 	$(FUZZ)/wire -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 -timeout=10 \
 	  -print_final_stats=1 -artifact_prefix=$(FUZZ)/ $(FUZZ)/found $(FUZZ)/corpus
 

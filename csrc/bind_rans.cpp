@@ -173,20 +173,6 @@ RansEncoded encode_on_cpu(const RansLayout& layout, const std::vector<RansSource
   return {codes, std::move(starts)};
 }
 
-// Where each chunk begins, and where the last one ends; false where a stream's table does not fit.
-bool read_table(const uint8_t* stream, int64_t size, const RansLayout::Stream& layout,
-                int64_t* begins) {
-  const uint8_t* table = stream + layout.low_bytes;
-  int64_t at = layout.head_bytes();
-  for (int64_t c = layout.begin; c < layout.end; ++c, table += 4) {
-    *begins++ = at;
-    for (int byte = 0; byte < 4; ++byte) at += int64_t{table[byte]} << (8 * byte);
-    if (at > size) return false;
-  }
-  *begins = at;
-  return at == size;
-}
-
 // Of each chunk.
 std::vector<RansFault> decode_on_cpu(const RansLayout& layout,
                                      const std::vector<RansTarget>& pieces,
@@ -199,7 +185,7 @@ std::vector<RansFault> decode_on_cpu(const RansLayout& layout,
     const RansLayout::Stream& stream = layout.streams[s];
     const int64_t start = codes.starts[s];
     std::vector<int64_t> places(static_cast<size_t>(stream.end - stream.begin) + 1);
-    readable[s] = read_table(in + start, codes.starts[s + 1] - start, stream, places.data());
+    readable[s] = rans_read_table(in + start, codes.starts[s + 1] - start, stream, places.data());
     for (int64_t c = stream.begin; c < stream.end; ++c) {
       begins[static_cast<size_t>(c)] = start + places[static_cast<size_t>(c - stream.begin)];
       ends[static_cast<size_t>(c)] = start + places[static_cast<size_t>(c - stream.begin) + 1];

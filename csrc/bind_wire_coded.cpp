@@ -18,6 +18,7 @@ namespace {
 constexpr std::uint16_t kGaussianTables[kRansTables][kRansStored] = {
 #include "common/gaussian_tables.inc"
 };
+static_assert(kMaxLevel == kRansMostLevel, "the format admits the levels that the coder takes");
 
 template <typename Integer>
 py::bytes to_bytes(const std::vector<Integer>& numbers) {

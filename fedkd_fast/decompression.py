@@ -82,9 +82,11 @@ def _naming(entry: Entry) -> Iterator[None]:
     """Name the tensor that memory did not suffice for."""
     try:
         yield
-    except RuntimeError as error:
-        # torch has no error of its own for this.
-        if "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch has no error of its own for this. From inside of an op, its allocator is called
+        # through the dispatcher, which does not say what failed; the ops call it for nothing else.
+        words = ("allocate", "torch_call_dispatcher")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
 
@@ -134,7 +136,8 @@ def decompress(
         relative_to: run and round of that base, where the frame names it so.
         max_bytes: refuse frames that would decode to more; decoding may take some four times that
             for a moment, where tensors have 16 bits, and 50 times that where a matrix lists nearly
-            all of its rows of one byte.
+            all of its rows of one byte, or codes each element as a row. No encoder of ours makes
+            such rows, but a small frame may hold many.
         backend: as in `Compressor`.
 
     Returns:

@@ -19,7 +19,7 @@ CONTROLS = {"plain": 2, "mended": 3}  # wire_target.h: 1 mends checksums, 2 pass
 
 def seeds() -> dict[str, bytes]:
     """Frames by name."""
-    golden = {path.stem: path.read_bytes() for path in sorted(FOLDER.iterdir())}
+    golden = {path.stem: path.read_bytes() for path in sorted(FOLDER.glob("*.fkd"))}
     coded = {f"coded-{entry.name}": wire.encode([entry], codec="wf1") for entry in coded_modes()}
     return golden | coded
 

@@ -1,20 +1,26 @@
 """What the frames in tests/golden hold. A golden file never changes: it is what readers will read.
 
-`python tests/golden_frames.py` writes the files that are missing, and no others.
+`python tests/golden_frames.py` writes the files that are missing, and no others. `outputs.json` has
+a digest of what each frame decodes to, which never changes either.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import coded_frames
 from wire_frames import all_modes, coded_modes, floats, rows_in_all_modes, rows_payload
 
 from fedkd_fast import wire
+from fedkd_fast.decompression import decode_frame
+from fedkd_fast.tensors import digest_of
 from fedkd_fast.wire import Base, Entry, Mode
 
 FOLDER = Path(__file__).parent / "golden"
+OUTPUTS = FOLDER / "outputs.json"
 DIGEST = bytes(range(16))
 
 
@@ -64,6 +70,11 @@ GOLDEN: dict[str, Golden] = {
         ],
         {"codec": "wf1"},
     ),
+    "coded-factors": Golden(coded_frames.FACTORS, {"codec": "wf1"}),
+    "coded-dense": Golden(coded_frames.DENSE, {"codec": "wf1"}),
+    "coded-hybrid": Golden(coded_frames.HYBRID, {"codec": "wf1"}),
+    "rows-of-coded": Golden(coded_frames.ROWS, {"codec": "wf1"}),
+    "coded-lanes": Golden(coded_frames.LANES, {"codec": "wf1"}),
     "base-digest": Golden(all_modes(), {"codec": "wf0", "base": Base(digest=DIGEST)}),
     "base-version": Golden(all_modes(), {"codec": "wf0", "base": Base(2**40 + 5, 70_000)}),
     "base-both": Golden(all_modes(), {"codec": "wf0", "base": Base(3, 4, DIGEST)}),
@@ -71,13 +82,24 @@ GOLDEN: dict[str, Golden] = {
 }
 
 
+def output_of(name: str, backend: str = "native") -> str:
+    """Digest of names, dtypes, shapes and elements that a golden file decodes to."""
+    schema = {entry.name: entry for entry in GOLDEN[name].entries}
+    frame = (FOLDER / f"{name}.fkd").read_bytes()
+    return digest_of(decode_frame(frame, schema, backend=backend)[0]).hex()
+
+
 def write_missing() -> None:
-    """Write the files that are not there."""
+    """Write the files and the digests that are not there."""
     FOLDER.mkdir(exist_ok=True)
+    outputs = json.loads(OUTPUTS.read_text()) if OUTPUTS.exists() else {}
     for name, golden in GOLDEN.items():
         path = FOLDER / f"{name}.fkd"
         if not path.exists():
             path.write_bytes(golden.encode())
+        if name not in outputs:
+            outputs[name] = output_of(name)
+    OUTPUTS.write_text(json.dumps(outputs, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

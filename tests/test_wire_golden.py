@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from golden_frames import FOLDER, GOLDEN
+import torch
+from golden_frames import FOLDER, GOLDEN, OUTPUTS, output_of
 from wire_frames import encode_again
 
 from fedkd_fast import wire
+from fedkd_fast.codec.decode import BACKENDS
+from fedkd_fast.wire import Mode
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -35,13 +39,24 @@ def test_the_example_of_the_specification_is_a_golden_frame() -> None:
 
 
 def test_every_golden_file_is_tested() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.fkd" for name in GOLDEN}
+    files = {path.name for path in FOLDER.iterdir()}
+    assert files == {OUTPUTS.name, *(f"{name}.fkd" for name in GOLDEN)}
 
 
-def test_golden_frames_have_every_mode_without_entropy_coding() -> None:
-    modes = {entry.mode for golden in GOLDEN.values() for entry in golden.entries}
-    assert modes >= set(wire.Mode) - {
-        wire.Mode.CODED_FACTORS,
-        wire.Mode.CODED_DENSE,
-        wire.Mode.CODED_HYBRID,
-    }
+def test_golden_frames_have_every_mode_alone_and_as_rows() -> None:
+    entries = [entry for golden in GOLDEN.values() for entry in golden.entries]
+    assert {entry.mode for entry in entries} == set(Mode)
+    nested = {wire.rows_parts(entry).rows.mode for entry in entries if entry.mode is Mode.ROWS}
+    assert nested == set(Mode) - {Mode.ZERO, Mode.ALIAS, Mode.ROWS}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_golden_frames_decode_to_the_same_bits(threads: int, backend: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = {name: output_of(name, backend) for name in GOLDEN}
+    finally:
+        torch.set_num_threads(before)
+    assert found == json.loads(OUTPUTS.read_text())

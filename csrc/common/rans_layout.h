@@ -80,4 +80,20 @@ struct RansLayout {
   }
 };
 
+// Where each chunk of a stream begins, and where the last one ends; false where its chunk table
+// does not add up to its size, which is at least head_bytes. `begins` holds a place more than
+// chunks.
+inline bool rans_read_table(const uint8_t* bytes, int64_t size, const RansLayout::Stream& stream,
+                            int64_t* begins) {
+  const uint8_t* table = bytes + stream.low_bytes;
+  int64_t at = stream.head_bytes();
+  for (int64_t c = stream.begin; c < stream.end; ++c, table += 4) {
+    *begins++ = at;
+    for (int byte = 0; byte < 4; ++byte) at += int64_t{table[byte]} << (8 * byte);
+    if (at > size) return false;
+  }
+  *begins = at;
+  return at == size;
+}
+
 }  // namespace fedkd_fast

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +15,12 @@ from fedkd_fast import wire
 from fedkd_fast.codec.coding import Ints, decoded_values, scales_of
 from fedkd_fast.codec.common import TORCH_DTYPES, from_bytes, matrix_shape
 from fedkd_fast.codec.rows import placed, split
+from fedkd_fast.reference_rans import CHUNK, FIRST_LEVEL
 from fedkd_fast.wire import Entry, Mode, WireError
 
 BACKENDS = ("native", "reference")
+
+CHUNK_HEAD = 4 + 4 * 4  # bytes: of each chunk its size, and a state for each of four lanes or more
 
 
 def backend_named(name: str) -> ModuleType:
@@ -111,6 +116,14 @@ def unpacked_levels(codes: Tensor, widths: Tensor, count: int, backend: ModuleTy
     return levels
 
 
+class _Segment(NamedTuple):
+    """Rows of a stream."""
+
+    levels: Ints
+    length: int
+    scale: Tensor  # of each row
+
+
 def _coded(entry: Entry, backend: ModuleType) -> Parts:
     sides: list[int] = []
     if entry.mode is not Mode.CODED_DENSE:
@@ -132,21 +145,50 @@ def _coded(entry: Entry, backend: ModuleType) -> Parts:
         rows.append(len(parts.codes))
         sides.append(math.prod(entry.shape) // len(parts.codes))
     scales = scales_of(entry.mode, step, sigmas)
-    expanded = [scale.expand(count) for scale, count in zip(scales, rows, strict=True)]
+    split_levels = np.split(np.asarray(levels), np.cumsum(rows)[:-1])
+    segments = [
+        _Segment(part, side, scale.expand(len(part)))
+        for part, side, scale in zip(split_levels, sides, scales, strict=True)
+    ]
     try:
-        values = backend.rans_decode(
-            from_bytes(stream, torch.uint8),
-            torch.tensor([len(stream)]),
-            torch.cat(expanded),
-            torch.from_numpy(np.asarray(levels)),
-            rows,
-            sides,
-            [0] * len(rows),
-        )
+        values = _stream_values(stream, segments, backend)
     except RuntimeError as error:
-        if "corrupt" not in str(error):
+        _, corrupt, rule = str(error).partition("corrupt: ")
+        if not corrupt:
             raise
-        raise WireError(f"tensor {entry.name!r}: {error}") from None
+        raise WireError(f"tensor {entry.name!r}: its stream is corrupt: {rule}") from None
     if entry.mode is Mode.CODED_FACTORS:
         return values[0], values[1]
     return decoded_values(entry.mode, entry.shape, values, backend)
+
+
+def _stream_values(
+    stream: memoryview, segments: Sequence[_Segment], backend: ModuleType
+) -> list[Tensor]:
+    """Decode the rows of a stream.
+
+    The coder lays rows out before it looks at their bytes. What takes no bytes is kept from it, so
+    that a few bytes cannot make it lay out many rows.
+    """
+    coded = [int(np.count_nonzero(s.levels >= FIRST_LEVEL)) for s in segments]
+    symbols = sum(count * s.length for count, s in zip(coded, segments, strict=True))
+    if len(stream) < CHUNK_HEAD * -(-symbols // CHUNK) or (stream and not symbols):
+        raise RuntimeError(f"corrupt: it has {symbols} symbols in {len(stream)} bytes")
+    sent = [s for count, s in zip(coded, segments, strict=True) if count]
+    decoded = iter(
+        backend.rans_decode(
+            from_bytes(stream, torch.uint8),
+            torch.tensor([len(stream)]),
+            torch.cat([s.scale for s in sent]),
+            torch.from_numpy(np.concatenate([s.levels for s in sent])),
+            [len(s.levels) for s in sent],
+            [s.length for s in sent],
+            [0] * len(sent),
+        )
+        if sent
+        else ()
+    )
+    return [
+        next(decoded) if count else torch.zeros(len(s.levels), s.length)
+        for count, s in zip(coded, segments, strict=True)
+    ]
