@@ -1,7 +1,7 @@
-// Quantised factor packing on the CPU: codes to bit stream, back, and the fixed-order product.
+// Quantised factor packing on the CPU: the portable path, the choice of a path, and the fixed-order
+// product.
 //
-// Packing moves 4 bytes in and bits/8 out per value and does a handful of operations: it is bound
-// by memory. reconstruct does 2·P·Q·K operations; the tile below keeps a panel of `right` in L1 and
+// reconstruct does 2·P·Q·K operations; the tile below keeps a panel of `right` in L1 and
 // rows of accumulators in registers. Splitting K into chunks stores and reloads fp32 accumulators,
 // which is exact, so the order of additions stays k ascending.
 
@@ -9,8 +9,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "common/quantise.h"
-#include "kernels.h"
+#include "cpu/pack_factors_parts.h"
 
 namespace fedkd_fast::cpu {
 namespace {
@@ -58,6 +57,43 @@ void read_bits(const uint8_t* in, int64_t count, int bits, uint32_t* codes) {
   }
 }
 
+void pack_row_portable(const float* values, int64_t count, float scale, int bits, uint8_t* codes) {
+  uint32_t block[kBlock];
+  const float inverse = inverse_step(scale);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = std::min(kBlock, count - first);
+    quantise_block(values + first, size, inverse, bits, block);
+    codes += write_bits(block, size, bits, codes);
+  }
+}
+
+void unpack_row_portable(const uint8_t* codes, const uint8_t*, int64_t count, float scale, int bits,
+                         float* values) {
+  uint32_t block[kBlock];
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = std::min(kBlock, count - first);
+    read_bits(codes, size, bits, block);
+    dequantise_block(block, size, scale, bits, values + first);
+    codes += packed_bytes(size, bits);
+  }
+}
+
+using PackRow = void (*)(const float*, int64_t, float, int, uint8_t*);
+using UnpackRow = void (*)(const uint8_t*, const uint8_t*, int64_t, float, int, float*);
+
+struct Path {
+  PackRow pack;
+  UnpackRow unpack;
+};
+
+Path choose_path([[maybe_unused]] Packing most) {
+#ifdef FEDKD_X86_VECTORS
+  if (most >= Packing::kAvx512 && has_avx512_packing()) return {pack_row_avx512, unpack_row_avx512};
+  if (most >= Packing::kAvx2 && has_avx2_packing()) return {pack_row_avx2, unpack_row_avx2};
+#endif
+  return {pack_row_portable, unpack_row_portable};
+}
+
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 32;
 constexpr int64_t kChunk = 192;  // 192 × 32 floats = 24 KiB of `right` in L1
@@ -100,36 +136,22 @@ void multiply_panel(const float* left, int64_t rows_total, const float* panel, i
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
                   const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
-                  int64_t end) {
-  uint32_t block[kBlock];
-  for (int64_t k = begin; k < end; ++k) {
-    if (bits[k] == 0) continue;
-    const float inverse = inverse_step(scale[k]);
-    uint8_t* out = codes + offsets[k];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t size = std::min(kBlock, count - first);
-      quantise_block(values + k * row_stride + first, size, inverse, bits[k], block);
-      out += write_bits(block, size, bits[k], out);
-    }
-  }
+                  int64_t end, Packing most) {
+  const PackRow pack = choose_path(most).pack;
+  for (int64_t k = begin; k < end; ++k)
+    if (bits[k] != 0) pack(values + k * row_stride, count, scale[k], bits[k], codes + offsets[k]);
 }
 
 void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
-                    const int64_t* offsets, float* values, int64_t begin, int64_t end) {
-  uint32_t block[kBlock];
+                    const int64_t* offsets, float* values, int64_t begin, int64_t end,
+                    Packing most) {
+  const UnpackRow unpack = choose_path(most).unpack;
   for (int64_t k = begin; k < end; ++k) {
     float* row = values + k * count;
-    if (bits[k] == 0) {
+    if (bits[k] == 0)
       std::fill_n(row, count, 0.0f);
-      continue;
-    }
-    const uint8_t* in = codes + offsets[k];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t size = std::min(kBlock, count - first);
-      read_bits(in, size, bits[k], block);
-      dequantise_block(block, size, scale[k], bits[k], row + first);
-      in += packed_bytes(size, bits[k]);
-    }
+    else
+      unpack(codes + offsets[k], codes + offsets[end], count, scale[k], bits[k], row);
   }
 }
 
