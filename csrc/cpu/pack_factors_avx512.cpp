@@ -5,6 +5,7 @@
 // code's bytes by a permutation and reads the level as the mantissa of a float.
 
 #include <array>
+#include <cstring>
 
 #include "cpu/pack_factors_parts.h"
 
@@ -16,9 +17,7 @@
 namespace fedkd_fast::cpu {
 namespace {
 
-constexpr int kLanes = 16;      // floats of a vector
-constexpr int kByteGroup = 64;  // codes joined at a time
-constexpr int kWordGroup = 32;
+constexpr int kLanes = 16;  // floats of a vector
 constexpr __mmask16 kAll = 0xffff;
 
 FEDKD_FORMULA uint64_t ones(int64_t count) {
@@ -46,40 +45,8 @@ FEDKD_FORMULA __m512i pair(int lower, int upper) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// Quadwords of `bits` bytes, without gaps.
-constexpr std::array<Bytes, kByteBits> byte_squeezes() {
-  std::array<Bytes, kByteBits> tables{};
-  for (int bits = 1; bits < kByteBits; ++bits)
-    for (int byte = 0; byte < 8 * bits; ++byte)
-      tables[bits].at[byte] = static_cast<uint8_t>(byte / bits * 8 + byte % bits);
-  return tables;
-}
-constexpr std::array<Bytes, kByteBits> kByteSqueezes = byte_squeezes();
-
-// Two quadwords of `bits` / 2 bytes; where that is not whole, both have a part of the byte between.
-struct WordSqueeze {
-  Bytes lower, upper;
-  uint64_t lower_bytes, upper_bytes;
-};
-constexpr std::array<WordSqueeze, kMaxCodeBits + 1> word_squeezes() {
-  std::array<WordSqueeze, kMaxCodeBits + 1> tables{};
-  for (int bits = kByteBits + 1; bits <= kMaxCodeBits; ++bits) {
-    WordSqueeze& table = tables[bits];
-    for (int byte = 0; byte < kWordGroup / 8 * bits; ++byte) {
-      const int lane = byte / bits * 16, inside = byte % bits;
-      if (2 * inside < bits) {
-        table.lower.at[byte] = static_cast<uint8_t>(lane + inside);
-        table.lower_bytes |= uint64_t{1} << byte;
-      }
-      if (2 * inside + 1 >= bits) {
-        table.upper.at[byte] = static_cast<uint8_t>(lane + 8 + inside - bits / 2);
-        table.upper_bytes |= uint64_t{1} << byte;
-      }
-    }
-  }
-  return tables;
-}
-constexpr std::array<WordSqueeze, kMaxCodeBits + 1> kWordSqueezes = word_squeezes();
+// Far enough for the next page's first line to come in time.
+constexpr int kAhead = 1024;
 
 struct Quantiser {
   Quantiser(const float* values, float scale, int bits)
@@ -87,11 +54,16 @@ struct Quantiser {
         inverse(_mm512_set1_ps(inverse_step(scale))),
         largest(_mm512_set1_ps(static_cast<float>((1 << (bits - 1)) - 1))) {}
 
-  // Saturated above; below, and for NaN, an integer that saturates in the packs that follow.
+  FEDKD_FORMULA __m512 quotients(int64_t i, __mmask16 lanes) const {
+    _mm_prefetch(reinterpret_cast<const char*>(values + i + kAhead), _MM_HINT_T0);
+    return _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, values + i), inverse);
+  }
+
+  // Clamped above; below, and for NaN, an integer that saturates in the packs that follow.
   FEDKD_FORMULA __m512i cells(int64_t i, __mmask16 lanes) const {
-    const __m512 cell = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, values + i), inverse);
     // In this order of operands NaN stays, and no integer is the most negative one.
-    return _mm512_maskz_cvt_roundps_epi32(kAll, _mm512_maskz_min_ps(kAll, largest, cell),
+    return _mm512_maskz_cvt_roundps_epi32(kAll,
+                                          _mm512_maskz_min_ps(kAll, largest, quotients(i, lanes)),
                                           _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   }
 
@@ -99,90 +71,142 @@ struct Quantiser {
   __m512 inverse, largest;
 };
 
-struct BytePacker {
-  BytePacker(const float* values, float scale, int bits)
-      : quantiser(values, scale, bits),
-        bits(bits),
-        half(_mm512_set1_epi8(static_cast<char>(1 << (bits - 1)))),
-        smallest(_mm512_sub_epi8(_mm512_setzero_si512(), half)),
-        order(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)),
-        pairs(_mm512_set1_epi16(static_cast<int16_t>(1 | 256 << bits))),
-        fours(_mm512_set1_epi32(1 | 65536 << (2 * bits % 16))),
-        shifts(pair(32 - 4 * bits, 0)),
-        shift(_mm_cvtsi32_si128(32 - 4 * bits)),
-        squeeze(load(kByteSqueezes[bits % kByteBits])) {}
+// Where `packs` leave four bytes of vector k: in lane 4 · L + k, L counting lanes of 16 bytes.
+constexpr int packed_lane(int four) { return four % 4 * 4 + four / 4; }
 
-  FEDKD_FORMULA void group(int64_t i, int64_t left, uint8_t* out) const {
+// Closes gaps: of quadwords, or, where four codes are whole bytes, of doublewords as `packs` left
+// them.
+template <int kBits>
+constexpr Bytes byte_squeeze() {
+  constexpr int kSize = kBits % 2 == 0 ? kBits / 2 : kBits;
+  Bytes table{};
+  for (int byte = 0; byte < 8 * kBits; ++byte) {
+    const int from = byte / kSize, inside = byte % kSize;
+    const int start = kBits % 2 == 0 ? 4 * packed_lane(from) : 8 * from;
+    table.at[byte] = static_cast<uint8_t>(start + inside);
+  }
+  return table;
+}
+
+// Codes of 1 to 8 bits.
+template <int kBits>
+struct BytePacker {
+  static constexpr int kGroup = 64;
+  static constexpr int kWidth = kBits;
+  static constexpr Bytes kSqueeze = byte_squeeze<kBits>();
+
+  FEDKD_FORMULA static void group(const Quantiser& quantiser, int64_t i, int64_t left,
+                                  uint8_t* out) {
+    const __mmask64 stored = ones(packed_bytes(left, kBits));
+    if constexpr (kBits == 1) {
+      uint64_t codes = 0;
+      for (int k = 0; k < 4; ++k) {
+        const __mmask16 lanes = lanes_of(left - k * kLanes);
+        const __m512 quotients = quantiser.quotients(i + k * kLanes, lanes);
+        codes |=
+            uint64_t{_mm512_mask_cmp_ps_mask(lanes, quotients, _mm512_setzero_ps(), _CMP_GE_OQ)}
+            << (k * kLanes);
+      }
+      std::memcpy(out, &codes, static_cast<size_t>(packed_bytes(left, 1)));
+      return;
+    }
+    const __m512i half = _mm512_set1_epi8(static_cast<char>(1 << (kBits - 1)));
     __m512i part[4];
     for (int k = 0; k < 4; ++k)
       part[k] = quantiser.cells(i + k * kLanes, lanes_of(left - k * kLanes));
     __m512i codes = _mm512_packs_epi16(_mm512_packs_epi32(part[0], part[1]),
                                        _mm512_packs_epi32(part[2], part[3]));
-    codes = _mm512_maskz_permutexvar_epi32(kAll, order, codes);
-    codes = _mm512_maskz_add_epi8(ones(left), _mm512_max_epi8(codes, smallest), half);
-    if (bits < kByteBits) {
+    if constexpr (kBits < 8)
+      codes = _mm512_max_epi8(codes, _mm512_sub_epi8(_mm512_setzero_si512(), half));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    if (kBits % 2 != 0 || kBits == 8 || left < kGroup)
+      codes = _mm512_maskz_permutexvar_epi32(kAll, order, codes);
+    codes = _mm512_maskz_add_epi8(ones(left), codes, half);
+    if constexpr (kBits < 8) {
+      const __m512i pairs = _mm512_set1_epi16(static_cast<int16_t>(1 | 256 << kBits));
+      const __m512i fours = _mm512_set1_epi32(1 | 65536 << 2 * kBits);
       codes = _mm512_madd_epi16(_mm512_maddubs_epi16(pairs, codes), fours);
-      codes = _mm512_maskz_srl_epi64(0xff, _mm512_maskz_sllv_epi32(kAll, codes, shifts), shift);
-      codes = _mm512_maskz_permutexvar_epi8(~uint64_t{0}, squeeze, codes);
+      if constexpr (kBits % 2 != 0)
+        codes = _mm512_maskz_srli_epi64(
+            0xff, _mm512_maskz_sllv_epi32(kAll, codes, pair(32 - 4 * kBits, 0)), 32 - 4 * kBits);
+      else if (left < kGroup)
+        codes = _mm512_maskz_permutexvar_epi32(kAll, order, codes);
+      codes = _mm512_maskz_permutexvar_epi8(~uint64_t{0}, load(kSqueeze), codes);
     }
-    _mm512_mask_storeu_epi8(out, ones(packed_bytes(left, bits)), codes);
+    _mm512_mask_storeu_epi8(out, stored, codes);
   }
-
-  Quantiser quantiser;
-  int bits;
-  __m512i half, smallest, order, pairs, fours, shifts;
-  __m128i shift;
-  __m512i squeeze;
 };
 
-struct WordPacker {
-  WordPacker(const float* values, float scale, int bits)
-      : quantiser(values, scale, bits),
-        bits(bits),
-        half(_mm512_set1_epi16(static_cast<int16_t>(1 << (bits - 1)))),
-        smallest(_mm512_sub_epi16(_mm512_setzero_si512(), half)),
-        order(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7)),
-        pairs(_mm512_set1_epi32(16 - bits)),
-        pair_shift(_mm_cvtsi32_si128(16 - bits)),
-        fours(pair(32 - 2 * bits, 0)),
-        four_shift(_mm_cvtsi32_si128(32 - 2 * bits)),
-        eights(_mm512_maskz_set1_epi64(0xaa, 4 * bits % 8)),
-        squeeze(kWordSqueezes[bits]),
-        lower(load(squeeze.lower)),
-        upper(load(squeeze.upper)) {}
+// Two quadwords of `bits` / 2 bytes; where that is not whole, both have a part of the byte between.
+struct WordSqueeze {
+  Bytes lower, upper;
+  uint64_t lower_bytes, upper_bytes;
+};
+constexpr WordSqueeze word_squeeze(int bits) {
+  WordSqueeze table{};
+  for (int byte = 0; byte < 4 * bits; ++byte) {
+    const int lane = byte / bits * 16, inside = byte % bits;
+    if (2 * inside < bits) {
+      table.lower.at[byte] = static_cast<uint8_t>(lane + inside);
+      table.lower_bytes |= uint64_t{1} << byte;
+    }
+    if (2 * inside + 1 >= bits) {
+      table.upper.at[byte] = static_cast<uint8_t>(lane + 8 + inside - bits / 2);
+      table.upper_bytes |= uint64_t{1} << byte;
+    }
+  }
+  return table;
+}
 
-  FEDKD_FORMULA void group(int64_t i, int64_t left, uint8_t* out) const {
+// Codes of 9 to 16 bits.
+template <int kBits>
+struct WordPacker {
+  static constexpr int kGroup = 32;
+  static constexpr int kWidth = kBits;
+  static constexpr WordSqueeze kSqueeze = word_squeeze(kBits);
+
+  FEDKD_FORMULA static void group(const Quantiser& quantiser, int64_t i, int64_t left,
+                                  uint8_t* out) {
+    const __m512i half = _mm512_set1_epi16(static_cast<int16_t>(1 << (kBits - 1)));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     __m512i codes = _mm512_packs_epi32(quantiser.cells(i, lanes_of(left)),
                                        quantiser.cells(i + kLanes, lanes_of(left - kLanes)));
     codes = _mm512_maskz_permutexvar_epi64(0xff, order, codes);
-    codes = _mm512_maskz_add_epi16(static_cast<__mmask32>(ones(left)),
-                                   _mm512_max_epi16(codes, smallest), half);
-    codes = _mm512_maskz_srl_epi32(kAll, _mm512_sllv_epi16(codes, pairs), pair_shift);
-    codes = _mm512_maskz_srl_epi64(0xff, _mm512_maskz_sllv_epi32(kAll, codes, fours), four_shift);
-    codes = _mm512_maskz_sllv_epi64(0xff, codes, eights);
-    codes = _mm512_or_si512(_mm512_maskz_permutexvar_epi8(squeeze.lower_bytes, lower, codes),
-                            _mm512_maskz_permutexvar_epi8(squeeze.upper_bytes, upper, codes));
-    _mm512_mask_storeu_epi8(out, ones(packed_bytes(left, bits)), codes);
+    if constexpr (kBits < 16)
+      codes = _mm512_max_epi16(codes, _mm512_sub_epi16(_mm512_setzero_si512(), half));
+    codes = _mm512_maskz_add_epi16(static_cast<__mmask32>(ones(left)), codes, half);
+    if constexpr (kBits < 16) {
+      codes = _mm512_maskz_srli_epi32(kAll, _mm512_sllv_epi16(codes, _mm512_set1_epi32(16 - kBits)),
+                                      16 - kBits);
+      codes = _mm512_maskz_srli_epi64(
+          0xff, _mm512_maskz_sllv_epi32(kAll, codes, pair(32 - 2 * kBits, 0)), 32 - 2 * kBits);
+      if constexpr (kBits % 2 != 0) codes = _mm512_mask_slli_epi64(codes, 0xaa, codes, 4);
+      codes = _mm512_or_si512(
+          _mm512_maskz_permutexvar_epi8(kSqueeze.lower_bytes, load(kSqueeze.lower), codes),
+          _mm512_maskz_permutexvar_epi8(kSqueeze.upper_bytes, load(kSqueeze.upper), codes));
+    }
+    _mm512_mask_storeu_epi8(out, ones(packed_bytes(left, kBits)), codes);
   }
-
-  Quantiser quantiser;
-  int bits;
-  __m512i half, smallest, order, pairs;
-  __m128i pair_shift;
-  __m512i fours;
-  __m128i four_shift;
-  __m512i eights;
-  const WordSqueeze& squeeze;
-  __m512i lower, upper;
 };
 
-template <int kGroup, typename Packer>
-void pack_row(const Packer& packer, int64_t count, uint8_t* out) {
+template <typename Packer>
+void pack_row(const float* values, int64_t count, float scale, uint8_t* out) {
+  constexpr int kGroup = Packer::kGroup;
+  const Quantiser quantiser(values, scale, Packer::kWidth);
   int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup, out += kGroup / 8 * packer.bits)
-    packer.group(i, kGroup, out);
-  if (i < count) packer.group(i, count - i, out);
+  for (; i + kGroup <= count; i += kGroup, out += kGroup / 8 * Packer::kWidth)
+    Packer::group(quantiser, i, kGroup, out);
+  if (i < count) Packer::group(quantiser, i, count - i, out);
 }
+
+using PackRow = void (*)(const float*, int64_t, float, uint8_t*);
+constexpr PackRow kPackRows[] = {
+    pack_row<BytePacker<1>>,  pack_row<BytePacker<2>>,  pack_row<BytePacker<3>>,
+    pack_row<BytePacker<4>>,  pack_row<BytePacker<5>>,  pack_row<BytePacker<6>>,
+    pack_row<BytePacker<7>>,  pack_row<BytePacker<8>>,  pack_row<WordPacker<9>>,
+    pack_row<WordPacker<10>>, pack_row<WordPacker<11>>, pack_row<WordPacker<12>>,
+    pack_row<WordPacker<13>>, pack_row<WordPacker<14>>, pack_row<WordPacker<15>>,
+    pack_row<WordPacker<16>>};
 
 // ---- unpacking ----------------------------------------------------------------------------------
 
@@ -228,10 +252,7 @@ struct Unpacker {
 }  // namespace
 
 void pack_row_avx512(const float* values, int64_t count, float scale, int bits, uint8_t* codes) {
-  if (bits <= kByteBits)
-    pack_row<kByteGroup>(BytePacker(values, scale, bits), count, codes);
-  else
-    pack_row<kWordGroup>(WordPacker(values, scale, bits), count, codes);
+  kPackRows[bits - 1](values, count, scale, codes);
 }
 
 void unpack_row_avx512(const uint8_t* codes, const uint8_t* end, int64_t count, float scale,
