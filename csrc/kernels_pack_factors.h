@@ -17,16 +17,16 @@ namespace fedkd_fast {
 namespace cpu {
 
 // The most that a call may use of this machine. All make the same bytes: the choice is for tests.
-enum class Packing { kPortable, kAvx2, kAvx512 };
+enum class Instructions { kPortable, kAvx2, kAvx512 };
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
                   const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
-                  int64_t end, Packing most = Packing::kAvx512);
+                  int64_t end, Instructions most = Instructions::kAvx512);
 
 // values[k, i] = scale[k] · level; contiguous K×n.
 void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
                     const int64_t* offsets, float* values, int64_t begin, int64_t end,
-                    Packing most = Packing::kAvx512);
+                    Instructions most = Instructions::kAvx512);
 
 // out (P×Q) = sum_k left[k, i] · right[k, j]: fp32, one fma per term, k ascending from zero. This
 // order is part of the wire format: every decoder yields the same bits. Rows [begin, end) of out.

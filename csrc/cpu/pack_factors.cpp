@@ -86,10 +86,10 @@ struct Path {
   UnpackRow unpack;
 };
 
-Path choose_path([[maybe_unused]] Packing most) {
+Path choose_path([[maybe_unused]] Instructions most) {
 #ifdef FEDKD_X86_VECTORS
-  if (most >= Packing::kAvx512 && has_avx512_packing()) return {pack_row_avx512, unpack_row_avx512};
-  if (most >= Packing::kAvx2 && has_avx2_packing()) return {pack_row_avx2, unpack_row_avx2};
+  if (most >= Instructions::kAvx512 && has_avx512_packing()) return {pack_row_avx512, unpack_row_avx512};
+  if (most >= Instructions::kAvx2 && has_avx2_packing()) return {pack_row_avx2, unpack_row_avx2};
 #endif
   return {pack_row_portable, unpack_row_portable};
 }
@@ -136,7 +136,7 @@ void multiply_panel(const float* left, int64_t rows_total, const float* panel, i
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
                   const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
-                  int64_t end, Packing most) {
+                  int64_t end, Instructions most) {
   const PackRow pack = choose_path(most).pack;
   for (int64_t k = begin; k < end; ++k)
     if (bits[k] != 0) pack(values + k * row_stride, count, scale[k], bits[k], codes + offsets[k]);
@@ -144,7 +144,7 @@ void pack_factors(const float* values, int64_t row_stride, int64_t count, const 
 
 void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
                     const int64_t* offsets, float* values, int64_t begin, int64_t end,
-                    Packing most) {
+                    Instructions most) {
   const UnpackRow unpack = choose_path(most).unpack;
   for (int64_t k = begin; k < end; ++k) {
     float* row = values + k * count;

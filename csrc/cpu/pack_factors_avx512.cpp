@@ -45,8 +45,8 @@ FEDKD_FORMULA __m512i pair(int lower, int upper) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// Far enough for the next page's first line to come in time.
-constexpr int kAhead = 1024;
+// Floats: four pages, so that the first lines of the next one come in time.
+constexpr int kAhead = 4096;
 
 struct Quantiser {
   Quantiser(const float* values, float scale, int bits)

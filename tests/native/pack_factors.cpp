@@ -1,4 +1,4 @@
-// Packing under sanitizers: every path of the CPU makes the bytes of the formula and takes them
+// Instructions under sanitizers: every path of the CPU makes the bytes of the formula and takes them
 // back, for all widths, ragged rows and values at the edges, and touches nothing out of bounds.
 
 #include <cmath>
@@ -14,12 +14,12 @@
 namespace {
 
 using namespace fedkd_fast;
-using cpu::Packing;
+using cpu::Instructions;
 
 using Bytes = std::vector<uint8_t>;
 using Floats = std::vector<float>;
 
-constexpr Packing kPaths[] = {Packing::kPortable, Packing::kAvx2, Packing::kAvx512};
+constexpr Instructions kPaths[] = {Instructions::kPortable, Instructions::kAvx2, Instructions::kAvx512};
 
 [[noreturn]] void fail(const char* what, int bits, int64_t count, int path) {
   std::printf("%s: %d bits, %lld values, path %d\n", what, bits, static_cast<long long>(count),
@@ -106,7 +106,7 @@ void try_rows(int bits, int64_t count, float scale, std::mt19937* generator) {
       back.push_back(widths[row] == 0 ? 0.0f : dequantise(code, scales[row], bits));
     }
   }
-  for (const Packing path : kPaths) {
+  for (const Instructions path : kPaths) {
     Bytes codes(wanted.size(), 0xee);
     codes.shrink_to_fit();
     // The last row first: a row may not touch what follows it.
