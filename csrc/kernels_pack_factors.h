@@ -16,7 +16,7 @@
 namespace fedkd_fast {
 namespace cpu {
 
-// The most that a call may use of this machine. All make the same bytes: the choice is for tests.
+// The most that a call may use of this machine. All give the same bits: the choice is for tests.
 enum class Instructions { kPortable, kAvx2, kAvx512 };
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
@@ -31,7 +31,7 @@ void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, con
 // out (P×Q) = sum_k left[k, i] · right[k, j]: fp32, one fma per term, k ascending from zero. This
 // order is part of the wire format: every decoder yields the same bits. Rows [begin, end) of out.
 void reconstruct(const float* left, const float* right, int64_t rank, int64_t rows, int64_t cols,
-                 float* out, int64_t begin, int64_t end);
+                 float* out, int64_t begin, int64_t end, Instructions most = Instructions::kAvx512);
 
 }  // namespace cpu
 

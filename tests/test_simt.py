@@ -92,7 +92,7 @@ def test_rans_paths_agree_and_survive_mutations_under_sanitizers() -> None:
     assert re.match(r"\d{4,} refused", done.stdout)
 
 
-def test_packing_paths_make_the_bytes_of_the_formula_under_sanitizers() -> None:
+def test_packing_paths_give_the_bits_of_the_formula_under_sanitizers() -> None:
     done = run("pack_factors_address")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(r"\d{4,} cases, paths:.* portable", done.stdout)

@@ -1,13 +1,6 @@
-// Quantised factor packing on the CPU: the portable path, the choice of a path, and the fixed-order
-// product.
-//
-// reconstruct does 2·P·Q·K operations; the tile below keeps a panel of `right` in L1 and
-// rows of accumulators in registers. Splitting K into chunks stores and reloads fp32 accumulators,
-// which is exact, so the order of additions stays k ascending.
+// Quantised factor packing on the CPU: the portable path, and the choice of a path.
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "cpu/pack_factors_parts.h"
 
@@ -88,48 +81,11 @@ struct Path {
 
 Path choose_path([[maybe_unused]] Instructions most) {
 #ifdef FEDKD_X86_VECTORS
-  if (most >= Instructions::kAvx512 && has_avx512_packing()) return {pack_row_avx512, unpack_row_avx512};
+  if (most >= Instructions::kAvx512 && has_avx512_packing())
+    return {pack_row_avx512, unpack_row_avx512};
   if (most >= Instructions::kAvx2 && has_avx2_packing()) return {pack_row_avx2, unpack_row_avx2};
 #endif
   return {pack_row_portable, unpack_row_portable};
-}
-
-constexpr int64_t kTileRows = 6;
-constexpr int64_t kTileCols = 32;
-constexpr int64_t kChunk = 192;  // 192 × 32 floats = 24 KiB of `right` in L1
-
-// out[0..rows, 0..kTileCols) += left · panel over `depth` components, fma, k ascending.
-template <int64_t Rows>
-[[gnu::always_inline]] inline void multiply_tile(const float* left, int64_t left_stride,
-                                                 const float* panel, int64_t depth, float* tile) {
-  float sums[Rows][kTileCols];
-  std::memcpy(sums, tile, sizeof(sums));
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t i = 0; i < Rows; ++i) {
-      const float factor = left[k * left_stride + i];
-      for (int64_t j = 0; j < kTileCols; ++j)
-        sums[i][j] = __builtin_fmaf(factor, panel[k * kTileCols + j], sums[i][j]);
-    }
-  }
-  std::memcpy(tile, sums, sizeof(sums));
-}
-
-FEDKD_CLONES
-void multiply_panel(const float* left, int64_t rows_total, const float* panel, int64_t depth,
-                    int64_t begin, int64_t end, float* out, int64_t out_stride, int64_t width) {
-  for (int64_t row = begin; row < end;) {
-    const int64_t rows = std::min(kTileRows, end - row);
-    float tile[kTileRows][kTileCols] = {};
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(out + (row + i) * out_stride, width, tile[i]);
-    if (rows == kTileRows) {
-      multiply_tile<kTileRows>(left + row, rows_total, panel, depth, tile[0]);
-    } else {
-      for (int64_t i = 0; i < rows; ++i)
-        multiply_tile<1>(left + row + i, rows_total, panel, depth, tile[i]);
-    }
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(tile[i], width, out + (row + i) * out_stride);
-    row += rows;
-  }
 }
 
 }  // namespace
@@ -152,24 +108,6 @@ void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, con
       std::fill_n(row, count, 0.0f);
     else
       unpack(codes + offsets[k], codes + offsets[end], count, scale[k], bits[k], row);
-  }
-}
-
-void reconstruct(const float* left, const float* right, int64_t rank, int64_t rows, int64_t cols,
-                 float* out, int64_t begin, int64_t end) {
-  float panel[kChunk * kTileCols];
-  for (int64_t row = begin; row < end; ++row) std::fill_n(out + row * cols, cols, 0.0f);
-  for (int64_t col = 0; col < cols; col += kTileCols) {
-    const int64_t width = std::min(kTileCols, cols - col);
-    for (int64_t first = 0; first < rank; first += kChunk) {
-      const int64_t depth = std::min(kChunk, rank - first);
-      for (int64_t k = 0; k < depth; ++k) {
-        float* line = panel + k * kTileCols;
-        std::copy_n(right + (first + k) * cols + col, width, line);
-        std::fill_n(line + width, kTileCols - width, 0.0f);
-      }
-      multiply_panel(left + first * rows, rows, panel, depth, begin, end, out + col, cols, width);
-    }
   }
 }
 

@@ -1,5 +1,6 @@
-// Instructions under sanitizers: every path of the CPU makes the bytes of the formula and takes them
-// back, for all widths, ragged rows and values at the edges, and touches nothing out of bounds.
+// Instructions under sanitizers: every path of the CPU makes the bytes of the formula and takes
+// them back, for all widths, ragged rows and values at the edges, and touches nothing out of
+// bounds.
 
 #include <cmath>
 #include <cstdio>
@@ -19,7 +20,8 @@ using cpu::Instructions;
 using Bytes = std::vector<uint8_t>;
 using Floats = std::vector<float>;
 
-constexpr Instructions kPaths[] = {Instructions::kPortable, Instructions::kAvx2, Instructions::kAvx512};
+constexpr Instructions kPaths[] = {Instructions::kPortable, Instructions::kAvx2,
+                                   Instructions::kAvx512};
 
 [[noreturn]] void fail(const char* what, int bits, int64_t count, int path) {
   std::printf("%s: %d bits, %lld values, path %d\n", what, bits, static_cast<long long>(count),
@@ -126,11 +128,42 @@ void try_rows(int bits, int64_t count, float scale, std::mt19937* generator) {
   }
 }
 
+void try_product(int64_t rank, int64_t rows, int64_t cols, std::mt19937* generator) {
+  std::normal_distribution<float> normal;
+  Floats left(static_cast<size_t>(rank * rows)), right(static_cast<size_t>(rank * cols));
+  for (Floats* side : {&left, &right})
+    for (float& value : *side) value = normal(*generator);
+  Floats wanted;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < rank; ++k)
+        sum = std::fma(left[static_cast<size_t>(k * rows + i)],
+                       right[static_cast<size_t>(k * cols + j)], sum);
+      wanted.push_back(sum);
+    }
+  for (const Instructions path : kPaths) {
+    Floats found(wanted.size(), 7.0f);
+    const int64_t middle = rows / 3;
+    cpu::reconstruct(left.data(), right.data(), rank, rows, cols, found.data(), middle, rows, path);
+    cpu::reconstruct(left.data(), right.data(), rank, rows, cols, found.data(), 0, middle, path);
+    if (!same_bits(found, wanted)) {
+      std::printf("other product: %d x %d x %d, path %d\n", static_cast<int>(rank),
+                  static_cast<int>(rows), static_cast<int>(cols), static_cast<int>(path));
+      std::exit(1);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   std::mt19937 generator(7);
   int64_t tried = 0;
+  // A chunk and a part of one; all remainders of rows; of columns, those of vectors and tiles.
+  for (const int64_t rank : {0, 1, 5, 50, 129, 260})
+    for (const int64_t cols : {0, 1, 7, 16, 31, 48, 49, 81, 200})
+      for (int64_t rows = 0; rows <= 25; ++rows, ++tried) try_product(rank, rows, cols, &generator);
   for (int bits = 1; bits <= kMaxCodeBits; ++bits) {
     for (const float scale : {0.03f, kMinScale, 1e30f}) {
       for (int64_t count = 0; count <= 140; ++count, ++tried)
