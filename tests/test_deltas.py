@@ -86,6 +86,30 @@ def test_the_cache_comes_first(tmp_path: Path) -> None:
     assert deltas.load_rows(tmp_path).height == 9 and deltas.load_rows(tmp_path).source == "real"
 
 
+def test_names_of_what_is_trained() -> None:
+    assert str(deltas.Recipe("bert")) == "bert", "what the cache has had from the start"
+    assert str(deltas.Recipe("minilm", "sgd", 2)) == "minilm-sgd-s2"
+    names = [str(recipe) for recipe in deltas.recipes(["adam", "sgd"], [0, 1])]
+    first = ["minilm", "bert", "embedding", "minilm-sgd", "bert-sgd"]
+    assert names == first + [f"{name}-s1" for name in first]
+
+
+def test_the_last_update_is_read(tmp_path: Path) -> None:
+    rounds = {f"{number}/layer.weight": torch.full((3, 2), float(number)) for number in (9, 10)}
+    rows = {"ids": torch.tensor([4, 7]), "rows": torch.ones(2, 3), "height": torch.tensor(9)}
+    for recipe, tensors in ((deltas.Recipe("bert", "sgd", 1), rounds), ("embedding-s1", rows)):
+        path = deltas.cached(str(recipe), tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path)
+    found = deltas.last_update(deltas.Recipe("bert", "sgd", 1), tmp_path)
+    assert found.keys() == {"layer.weight"} and bool((found["layer.weight"] == 10).all())
+    assert deltas.last_update(deltas.Recipe("embedding", seed=1), tmp_path).keys() == {
+        "word_embeddings"
+    }
+    with pytest.raises(FileNotFoundError, match=r"minilm\.safetensors is missing"):
+        deltas.last_update(deltas.Recipe("minilm"), tmp_path)
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="model must be one of minilm, bert, got 'gpt'"):
         deltas.load("gpt", tmp_path)

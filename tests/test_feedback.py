@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from updates import model, powerlaw, relative_error
 
-from fedkd_fast import Compressor, SubspaceCache, decompress, inspect, ops, reference
+import fedkd_fast.compress as compress_module
+from fedkd_fast import (
+    EF21,
+    Compressor,
+    ErrorFeedback,
+    SubspaceCache,
+    decompress,
+    inspect,
+    ops,
+    reference,
+)
 
 
 def test_feedback_residual_is_exactly_what_was_left_out() -> None:
@@ -240,3 +254,90 @@ def test_a_state_of_one_component_comes_back() -> None:
     assert second.compress({"w": torch.ones(400, 400)}) == first.compress(
         {"w": torch.ones(400, 400)}
     )
+
+
+# ---- absences, EF21, owners ----------------------------------------------------------------------
+
+
+def test_residuals_decay_while_a_client_is_away() -> None:
+    feedback = ErrorFeedback(decay=0.5)
+    compressor = Compressor(0.5, feedback=feedback)
+    compressor.compress({"w": powerlaw(30, 20)})
+    before = feedback.state_dict()["w"].clone()
+    feedback.absent(3)
+    assert torch.equal(feedback.state_dict()["w"], before * 0.125)
+    feedback.absent(0)
+    assert torch.equal(feedback.state_dict()["w"], before * 0.125)
+    with pytest.raises(ValueError, match="rounds must be at least 0, got -1"):
+        feedback.absent(-1)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got 1.5"):
+        ErrorFeedback(decay=1.5)
+
+
+def test_ef21_brings_the_receiver_to_the_update() -> None:
+    update = {"w": powerlaw(40, 30), "b": torch.linspace(-1, 1, 200), "n": torch.tensor([3])}
+    sender, receiver = EF21(), EF21()
+    compressor = Compressor(0.6, feedback=sender)
+    errors = []
+    for _ in range(12):
+        estimates = receiver.receive(decompress(compressor.compress(update)))
+        assert torch.equal(estimates["n"], update["n"])
+        for name in ("w", "b"):
+            # Both ends have the same, bit for bit.
+            assert torch.equal(estimates[name], sender.state_dict()[name])
+        errors.append(relative_error(update["w"], estimates["w"]))
+    # Each message takes away six tenths of the squared distance, or more.
+    for earlier, later in itertools.pairwise(errors):
+        assert later <= 0.4 * earlier * (1 + 1e-3)
+    with pytest.raises(ValueError, match="use a fresh Compressor"):
+        compressor.compress({"w": torch.ones(3, 3)})
+
+
+def test_ef21_goes_on_from_its_state() -> None:
+    update = {"w": powerlaw(40, 30)}
+    first = Compressor(0.6, feedback=EF21())
+    frames = [first.compress(update) for _ in range(2)]
+    again = Compressor(0.6, feedback=EF21())
+    again.load_state_dict(first.state_dict())
+    assert again.compress(update) == first.compress(update)
+    assert frames[0] != frames[1]
+
+
+def test_state_has_one_owner() -> None:
+    for state in (ErrorFeedback(), EF21()):
+        owner = Compressor(feedback=state)
+        with pytest.raises(ValueError, match=f"this {type(state).__name__} belongs to another"):
+            Compressor(feedback=state)
+        assert owner.compress({"w": torch.ones(3)})
+    cache = SubspaceCache()
+    owner = Compressor(cache=cache)
+    with pytest.raises(ValueError, match="this SubspaceCache belongs to another Compressor"):
+        Compressor(cache=cache)
+    # Whoever is gone has nothing any more.
+    del owner
+    Compressor(cache=cache)
+
+
+def test_two_calls_at_once_need_two_compressors(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = Compressor(0.9, feedback=True)
+    update = {"w": powerlaw(20, 10)}
+    entered, leave = threading.Event(), threading.Event()
+    encode = compress_module.Message.encode_wf1
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        entered.set()
+        assert leave.wait(20)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(compress_module.Message, "encode_wf1", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compressor.compress, update)
+        assert entered.wait(20)
+        try:
+            with pytest.raises(RuntimeError, match="give each sender a Compressor of its own"):
+                compressor.compress(update)
+        finally:
+            leave.set()
+        assert decompress(first.result())
+    # And afterwards it goes on.
+    assert compressor.compress(update)

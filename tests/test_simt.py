@@ -92,6 +92,12 @@ def test_rans_paths_agree_and_survive_mutations_under_sanitizers() -> None:
     assert re.match(r"\d{4,} refused", done.stdout)
 
 
+def test_packing_paths_give_the_bits_of_the_formula_under_sanitizers() -> None:
+    done = run("pack_factors_address")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d{4,} cases, paths:.* portable", done.stdout)
+
+
 @pytest.mark.parametrize("build", ["plain", "address"])
 def test_eigenvalues_and_vectors_of_symmetric_matrices(build: str) -> None:
     done = run(f"eigen_{build}")

@@ -78,6 +78,7 @@ def test_never_larger_than_the_best_single_mode(energy: float) -> None:
             alone.append(len(found.payload(stream, 0)))
         assert len(alone) >= 2
         (entry,) = wf1.encode([item], [1 - energy], ops)
+        assert entry is not None
         assert len(entry.payload) <= min(alone)
 
 

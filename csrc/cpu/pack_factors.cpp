@@ -1,16 +1,8 @@
-// Quantised factor packing on the CPU: codes to bit stream, back, and the fixed-order product.
-//
-// Packing moves 4 bytes in and bits/8 out per value and does a handful of operations: it is bound
-// by memory. reconstruct does 2·P·Q·K operations; the tile below keeps a panel of `right` in L1 and
-// rows of accumulators in registers. Splitting K into chunks stores and reloads fp32 accumulators,
-// which is exact, so the order of additions stays k ascending.
+// Quantised factor packing on the CPU: the portable path, and the choice of a path.
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
-#include "common/quantise.h"
-#include "kernels.h"
+#include "cpu/pack_factors_parts.h"
 
 namespace fedkd_fast::cpu {
 namespace {
@@ -58,96 +50,64 @@ void read_bits(const uint8_t* in, int64_t count, int bits, uint32_t* codes) {
   }
 }
 
-constexpr int64_t kTileRows = 6;
-constexpr int64_t kTileCols = 32;
-constexpr int64_t kChunk = 192;  // 192 × 32 floats = 24 KiB of `right` in L1
-
-// out[0..rows, 0..kTileCols) += left · panel over `depth` components, fma, k ascending.
-template <int64_t Rows>
-[[gnu::always_inline]] inline void multiply_tile(const float* left, int64_t left_stride,
-                                                 const float* panel, int64_t depth, float* tile) {
-  float sums[Rows][kTileCols];
-  std::memcpy(sums, tile, sizeof(sums));
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t i = 0; i < Rows; ++i) {
-      const float factor = left[k * left_stride + i];
-      for (int64_t j = 0; j < kTileCols; ++j)
-        sums[i][j] = __builtin_fmaf(factor, panel[k * kTileCols + j], sums[i][j]);
-    }
+void pack_row_portable(const float* values, int64_t count, float scale, int bits, uint8_t* codes) {
+  uint32_t block[kBlock];
+  const float inverse = inverse_step(scale);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = std::min(kBlock, count - first);
+    quantise_block(values + first, size, inverse, bits, block);
+    codes += write_bits(block, size, bits, codes);
   }
-  std::memcpy(tile, sums, sizeof(sums));
 }
 
-FEDKD_CLONES
-void multiply_panel(const float* left, int64_t rows_total, const float* panel, int64_t depth,
-                    int64_t begin, int64_t end, float* out, int64_t out_stride, int64_t width) {
-  for (int64_t row = begin; row < end;) {
-    const int64_t rows = std::min(kTileRows, end - row);
-    float tile[kTileRows][kTileCols] = {};
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(out + (row + i) * out_stride, width, tile[i]);
-    if (rows == kTileRows) {
-      multiply_tile<kTileRows>(left + row, rows_total, panel, depth, tile[0]);
-    } else {
-      for (int64_t i = 0; i < rows; ++i)
-        multiply_tile<1>(left + row + i, rows_total, panel, depth, tile[i]);
-    }
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(tile[i], width, out + (row + i) * out_stride);
-    row += rows;
+void unpack_row_portable(const uint8_t* codes, const uint8_t*, int64_t count, float scale, int bits,
+                         float* values) {
+  uint32_t block[kBlock];
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = std::min(kBlock, count - first);
+    read_bits(codes, size, bits, block);
+    dequantise_block(block, size, scale, bits, values + first);
+    codes += packed_bytes(size, bits);
   }
+}
+
+using PackRow = void (*)(const float*, int64_t, float, int, uint8_t*);
+using UnpackRow = void (*)(const uint8_t*, const uint8_t*, int64_t, float, int, float*);
+
+struct Path {
+  PackRow pack;
+  UnpackRow unpack;
+};
+
+Path choose_path([[maybe_unused]] Instructions most) {
+#ifdef FEDKD_X86_VECTORS
+  if (most >= Instructions::kAvx512 && has_avx512_packing())
+    return {pack_row_avx512, unpack_row_avx512};
+  if (most >= Instructions::kAvx2 && has_avx2_packing()) return {pack_row_avx2, unpack_row_avx2};
+#endif
+  return {pack_row_portable, unpack_row_portable};
 }
 
 }  // namespace
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
                   const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,
-                  int64_t end) {
-  uint32_t block[kBlock];
-  for (int64_t k = begin; k < end; ++k) {
-    if (bits[k] == 0) continue;
-    const float inverse = inverse_step(scale[k]);
-    uint8_t* out = codes + offsets[k];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t size = std::min(kBlock, count - first);
-      quantise_block(values + k * row_stride + first, size, inverse, bits[k], block);
-      out += write_bits(block, size, bits[k], out);
-    }
-  }
+                  int64_t end, Instructions most) {
+  const PackRow pack = choose_path(most).pack;
+  for (int64_t k = begin; k < end; ++k)
+    if (bits[k] != 0) pack(values + k * row_stride, count, scale[k], bits[k], codes + offsets[k]);
 }
 
 void unpack_factors(const uint8_t* codes, int64_t count, const float* scale, const uint8_t* bits,
-                    const int64_t* offsets, float* values, int64_t begin, int64_t end) {
-  uint32_t block[kBlock];
+                    const int64_t* offsets, float* values, int64_t begin, int64_t end,
+                    Instructions most) {
+  const UnpackRow unpack = choose_path(most).unpack;
   for (int64_t k = begin; k < end; ++k) {
     float* row = values + k * count;
-    if (bits[k] == 0) {
+    if (bits[k] == 0)
       std::fill_n(row, count, 0.0f);
-      continue;
-    }
-    const uint8_t* in = codes + offsets[k];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t size = std::min(kBlock, count - first);
-      read_bits(in, size, bits[k], block);
-      dequantise_block(block, size, scale[k], bits[k], row + first);
-      in += packed_bytes(size, bits[k]);
-    }
-  }
-}
-
-void reconstruct(const float* left, const float* right, int64_t rank, int64_t rows, int64_t cols,
-                 float* out, int64_t begin, int64_t end) {
-  float panel[kChunk * kTileCols];
-  for (int64_t row = begin; row < end; ++row) std::fill_n(out + row * cols, cols, 0.0f);
-  for (int64_t col = 0; col < cols; col += kTileCols) {
-    const int64_t width = std::min(kTileCols, cols - col);
-    for (int64_t first = 0; first < rank; first += kChunk) {
-      const int64_t depth = std::min(kChunk, rank - first);
-      for (int64_t k = 0; k < depth; ++k) {
-        float* line = panel + k * kTileCols;
-        std::copy_n(right + (first + k) * cols + col, width, line);
-        std::fill_n(line + width, kTileCols - width, 0.0f);
-      }
-      multiply_panel(left + first * rows, rows, panel, depth, begin, end, out + col, cols, width);
-    }
+    else
+      unpack(codes + offsets[k], codes + offsets[end], count, scale[k], bits[k], row);
   }
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 import fedkd_fast._C as _C
 from fedkd_fast import wire
 from fedkd_fast.codec.curves import KEPT_LEVEL, ROW_QUANTUM
-from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats
+from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats, shrink
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Mode
@@ -36,8 +36,15 @@ Bytes = NDArray[np.uint8]
 STEPS = 16
 LARGEST = 2**22 - 1  # integer that the coder takes
 MOST_ROW_CODES = 63
+# Rows of tensors have heavier tails than Gaussians, which want less of it.
+DENSE_SHRINK = 0.7
 # Smaller matrices are factorised without blocks. Newton's residual is squared by the last step.
-_BLOCK, _NEWTON, _CLOSE = 32, 6, 1e-3
+_BLOCK, _NEWTON, _CLOSE = 32, 6, 2e-3
+# Columns of higher levels might hold integers beyond the largest, in a single peak.
+_FINEST = HIGHEST - 8 * PER_OCTAVE
+# Numbers of a side that are few enough to form all products of their errors; of more, the products
+# of different columns are this share of the squares at most.
+_FEW, _MIXED = 1 << 15, 5e-3
 ROUNDING = 4e-6  # of the squared norm, in sums of products
 
 
@@ -100,6 +107,11 @@ class _Columns:
         parts = [(16 * self.codes - self.step - half + 8) >> 4 for half in self.halves]
         return np.concatenate(parts).astype(np.int16)
 
+    def shrinks(self) -> tuple[Tensor, Tensor]:
+        """Return what the columns of left and right are multiplied by before they are rounded."""
+        left, right = _shrinks(self.levels()).chunk(2)
+        return left, right
+
     def scales(self) -> Tensor:
         """Return Δ² / σ as the receiver computes it."""
         logs = 2 * self.step - 16 * self.codes
@@ -109,6 +121,10 @@ class _Columns:
         """Return σ / Δ."""
         logs = 16 * self.codes - self.step
         return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+
+
+def _shrinks(levels: Ints, strength: float = 1.0) -> Tensor:
+    return shrink(2.0 ** (torch.from_numpy(levels) / PER_OCTAVE), strength).float()
 
 
 class Source:
@@ -137,7 +153,7 @@ class Source:
         return self._matrix.bfloat16()
 
     def products(self, sent: Tensor, multipliers: Tensor) -> Tensor:
-        """Return ``matrix · sentᵀ``, (N, K), for what short vectors times `multipliers` round to.
+        """Return ``sent · matrixᵀ``, (K, N), for what short vectors times `multipliers` round to.
 
         Of the exact vectors the products are known. Those of what was rounded off are small, and
         eight bits of them suffice.
@@ -145,11 +161,11 @@ class Source:
         rank = len(sent)
         # Two roundings: whether they are fused may depend on how threads share the elements.
         off = sent - self.short[:rank] * multipliers[:, None]
-        known: Tensor = self._long[:rank].T * (self.factors.sigma[:rank].float() * multipliers)
+        known = self._long[:rank] * (self.factors.sigma[:rank].float() * multipliers)[:, None]
         narrow = self._narrow
         if narrow is None:
-            return known + self._matrix @ off.T
-        return known.add_(narrow @ off.T.bfloat16())
+            return known.add_((self._matrix @ off.T).T)
+        return known.add_(off.bfloat16() @ narrow.T)
 
 
 def _inverse(gram: Tensor) -> Tensor | None:
@@ -196,31 +212,43 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
         shorter side is not independent.
     """
     columns = _Columns(source.factors, source.shape, step, least, len(source.factors.sigma))
-    if not len(columns.codes) or columns.levels().max() > HIGHEST:
+    if not len(columns.codes) or columns.levels().max() > _FINEST:
         return None
     scales, multipliers = columns.scales(), columns.multipliers()
-    sent = (source.short[: len(scales)] * multipliers[:, None]).round_()
-    products = source.products(sent, multipliers)  # (N, K)
+    shrinks = columns.shrinks()
+    near, far = shrinks[::-1] if source.tall else shrinks
+    sent = (source.short[: len(scales)] * (multipliers * near)[:, None]).round_()
+    products = source.products(sent, multipliers)  # (K, N)
     gram = sent @ sent.T
     inverse = _inverse(gram)
     if inverse is None:
         return None
-    exact = products @ inverse  # (N, K)
+    exact = _almost_diagonal(inverse, products)  # (K, N)
     # |A - (X + E)·R|² = |A|² - <A·Rᵀ, X> + <E·(R·Rᵀ), E> for the X that fits A best.
-    fitted = torch.linalg.vecdot(products, exact, dim=0).double().sum()
-    exact /= scales
-    other = exact.round()
-    off = (other - exact) * scales
-    squares = torch.linalg.vecdot(off, off, dim=0).double() @ gram.diagonal().double()
-    beside = gram.fill_diagonal_(0.0)
-    if _multiplies_bfloat16():
-        mixed = torch.linalg.vecdot(off, (off.bfloat16() @ beside.bfloat16()).float(), dim=0)
+    fitted = torch.linalg.vecdot(products, exact).double().sum()
+    exact.div_(scales[:, None])
+    other = (exact * far[:, None]).round_()
+    off = exact.sub_(other)
+    weights = gram.diagonal().double() * scales.double().square()
+    squares = torch.linalg.vector_norm(off, dim=1).double().square() @ weights
+    if off.numel() < _FEW:
+        off *= scales[:, None]
+        beside = gram.fill_diagonal_(0.0)
+        mixed = torch.linalg.vecdot(off, beside @ off).double().sum()
     else:
-        mixed = torch.linalg.vecdot(off, off @ beside, dim=0)
-    error = source.total - float(fitted) + float(squares + mixed.double().sum())
-    fitted_side = other.T.contiguous()
-    sides = (fitted_side, sent) if source.tall else (sent, fitted_side)
+        # Errors of different columns have nothing to do with each other.
+        mixed = _MIXED * squares
+    error = float(source.total - fitted + squares + mixed)
+    sides = (other, sent) if source.tall else (sent, other)
     return _factors_coding(columns, sides, error + ROUNDING * source.total)
+
+
+def _almost_diagonal(inverse: Tensor, products: Tensor) -> Tensor:
+    """Multiply with a matrix whose entries beside the diagonal are small: these in eight bits."""
+    if not _multiplies_bfloat16():
+        return inverse @ products
+    beside = inverse.bfloat16().fill_diagonal_(0.0)
+    return (products * inverse.diagonal()[:, None]).add_(beside @ products.bfloat16())
 
 
 def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:
@@ -267,7 +295,7 @@ def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding 
     if not LOWEST <= base <= HIGHEST:
         return None
     levels = _row_levels(base, codes)
-    sent = _rounded(values, scale)
+    sent = _rounded(values, scale / _shrinks(levels, DENSE_SHRINK)[:, None])
     if width:
         sent[torch.from_numpy(codes == 0)] = 0.0
     error = float(row_squares(values - sent * scale).sum())
@@ -292,10 +320,11 @@ def code_hybrid(
     """Quantise `rank` factors and what is left, in so many rows, at one step."""
     shape = (matrix.shape[0], matrix.shape[1])
     columns = _Columns(factors, shape, step, 0, min(rank, len(factors.sigma) - 1))
-    if not len(columns.codes) or columns.levels().max() > HIGHEST:
+    if not len(columns.codes) or columns.levels().max() > _FINEST:
         return None
     sides = [side[: len(columns.codes)] for side in (factors.left, factors.right)]
-    left, right = (_rounded(side, 1 / columns.multipliers()[:, None]) for side in sides)
+    multipliers = columns.multipliers()[:, None]
+    left, right = ((side * multipliers).round_() for side in sides)
     decoded = backend.reconstruct(left * columns.scales()[:, None], right)
     head = _factors_coding(columns, (left, right), 0.0)
     return code_dense((matrix - decoded).reshape(rows, -1), step, head)

@@ -22,6 +22,7 @@ DTYPES: dict[torch.dtype, str] = {
         *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
     )
 }
+ITEMSIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 # Vectors (biases, normalisation weights) are a per cent of a model and steer all of it: their share
@@ -94,7 +95,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def representable(exact: Tensor) -> bool:
-    """Tell whether the factors of a tensor stay clear of float32's limits."""
+    """Tell whether the factors of a tensor stay clear of float32's limits; not of one of zeros."""
+    if not exact.numel():
+        return False
     largest = max(abs(float(extreme)) for extreme in exact.aminmax())
     return SMALLEST_SCALE * 2**20 < largest < LARGEST_SCALE
 

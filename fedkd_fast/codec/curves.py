@@ -24,8 +24,10 @@ Ints = NDArray[np.int64]
 KEPT_LEVEL = -13
 # Levels of dense rows travel in quarters of an octave.
 ROW_QUANTUM = 4
+# Between the steps that curves are known at, in sixteenths of an octave.
+SPACING = 2.0
 # Wider grids than this lead from nothing sent to nothing lost for any spectrum.
-_MOST_POINTS = 320
+_MOST_POINTS = 160
 _HEADS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 _BOTH = 0.1
 # Factors that are smaller than this share of a dense tensor are smaller than any mixture.
@@ -96,7 +98,8 @@ def _grid(spectrum: Spectrum, least_error: float, most_error: float) -> Floats:
     # One column alone has this error, and of no column everything is lost.
     longer = max(spectrum.rows, spectrum.cols)
     high = min(high, float(log_level(12 * most_error / longer)) + PER_OCTAVE)
-    return np.arange(low, min(math.ceil(high) + 1, low + _MOST_POINTS), dtype=np.float64)
+    points = min(math.ceil((high + 1 - low) / SPACING) + 1, _MOST_POINTS)
+    return low + SPACING * np.arange(points, dtype=np.float64)
 
 
 class _Columns(NamedTuple):
@@ -222,5 +225,5 @@ def at_error(curve: Curve, target: float) -> Point | None:
     share = (math.log(target) - low) / (high - low) if high > low else 0.0
     share = min(max(share, 0.0), 1.0)
     size = (1 - share) * curve.size[first - 1] + share * curve.size[first]
-    step = float(curve.steps[first - 1]) + share
+    step = float(curve.steps[first - 1]) + share * SPACING
     return Point(curve.mode, step, target, float(size), int(curve.rank[first - 1]))

@@ -67,18 +67,24 @@ class Message:
         self._tensors, self._rows, self._tied, self._known = tensors, rows, tied, known
         self._order = order or {name: index for index, name in enumerate(tensors)}
         self._cache, self._backend = cache, backend
-        self._raws = {
-            name: raw_entry(name, found.values.to(tensors[name].dtype))
-            for name, found in rows.items()
-        }
+        self._raws: dict[str, Entry] = {}
         self._lossy = {
             name: wide(found.values)
             for name, found in rows.items()
-            if self._raws[name].mode is Mode.RAW
-            and found.values.is_floating_point()
-            and representable(found.values)
+            if found.values.is_floating_point() and representable(found.values)
         }
         self.factors: dict[str, Factors] = {}
+
+    def _raw(self, name: str) -> Entry:
+        if name not in self._raws:
+            values = self._rows[name].values.to(self._tensors[name].dtype)
+            self._raws[name] = raw_entry(name, values)
+        return self._raws[name]
+
+    def _blank(self, name: str) -> Entry:
+        """Return the raw entry without its payload."""
+        shape = tuple(self._rows[name].values.shape)
+        return Entry(name, DTYPES[self._tensors[name].dtype], shape, Mode.RAW)
 
     @property
     def numel(self) -> int:
@@ -91,11 +97,11 @@ class Message:
 
     def encode_factors(self, energy: float) -> list[Entry]:
         """Send the paper's payload, or raw bytes where that is smaller."""
-        budgets = [len(self._raws[name].payload) for name in self._matrices()]
+        budgets = [len(self._raw(name).payload) for name in self._matrices()]
         self._factorise(energy, budgets)
         coded = {}
         for name, factors in self._paying().items():
-            raw = self._raws[name]
+            raw = self._raw(name)
             entry = factors_entry(name, raw.dtype, raw.shape, factors)
             if len(entry.payload) < len(raw.payload):
                 coded[name] = entry
@@ -108,7 +114,7 @@ class Message:
         return self._listed(
             {
                 name: wf0.encode(
-                    self._raws[name],
+                    self._raw(name),
                     value,
                     may_lose(self._shape(name), energy),
                     paying.get(name),
@@ -167,7 +173,7 @@ class Message:
 
     def _fixed(self, size: Callable[[list[Entry]], int]) -> int:
         """Return the bytes of a frame that are not payloads of lossy tensors."""
-        payloads = sum(len(self._raws[name].payload) for name in self._lossy)
+        payloads = sum(len(self._raw(name).payload) for name in self._lossy)
         return size(self._listed({})) - payloads
 
     def _items(self, lost: float) -> dict[str, wf1.Item]:
@@ -175,7 +181,7 @@ class Message:
         paying = self._paying()
         items = {
             name: wf1.Item(
-                self._raws[name],
+                self._blank(name),
                 value,
                 vector=not is_matrix(self._shape(name)),
                 factors=paying.get(name),
@@ -190,7 +196,9 @@ class Message:
 
     def _coded(self, items: Mapping[str, wf1.Item], allowed: list[float]) -> list[Entry]:
         entries = wf1.encode(list(items.values()), allowed, self._backend)
-        return self._listed(dict(zip(items, entries, strict=True)))
+        return self._listed(
+            {name: entry for name, entry in zip(items, entries, strict=True) if entry is not None}
+        )
 
     def _shape(self, name: str) -> tuple[int, ...]:
         # What may be lost depends on the tensor: a row alone of a matrix is no vector.
@@ -223,23 +231,18 @@ class Message:
 
     def _listed(self, coded: Mapping[str, Entry]) -> list[Entry]:
         """Return the entries of all tensors in their order; what is not coded is raw."""
-        whole = {name: coded[name] for name in self._known if name in coded}
         return [
-            whole[name]
-            if name in whole
-            else whole_entry(
-                tuple(tensor.shape), self._rows[name].ids, coded.get(name, self._raws[name])
-            )
-            if name in self._rows
-            else Entry(
-                name,
-                DTYPES[tensor.dtype],
-                tuple(tensor.shape),
-                Mode.ALIAS,
-                self._order[self._tied[name]],
-            )
+            self._entry(name, tuple(tensor.shape), coded.get(name))
             for name, tensor in self._tensors.items()
         ]
+
+    def _entry(self, name: str, shape: tuple[int, ...], coded: Entry | None) -> Entry:
+        if name in self._rows:
+            return whole_entry(shape, self._rows[name].ids, coded or self._raw(name))
+        if name in self._known:
+            return coded or raw_entry(name, self._known[name].dense())
+        dtype = DTYPES[self._tensors[name].dtype]
+        return Entry(name, dtype, shape, Mode.ALIAS, self._order[self._tied[name]])
 
 
 def _priced(items: Mapping[str, wf1.Item], lost: float) -> list[Priced]:

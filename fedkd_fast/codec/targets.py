@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedkd_fast.codec.curves import Curve, Point, at_error
+from fedkd_fast.codec.curves import SPACING, Curve, Point, at_error
 
 # With scope "message" no tensor loses more than this many times its share, nor all of itself.
 MESSAGE_CAP = 4.0
@@ -128,7 +128,8 @@ def _error_at(curves: Sequence[Curve], step: float) -> float:
     price = 4.0 ** (step / 16) * 8 * math.log(2) / 6
     best, error = math.inf, 0.0
     for curve in curves:
-        place = min(max(step - float(curve.steps[0]), 0.0), len(curve.steps) - 1.0)
+        place = (step - float(curve.steps[0])) / SPACING
+        place = min(max(place, 0.0), len(curve.steps) - 1.0)
         index = min(int(place), len(curve.steps) - 2)
         part = place - index
         found, size = (

@@ -6,6 +6,7 @@ of the receiver.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ WORTH_BYTES = 64
 FACTOR_ROW_BYTES, DENSE_ROW_BYTES = 6, 5
 # The search stops when the achieved error lies in this part of the target.
 FULL_USE = 0.95
+# Gaussian rows of some thousand numbers do not exceed the range of their codes by this factor.
+_PEAKED = 1.5
 ATTEMPTS = 6
 
 
@@ -36,7 +39,21 @@ def _quantise(
     widths = torch.from_numpy(bits)
     rms = rows.double().square().mean(1).sqrt()
     scale = (rms * torch.from_numpy(HALF_STEP[bits])).float()
+    # A row that is nearly one peak would lose it: its step covers the peak, if that is better.
+    wide = torch.linalg.vector_norm(rows, math.inf, dim=1) / (2.0 ** widths.float() - 1.0)
+    peaked = torch.nonzero((wide > _PEAKED * scale) & (widths > 0))[:, 0]
+    if len(peaked):
+        few, narrow = rows[peaked], widths[peaked]
+        errors = [_error(few, step, narrow, backend) for step in (scale[peaked], wide[peaked])]
+        scale[peaked] = torch.where(errors[1] < errors[0], wide[peaked], scale[peaked])
     return scale, widths, backend.pack_factors(rows, scale, widths)
+
+
+def _error(rows: Tensor, scale: Tensor, widths: Tensor, backend: ModuleType) -> Tensor:
+    """Return the squared error of each row."""
+    codes = backend.pack_factors(rows, scale, widths)
+    decoded: Tensor = backend.unpack_factors(codes, scale, widths, rows.shape[1])
+    return (decoded - rows).double().square().sum(1)
 
 
 def _gain(levels: Tensor, rows: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ from fedkd_fast.codec.coding import (
     scales_of,
 )
 from fedkd_fast.codec.common import (
+    ITEMSIZES,
     TORCH_DTYPES,
     VECTOR_SHARE,
     dense_rows,
     matrix_shape,
-    raw_entry,
     to_bytes,
 )
 from fedkd_fast.codec.curves import Curve, Point, Spectrum, at_error, curves_of
@@ -44,28 +44,23 @@ from fedkd_fast.wire import Entry, Mode, half_payload
 
 # Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
 # coded again where it would use less than this share of it.
-AIM, FULL_USE = 0.985, 0.965
-ATTEMPTS = 7
+AIM, FULL_USE = 0.98, 0.95
+ATTEMPTS = 8
 # Modes that may be this much larger than the most promising one are tried as well.
 MARGIN = 1.06
 # Where less than this may be lost, float32 sums cannot tell whether it was.
 EXACT_SHARE = 1e-3
+_STRIDE = 64  # a quarter of an octave
 _REMEMBERED = 8  # misses of the curves
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
-_USUAL = 40  # octaves round one
-
-
-def _shift(exact: Tensor) -> int:
-    """Return the power of two that brings a tensor of unusual size near one; 0 for others."""
-    exponent = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
-    return exponent if abs(exponent) > _USUAL else 0
+_USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
 
 
 class Item:
     """A tensor to be encoded; `shift` is the power of two that it was divided by.
 
     Args:
-        template: its raw entry.
+        template: its entry in mode RAW; the payload is not looked at.
         exact: float32 or float64, not all zero. One that is `LowRank`, float32, has factors and may
             lose at least EXACT_SHARE.
         vector: whether it is one, which may lose less.
@@ -80,30 +75,32 @@ class Item:
         vector: bool,
         factors: Factors | None,
     ) -> None:
-        self.template = template
-        self.share = VECTOR_SHARE if vector else 1.0
-        shape = template.shape
-        self.exact: Tensor | LowRank
+        self.template, self.share = template, VECTOR_SHARE if vector else 1.0
+        self.shift, self.factors = 0, factors
+        self.exact: Tensor | LowRank = exact
         self.matrix: Tensor | LowRank
         self.row_energies: Floats
-        # Squares must stay inside float32; sums of factors have been through it already.
-        self.shift = 0 if isinstance(exact, LowRank) else _shift(exact)
         if isinstance(exact, LowRank):
-            self.exact = exact
             self.matrix, self.row_energies = exact.matrix(), np.empty(0)
             self.total = exact.squared_norm()
-        else:
-            if self.shift:
-                exact = torch.ldexp(exact, torch.tensor(-self.shift))
-                if factors is not None:
-                    sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
-                    factors = factors._replace(sigma=sigma)
-            self.exact = exact
-            self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
-            self.dense = self.matrix.reshape(dense_rows(shape), -1)
-            self.row_energies = row_squares(self.dense)
-            self.total = float(self.row_energies.sum())
-        self.factors = factors
+            return
+        self._spread(exact)
+        if not _USUAL[0] < self.total < _USUAL[1]:
+            # Squares must stay inside float32.
+            self.shift = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
+            self._spread(torch.ldexp(exact, torch.tensor(-self.shift)))
+            if factors is not None:
+                sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
+                self.factors = factors._replace(sigma=sigma)
+
+    def _spread(self, exact: Tensor) -> None:
+        """Look at a tensor as a matrix, and as the rows of the dense mode."""
+        shape = self.template.shape
+        self.exact = exact
+        self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
+        self.dense = self.matrix.reshape(dense_rows(shape), -1)
+        self.row_energies = row_squares(self.dense)
+        self.total = float(self.row_energies.sum())
 
     @cached_property
     def source(self) -> Source:
@@ -160,7 +157,8 @@ def meeting(
     target = allowed * item.total
     aim = AIM * target / biases[curve.mode]
     place = at_error(curve, aim)
-    best, used, coarse = None, 0.0, None
+    best: Coding | None = None
+    used, beyond = 0.0, math.inf  # the error of the best, and a step that is too coarse for it
     for attempt in range(ATTEMPTS):
         if place is None:
             break
@@ -174,18 +172,19 @@ def meeting(
             biases.note(curve.mode, error / aim)
         if used < error <= target:
             best, used = coding, error
-        elif error > target:
-            coarse = coding
+        elif best is not None:
+            beyond = min(beyond, coding.step)
         if FULL_USE * target <= error <= target:
             break
-        if best is not None and coarse is not None:
-            # Between the two a column may come or go; the columns of the finer one are kept.
-            if coarse.step - best.step < 2:
-                break
-            place = place._replace(step=0.5 * (best.step + coarse.step) / STEPS)
+        if best is None or (attempt == 0 and error <= target):
+            aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+            place = at_error(curve, aim)
             continue
-        aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
-        place = at_error(curve, aim)
+        # The curve has done what it can: from here on the columns of the best are kept.
+        if beyond - best.step < 2:
+            break
+        coarser = min(0.5 * (best.step + beyond), best.step + _STRIDE)
+        place = place._replace(step=coarser / STEPS)
     return best
 
 
@@ -232,11 +231,13 @@ def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) ->
                 yield coding
 
 
-def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType) -> list[Entry]:
+def encode(
+    items: Sequence[Item], allowed: Sequence[float], backend: ModuleType
+) -> list[Entry | None]:
     """Encode tensors so that each loses at most a share of its squared norm.
 
     ``|x - decoded|² ≤ allowed·|x|²``, truncation, quantisation and the rounding of the dtype
-    together, with the smallest of all modes; what cannot be coded stays raw.
+    together, with the smallest of all modes; None where raw bytes are smaller than any.
 
     Args:
         items: the tensors; all their integers go through one call of the entropy coder.
@@ -249,19 +250,24 @@ def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType)
         for index, (item, share) in enumerate(zip(items, allowed, strict=True))
         for coding in _codings(item, share, biases, backend)
     ]
-    entries = [item.template for item in items]
+    entries: list[Entry | None] = [None] * len(items)
+    # Raw bytes of what comes as factors would have to be written out first.
+    held = [
+        math.prod(item.template.shape) * ITEMSIZES[item.template.dtype]
+        if isinstance(item.exact, Tensor)
+        else 2**63
+        for item in items
+    ]
     for (index, coding), stream in zip(codings, streams(codings, backend), strict=True):
-        payload = coding.payload(stream, items[index].shift)
-        held = len(entries[index].payload)
-        if len(payload) < held or not held:
+        item = items[index]
+        payload = coding.payload(stream, item.shift)
+        if len(payload) < held[index]:
+            held[index] = len(payload)
             entries[index] = replace(
-                entries[index], mode=coding.mode, rank=coding.rank, payload=payload
+                item.template, mode=coding.mode, rank=coding.rank, payload=payload
             )
     for index, item in enumerate(items):
-        if isinstance(item.exact, LowRank):
-            if not entries[index].payload:
-                entries[index] = raw_entry(entries[index].name, item.exact.dense())
-        elif _HALF_HEAD + 2 * item.exact.numel() < len(entries[index].payload):
+        if isinstance(item.exact, Tensor) and _HALF_HEAD + 2 * item.exact.numel() < held[index]:
             entries[index] = _half(item, item.exact, allowed[index]) or entries[index]
     return entries
 
