@@ -83,9 +83,9 @@ def _naming(entry: Entry) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has no error of its own for this. From inside of an op, its allocator is called
-        # through the dispatcher, which does not say what failed; the ops call it for nothing else.
-        words = ("allocate", "torch_call_dispatcher")
+        # torch has no error of its own for this. Its C interface, which the ops call, does not even
+        # say what failed; of what they ask of it here, only memory can be missing.
+        words = ("allocate", "API call failed")
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None

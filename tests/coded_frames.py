@@ -157,6 +157,8 @@ ROWS = [
     as_rows(DENSE[1], "emb.d", [0] * 8, 9),
     as_rows(HYBRID[0], "emb.h", [1, 0, 0, 0, 0, 0], 7),
 ]
+# As large as kernels that multiply in tiles make their difference, and no multiple of a tile.
+TILES = [factors("value", "float32", (67, 131), -300, [20 - k for k in range(21)])]
 # Chunks of 32 lanes: one of 65536 symbols, which a row shares with the next, and one of the rest.
 LANES = [
     dense("two", "float16", (2, 35000), -3000, -47, [1, 1], 0),

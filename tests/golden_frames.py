@@ -74,6 +74,7 @@ GOLDEN: dict[str, Golden] = {
     "coded-dense": Golden(coded_frames.DENSE, {"codec": "wf1"}),
     "coded-hybrid": Golden(coded_frames.HYBRID, {"codec": "wf1"}),
     "rows-of-coded": Golden(coded_frames.ROWS, {"codec": "wf1"}),
+    "coded-tiles": Golden(coded_frames.TILES, {"codec": "wf1"}),
     "coded-lanes": Golden(coded_frames.LANES, {"codec": "wf1"}),
     "stream-example": Golden([coded_frames.EXAMPLE], {"codec": "wf1"}),
     "base-digest": Golden(all_modes(), {"codec": "wf0", "base": Base(digest=DIGEST)}),
