@@ -10,6 +10,10 @@
 #include "cpu/streaming.h"
 #include "kernels_pack_factors.h"
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 namespace fedkd_fast::cpu {
 namespace {
 
@@ -43,10 +47,14 @@ constexpr int64_t kChunk = 128;  // components: 24 KiB of the widest panel
 
 #define FEDKD_ISA portable
 #define FEDKD_LANES 4
-#define FEDKD_TILE_ROWS 4
+#define FEDKD_TILE_ROWS 6
 #define FEDKD_TILE_VECTORS 4
+#ifdef __aarch64__
+#define FEDKD_FMA(a, b, c) (Vector) vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
+#else
 #define FEDKD_FMA(a, b, c) \
   Vector { fma(a, b, c, 0), fma(a, b, c, 1), fma(a, b, c, 2), fma(a, b, c, 3) }
+#endif
 #include "cpu/reconstruct_tiles.inc"
 
 namespace fedkd_fast::cpu {

@@ -161,9 +161,9 @@ int main() {
   std::mt19937 generator(7);
   int64_t tried = 0;
   // A chunk and a part of one; all remainders of rows; of columns, those of vectors and tiles.
-  for (const int64_t rank : {0, 1, 5, 50, 129, 260})
+  for (const int64_t rank : {0, 1, 50, 129})
     for (const int64_t cols : {0, 1, 7, 16, 31, 48, 49, 81, 200})
-      for (int64_t rows = 0; rows <= 25; ++rows, ++tried) try_product(rank, rows, cols, &generator);
+      for (int64_t rows = 0; rows <= 17; ++rows, ++tried) try_product(rank, rows, cols, &generator);
   for (int bits = 1; bits <= kMaxCodeBits; ++bits) {
     for (const float scale : {0.03f, kMinScale, 1e30f}) {
       for (int64_t count = 0; count <= 140; ++count, ++tried)
