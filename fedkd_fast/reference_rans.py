@@ -34,8 +34,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkd_fast import _C
-
 Integers = NDArray[np.int64]
 
 FIRST_LEVEL, RAW_LEVEL, MOST_LEVEL = -48, 48, 335
@@ -56,6 +54,9 @@ class Table(NamedTuple):
 
 def table(level: int) -> Table:
     """Return the table that a level in -48..47 names."""
+    # Only here: the ops go without the extension that has the tables.
+    from fedkd_fast import _C
+
     *stored, escape = _C.gaussian_tables[level - FIRST_LEVEL]
     frequency = np.array([*stored[:0:-1], *stored, escape], np.int64)
     support = max(h for h, f in enumerate(stored) if f)
