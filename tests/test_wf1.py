@@ -306,3 +306,18 @@ def test_any_matrix(
     exact = powerlaw(rows, cols, power, seed) * 2.0**exponent
     frame = Compressor(energy).compress({"w": exact})
     assert relative_error(exact, decompress(frame)["w"]) <= 1 - energy
+
+
+def test_a_message_that_one_tensor_rules() -> None:
+    # Most of the squared norm lies in one matrix of few columns, which has to lose less than its
+    # share so that others may lose more; and what factors cannot do some other mode does.
+    update = {"ruler": 30.0 * powerlaw(128, 96, 2.5), **matrices()}
+    for energy in (0.6, 0.95, 0.99):
+        frame = Compressor(energy, scope="message").compress(update)
+        infos = inspect(frame)
+        assert {info.mode for info in infos} <= {
+            Mode.CODED_FACTORS,
+            Mode.CODED_DENSE,
+            Mode.CODED_HYBRID,
+        }
+        assert len(frame) < len(Compressor(energy).compress(update))

@@ -20,7 +20,7 @@ from fedkd_fast.codec.common import (
 )
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.codec.rows import Rows, whole_entry
-from fedkd_fast.codec.targets import Priced, expected_size, shares_of
+from fedkd_fast.codec.targets import LEAST_SHARE, Priced, expected_size, shares_of
 from fedkd_fast.feedback import SubspaceCache
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode
@@ -126,7 +126,7 @@ class Message:
 
     def encode_wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
         """Lose at most this share of the squared norm, by tensor or as a whole."""
-        items = self._items(lost)
+        items = self._items(lost, one_step)
         priced = _priced(items, lost)
         return self._coded(items, shares_of(priced, lost, one_step=one_step))
 
@@ -149,13 +149,13 @@ class Message:
         fixed = self._fixed(size)
         # A little below the limit, because what is expected and what comes differ by less.
         goal = wanted = AIM_BUDGET * limit - fixed
-        items, deepest = self._items(_FIRST_LOST), _FIRST_LOST
+        items, deepest = self._items(_FIRST_LOST, one_step), _FIRST_LOST
         best: list[Entry] | None = None
         used, least = 0, 2**63
         for _ in range(_BUDGET_ATTEMPTS):
             lost = _lost_within(items, wanted, one_step)
             if lost < deepest:
-                items, deepest = self._items(lost), lost
+                items, deepest = self._items(lost, one_step), lost
                 lost = _lost_within(items, wanted, one_step)
             entries = self._coded(items, shares_of(_priced(items, lost), lost, one_step=one_step))
             found = size(entries)
@@ -176,8 +176,9 @@ class Message:
         payloads = sum(len(self._raw(name).payload) for name in self._lossy)
         return size(self._listed({})) - payloads
 
-    def _items(self, lost: float) -> dict[str, wf1.Item]:
-        self._factorise(1.0 - lost * TAIL_SHARE)
+    def _items(self, lost: float, one_step: bool) -> dict[str, wf1.Item]:
+        tail = lost * (TAIL_SHARE * LEAST_SHARE if one_step else TAIL_SHARE)
+        self._factorise(1.0 - tail)
         paying = self._paying()
         items = {
             name: wf1.Item(
@@ -190,7 +191,7 @@ class Message:
         }
         for name, value in self._known.items():
             blank = Entry(name, DTYPES[value.dtype], value.shape, Mode.RAW)
-            factors = value.factors(1.0 - lost * TAIL_SHARE)
+            factors = value.factors(1.0 - tail)
             items[name] = wf1.Item(blank, value, vector=False, factors=factors)
         return items
 

@@ -10,6 +10,8 @@ from fedkd_fast.codec.curves import SPACING, Curve, Point, at_error
 
 # With scope "message" no tensor loses more than this many times its share, nor all of itself.
 MESSAGE_CAP = 4.0
+# And none is asked to lose less than this of it, so that factors need not be known any deeper.
+LEAST_SHARE = 0.5
 MOST_LOST = 0.999
 
 
@@ -111,7 +113,12 @@ def shares_of(tensors: Sequence[Priced], lost: float, *, one_step: bool) -> list
     whole = lost * sum(tensors[i].total for i in matrices)
 
     def at_step(step: float) -> list[float]:
-        return [min(_error_at(tensors[i].curves, step), most * tensors[i].total) for i in matrices]
+        errors = []
+        for i in matrices:
+            least = LEAST_SHARE * lost * tensors[i].total
+            found = max(_error_at(tensors[i].curves, step), least)
+            errors.append(min(found, most * tensors[i].total))
+        return errors
 
     low = min(float(curve.steps[0]) for i in matrices for curve in tensors[i].curves)
     high = max(float(curve.steps[-1]) for i in matrices for curve in tensors[i].curves)

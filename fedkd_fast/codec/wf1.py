@@ -220,15 +220,18 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
 def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) -> Iterator[Coding]:
     """Yield what may be the smallest coding."""
     curves = item.curves(0.5 * allowed, 1.5 * allowed)
-    places = [
-        (curve, place) for curve in curves if (place := at_error(curve, allowed * item.total))
-    ]
-    least = min((place.size for _, place in places), default=0.0)
-    for curve, place in places:
-        if place.size <= MARGIN * least:
-            coding = meeting(item, curve, allowed, biases, backend)
-            if coding is not None:
-                yield coding
+    places = [(curve, at_error(curve, allowed * item.total)) for curve in curves]
+    ranked = sorted(
+        ((place.size, curve) for curve, place in places if place), key=lambda found: found[0]
+    )
+    found = False
+    for size, curve in ranked:
+        if found and size > MARGIN * ranked[0][0]:
+            break
+        coding = meeting(item, curve, allowed, biases, backend)
+        if coding is not None:
+            found = True
+            yield coding
 
 
 def encode(
