@@ -42,8 +42,9 @@ DENSE_SHRINK = 0.7
 _BLOCK, _NEWTON, _CLOSE = 32, 6, 2e-3
 # Columns of higher levels might hold integers beyond the largest, in a single peak.
 _FINEST = HIGHEST - 8 * PER_OCTAVE
-# Numbers of a side that are few enough to form all products of their errors; of more, the products
-# of different columns are this share of the squares at most.
+# Numbers of a side that are too few for what is rounded in eight bits to cancel, and few enough to
+# form all products of their errors; of more, those of different columns are this share of the
+# squares at most.
 _FEW, _MIXED = 1 << 15, 5e-3
 ROUNDING = 4e-6  # of the squared norm, in sums of products
 
@@ -162,7 +163,7 @@ class Source:
         # Two roundings: whether they are fused may depend on how threads share the elements.
         off = sent - self.short[:rank] * multipliers[:, None]
         known = self._long[:rank] * (self.factors.sigma[:rank].float() * multipliers)[:, None]
-        narrow = self._narrow
+        narrow = self._narrow if known.numel() >= _FEW else None
         if narrow is None:
             return known.add_((self._matrix @ off.T).T)
         return known.add_(off.bfloat16() @ narrow.T)
@@ -245,7 +246,7 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
 
 def _almost_diagonal(inverse: Tensor, products: Tensor) -> Tensor:
     """Multiply with a matrix whose entries beside the diagonal are small: these in eight bits."""
-    if not _multiplies_bfloat16():
+    if products.numel() < _FEW or not _multiplies_bfloat16():
         return inverse @ products
     beside = inverse.bfloat16().fill_diagonal_(0.0)
     return (products * inverse.diagonal()[:, None]).add_(beside @ products.bfloat16())
