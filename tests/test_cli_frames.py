@@ -170,6 +170,11 @@ def test_overwrite(tensors: Path, frame: Path) -> None:
     [
         (["--energy", "1.5"], r"energy must lie in \(0, 1\], got 1.5"),
         (["--energy", "nan"], r"energy must lie in \(0, 1\], got nan"),
+        (["--error", "1"], r"error must lie in \[0, 1\), got 1.0"),
+        (["--budget-bytes", "0"], "budget_bytes must be at least 1, got 0"),
+        (["--bits-per-param", "-1"], "bits_per_param must be positive, got -1"),
+        (["--budget-bytes", "70"], "at least about .* bytes, got a limit of 70"),
+        (["--scope", "model"], "scope must be one of .*, got 'model'"),
         (["--codec", "zip"], "codec must be one of .*wf0.*, got 'zip'"),
         (["--base", "nowhere"], "nowhere: No such file or directory"),
     ],
@@ -344,3 +349,14 @@ def test_inspect_names_the_round_of_the_base(
     assert main(["inspect", str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["base_run"], facts["base_round"]) == (12, 7)
+
+
+def test_budgets_and_errors(tensors: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.fkd"
+    for options, most in ((["--budget-bytes", "700"], 700), (["--bits-per-param", "1"], 800)):
+        assert main(["compress", str(tensors), str(path), "--overwrite", *options]) == 0
+        assert path.stat().st_size <= most
+    assert main(["compress", str(tensors), str(path), "--overwrite", "--error", "0.5"]) == 0
+    other = tmp_path / "other.fkd"
+    assert main(["compress", str(tensors), str(other), "--energy", "0.75"]) == 0
+    assert path.read_bytes() == other.read_bytes()

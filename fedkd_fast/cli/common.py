@@ -173,7 +173,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
-        return load(path.read_bytes())
+        # The library gives them in any order, and frames of the same file should be the same.
+        return dict(sorted(load(path.read_bytes()).items()))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 

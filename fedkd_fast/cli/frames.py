@@ -39,6 +39,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         _compress,
         "make a small frame from the tensors of a safetensors file",
         "update.safetensors update.fkd --energy 0.97\n"
+        "update.safetensors update.fkd --budget-bytes 100000\n"
         "after.safetensors update.fkd --base before.safetensors",
         "Make a small frame from the tensors of a safetensors file. With --base the difference to "
         "it is encoded, and only the same base decodes the frame.",
@@ -48,12 +49,28 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--base", type=Path, metavar="B.safetensors", help="encode the difference to these tensors"
     )
-    parser.add_argument(
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument(
         "--energy",
         type=float,
-        default=0.95,
         metavar="T",
-        help="share of each tensor's squared norm to keep, in (0, 1]; larger means more bytes",
+        help="share of each tensor's squared norm to keep, in (0, 1]; larger means more bytes "
+        "(0.95 where nothing is asked for)",
+    )
+    wish.add_argument(
+        "--error", type=float, metavar="E", help="instead: largest relative error, in [0, 1)"
+    )
+    wish.add_argument(
+        "--budget-bytes", type=int, metavar="N", help="instead: most bytes that the frame may take"
+    )
+    wish.add_argument(
+        "--bits-per-param", type=float, metavar="B", help="instead: that in bits an element"
+    )
+    parser.add_argument(
+        "--scope",
+        default="tensor",
+        metavar="NAME",
+        help="keep the promise for each tensor, or for the message as a whole, which is smaller",
     )
     parser.add_argument(
         "--codec",
@@ -113,7 +130,15 @@ def _compress(args: argparse.Namespace) -> int:
     check_target(args.target, args.overwrite)
     from fedkd_fast.compress import Compressor
 
-    compressor = Compressor(args.energy, args.codec, stateless=True)
+    compressor = Compressor(
+        args.energy,
+        args.codec,
+        error=args.error,
+        budget_bytes=args.budget_bytes,
+        bits_per_param=args.bits_per_param,
+        scope=args.scope,
+        stateless=True,
+    )
     tensors = load_tensors(args.source)
     base = None if args.base is None else load_tensors(args.base)
     frame = compressor.compress(tensors, base)
