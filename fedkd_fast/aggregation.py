@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 # Sums run in float64, which holds integers up to here.
 _EXACT_INTEGERS = 2**53
+# What frames hold of these has been rounded, as a rule; others are added in float64 in any mode.
+_QUANTISED = ("float32", "float16", "bfloat16")
 
 
 class Aggregate(Mapping[str, Tensor]):
@@ -95,7 +97,7 @@ class _Sum:
             rank = sum(len(pair[0]) for pair in self._pairs)
             if rank < STACKED_SHARE * min(left.shape[1], right.shape[1]):
                 return
-            self._write_out(torch.float32)
+            self._write_out(torch.float64 if self._dtype == torch.float64 else torch.float32)
             return
         matrix = self._dense.view(left.shape[1], right.shape[1])
         matrix.addmm_(left.T.to(matrix.dtype), right.to(matrix.dtype), alpha=weight)
@@ -117,6 +119,12 @@ class _Sum:
             matrix = self._dense.view(whole.left.shape[1], whole.right.shape[1])
             matrix.addmm_(whole.left.T.to(dtype), whole.right.to(dtype))
 
+    def scale(self, factor: float) -> None:
+        """Multiply what has been added."""
+        self._pairs = [(left * factor, right) for left, right in self._pairs]
+        if self._dense is not None:
+            self._dense.mul_(factor)
+
     def mean(self, total: float) -> Tensor | LowRank:
         if self._dense is not None:
             return _cast(self._dense.div_(total), self._dtype)
@@ -131,10 +139,9 @@ def _check_weights(weights: Sequence[float]) -> list[float]:
     for index, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weights must be finite and >= 0, got {weight} at {index}")
-    largest = max(weights, default=0.0)
-    if largest <= 0:
+    if max(weights, default=0.0) <= 0:
         raise ValueError("weights must not all be zero")
-    return [weight / largest for weight in weights]
+    return [float(weight) for weight in weights]
 
 
 def _weighted(
@@ -147,13 +154,13 @@ def _weighted(
     if weights is None:
         yield from ((name, frame, 1.0) for name, frame in named)
         return
-    scaled, count = _check_weights(weights), 0
+    checked, count = _check_weights(weights), 0
     for count, (name, frame) in enumerate(named, 1):
-        if count <= len(scaled):
-            yield name, frame, scaled[count - 1]
-    if count != len(scaled):
+        if count <= len(checked):
+            yield name, frame, checked[count - 1]
+    if count != len(checked):
         raise ValueError(
-            f"weights must have one entry per frame: {count} frames, got {len(scaled)}"
+            f"weights must have one entry per frame: {count} frames, got {len(checked)}"
         )
 
 
@@ -212,7 +219,7 @@ class _Mean:
         self._relative_to, self._any_base = relative_to, relative_to is None
         self._sums: dict[str, _Sum] = {}
         self._ties: dict[str, str] = {}
-        self._total = 0.0
+        self._total = self._unit = 0.0
 
     def add(
         self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
@@ -230,6 +237,8 @@ class _Mean:
         for entry, parts in found:
             if entry.dtype == "int64" and isinstance(parts, Tensor) and not _exact(parts):
                 raise ValueError(f"frame {name}: {entry.name!r} holds integers beyond 2^53")
+        if weight == 0.0:
+            return
         names = [entry.name for entry, _ in found]
         tied = {
             entry.name: names[entry.rank] if entry.mode is Mode.ALIAS else entry.name
@@ -239,10 +248,17 @@ class _Mean:
             self._begin([entry for entry, _ in found], made_against, tied)
         # One sender's ties must not overwrite what the others sent.
         self._ties = {one: other for one, other in self._ties.items() if tied[one] == other}
+        # Weights in units of the largest that counted so far: what is refused has no say in them.
+        if weight > self._unit:
+            for one in self._sums.values():
+                one.scale(self._unit / weight)
+            self._total *= self._unit / weight
+            self._unit = weight
         for entry, parts in found:
             if entry.mode is not Mode.ZERO:
-                self._sums[entry.name].add(parts, weight, exact=entry.mode is Mode.RAW)
-        self._total += weight
+                exact = entry.mode is Mode.RAW or entry.dtype not in _QUANTISED
+                self._sums[entry.name].add(parts, weight / self._unit, exact=exact)
+        self._total += weight / self._unit
 
     def _begin(
         self, entries: Sequence[Entry], made_against: Base | None, tied: Mapping[str, str]

@@ -253,7 +253,10 @@ class Compressor:
     ) -> tuple[list[Entry], Callable[[], None]]:
         """Return the entries of an update, and what records in the state that they were sent."""
         target = self.target if energy is None else Target(energy=check_energy(energy))
-        names = list(as_mapping(update, "update"))
+        # Once each: of values that are loaded when asked for, one may lie where another one lay.
+        update = dict(as_mapping(update, "update").items())
+        base = None if base is None else dict(as_mapping(base, "base").items())
+        names = list(update)
         known, update = self._known(update, base, target)
         tensors = as_tensors(update, "update", sparse=True)
         if tied is None:
@@ -270,7 +273,7 @@ class Compressor:
         if self._feedback is not None:
             # A tensor with a residual of its own is not what it is tied to.
             feedback = self._feedback
-            tied = {name: owner for name, owner in tied.items() if name not in feedback}
+            tied = {name: owner for name, owner in tied.items() if feedback.alike(name, owner)}
             sent = {
                 name: feedback.add(name, wide(value))
                 if name not in tied and value.is_floating_point()
@@ -296,6 +299,8 @@ class Compressor:
                     if entry.name in rows and sent[entry.name].is_floating_point():
                         decoded = decode_entry(entry, self._backend)
                         self._feedback.keep(entry.name, sent[entry.name], decoded)
+                for name, owner in tied.items():
+                    self._feedback.share(name, owner)
             if self._cache is not None:
                 for name, factors in message.factors.items():
                     self._cache.keep(name, factors, some_rows=rows[name].ids is not None)

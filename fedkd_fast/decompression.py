@@ -15,6 +15,7 @@ from fedkd_fast.codec.common import DTYPES, all_finite
 from fedkd_fast.codec.decode import Parts, backend_named, decode_parts, written_out
 from fedkd_fast.tensors import (
     Shaped,
+    as_mapping,
     as_tensors,
     check_same_names,
     check_same_tensors,
@@ -147,6 +148,8 @@ def decompress(
         WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
         ValueError: a schema or base that does not match, or a missing or unneeded base.
     """
+    # Once each: of values that are loaded when asked for, one may lie where another one lay.
+    base = None if base is None else dict(as_mapping(base, "base").items())
     bases = None if base is None else as_tensors(base, "base")
     wanted, name = (bases, "base") if schema is None else (schema, "schema")
     tensors, made_against = decode_frame(

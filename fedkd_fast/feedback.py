@@ -76,6 +76,15 @@ class ErrorFeedback(State):
         """Store ``sent - decoded`` for the next message."""
         self._residuals[name] = sent - decoded.to(sent.dtype)
 
+    def alike(self, name: str, other: str) -> bool:
+        """Tell whether two tensors have one residual, or none."""
+        return self._residuals.get(name) is self._residuals.get(other)
+
+    def share(self, name: str, owner: str) -> None:
+        """Give a tensor that was sent as another one the residual of that."""
+        if owner in self._residuals:
+            self._residuals[name] = self._residuals[owner]
+
     def absent(self, rounds: int = 1) -> None:
         """Let the residuals decay, where the client missed rounds.
 
@@ -84,8 +93,8 @@ class ErrorFeedback(State):
         """
         if rounds < 0:
             raise ValueError(f"rounds must be at least 0, got {rounds}")
-        for name, residual in self._residuals.items():
-            self._residuals[name] = residual * self.decay**rounds
+        smaller = {id(kept): kept * self.decay**rounds for kept in self._residuals.values()}
+        self._residuals = {name: smaller[id(kept)] for name, kept in self._residuals.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the residuals by tensor name; the tensors are shared, not copied."""
@@ -131,27 +140,42 @@ class EF21(State):
 
     def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
         """Add what the receiver got to the estimate."""
-        self._add(name, decoded.to(sent.dtype))
+        self._estimates[name] = self._sum(name, decoded.to(sent.dtype))
 
     def receive(self, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a decoded message to the estimates; returns these, in the dtypes of the message.
 
         Integers and booleans travel whole and are returned as they came.
+
+        Raises:
+            ValueError: a tensor changed its shape or precision. Nothing is added then.
         """
-        result = {}
+        result, added = {}, {}
         for name, value in decoded.items():
             if value.is_floating_point():
-                self._add(name, value if value.dtype == torch.float64 else value.float())
-                result[name] = self._estimates[name].to(value.dtype)
+                wide = value if value.dtype == torch.float64 else value.float()
+                added[name] = self._sum(name, wide)
+                result[name] = added[name].to(value.dtype, copy=True)
             else:
                 result[name] = value
+        self._estimates.update(added)
         return result
 
-    def _add(self, name: str, decoded: Tensor) -> None:
+    def alike(self, name: str, other: str) -> bool:
+        """Tell whether the receiver has the same of two tensors, or nothing."""
+        return self._estimates.get(name) is self._estimates.get(other)
+
+    def share(self, name: str, owner: str) -> None:
+        """Give a tensor that was sent as another one the estimate of that."""
+        if owner in self._estimates:
+            self._estimates[name] = self._estimates[owner]
+
+    def _sum(self, name: str, decoded: Tensor) -> Tensor:
         estimate = self._estimates.get(name)
-        if estimate is not None:
-            _check_alike(name, decoded, estimate)
-        self._estimates[name] = decoded.clone() if estimate is None else estimate + decoded
+        if estimate is None:
+            return decoded.clone()
+        _check_alike(name, decoded, estimate)
+        return estimate + decoded
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the estimates by tensor name; the tensors are shared, not copied."""

@@ -10,7 +10,7 @@ from fedkd_fast.aggregation import aggregate
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
 from fedkd_fast.tensors import digest_of, specs_of
-from fedkd_fast.wire import TensorSpec
+from fedkd_fast.wire import Base, TensorSpec
 
 
 class Server:
@@ -40,7 +40,8 @@ class Server:
             WireError: a frame is damaged.
             ValueError: a frame does not fit the shared parameters.
         """
-        mean = aggregate(frames, schema=self._parameters, strict=True)
+        base = Base(digest=self.digest())
+        mean = aggregate(frames, schema=self._parameters, relative_to=base, strict=True)
         broadcast = mean.recompress(self._compressor, energy=energy)
         self._parameters = decompress(broadcast, schema=self._parameters, base=self._parameters)
         return broadcast

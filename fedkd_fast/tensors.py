@@ -170,14 +170,13 @@ def specs_of(schema: Mapping[str, Shaped]) -> list[TensorSpec]:
 
 
 def digest_of(base: Mapping[str, object]) -> bytes:
-    """Return the 16 bytes that identify a base: BLAKE2b over names, dtypes, shapes and elements."""
-    return digest_of_tensors(as_tensors(base, "base"))
+    """Return the 16 bytes that identify a base: BLAKE2b over names, dtypes, shapes and elements.
 
-
-def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Do as `digest_of` for what `as_tensors` has checked already."""
+    Values are looked at one after the other, by name.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(as_mapping(base, "base")):
+        tensor = as_tensors({name: base[name]}, "base")[name]
         digest.update(f"{name}\0{DTYPES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
         digest.update(to_bytes(tensor))
     return digest.digest()

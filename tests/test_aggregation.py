@@ -205,3 +205,43 @@ def test_versions_of_bases() -> None:
         decompress(broadcast, base=now)
     with pytest.raises(ValueError, match="not a difference"):
         decompress(RAW.compress(part), relative_to=Base(run=7, round=3))
+
+
+def test_sums_are_as_exact_as_what_travels() -> None:
+    rows = torch.zeros(100, 20, dtype=torch.int64)
+    rows[3] = 2**40 + 1
+    assert torch.equal(aggregate([RAW.compress({"n": rows})] * 2)["n"], rows)
+    few = torch.zeros(100, 20, dtype=torch.float64)
+    few[3], few[5] = 1e300, 1 + 1e-12
+    assert torch.equal(aggregate([RAW.compress({"x": few})] * 2)["x"], few)
+    value = torch.tensor([2**40 + 1, 3])
+    frames = [RAW.compress({"a": value, "b": b}) for b in (value, value.clone())]
+    assert torch.equal(aggregate(frames)["b"], value)
+
+
+def test_weights_of_what_does_not_count_have_no_say() -> None:
+    good = Compressor(0.9).compress({"w": low_rank(0)})
+    exact = decompress(good)["w"]
+    for weight in (1e46, 1e300):
+        mean = aggregate([b"damaged", good, good], weights=[weight, 1, 1])
+        assert float((mean["w"] - exact).abs().max()) <= 8 * ROUNDING * float(exact.abs().max())
+        assert list(mean.refused) == [0]
+        # And of what does, the larger ones.
+        late = aggregate([good, RAW.compress({"w": torch.ones(60, 40)})], weights=[1, weight])
+        assert torch.allclose(late["w"], torch.ones(60, 40))
+    other = RAW.compress({"x": torch.ones(3)})
+    mean = aggregate([other, good], weights=[0, 2])
+    assert list(mean) == ["w"] and mean.refused == {}
+
+
+@pytest.mark.parametrize("scale", [2.0**-73, 2.0**-40, 1.0, 2.0**40, 2.0**64])
+@pytest.mark.parametrize("left", [1.0, 0.3, 0.01, 0.001])
+def test_recompress_keeps_its_promise_where_clients_disagree(left: float, scale: float) -> None:
+    for seed in range(5):
+        one = low_rank(seed, 3, (96, 80)) * scale
+        other = -one + left * scale * low_rank(seed + 100, 3, (96, 80))
+        frames = [Compressor(0.9999, "factors-fp32").compress({"w": x}) for x in (one, other)]
+        mean = aggregate(frames)
+        broadcast = aggregate(frames).recompress(Compressor(0.95))
+        # Differences of factors are only as good as float32 of their terms.
+        assert relative_error(mean["w"], decompress(broadcast)["w"]) <= 0.05 * (1 + 1e-3)

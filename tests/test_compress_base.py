@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from updates import model, powerlaw, relative_error
@@ -96,3 +98,34 @@ def test_schema_is_checked_before_anything_is_decoded() -> None:
         decompress(frame, schema={"w": torch.zeros(2)})
     with pytest.raises(ValueError, match="base does not match"):
         decompress(frame, base={"w": torch.zeros(2)})
+
+
+class Fresh(dict[str, torch.Tensor]):
+    """Values that are made anew whenever somebody asks, often where the last one lay."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name) * 1.0
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+
+def test_values_that_come_and_go_are_not_taken_for_ties() -> None:
+    update = Fresh({name: torch.randn(50, 40) for name in "abcdef"})
+    decoded = decompress(Compressor(0.99).compress(update))
+    for name in update:
+        assert relative_error(update[name], decoded[name]) <= 0.01
+    same = torch.ones(50, 40)
+    difference = Compressor(codec="raw").compress(
+        dict.fromkeys("abcdef", same), relative_to=Base(digest=digest_of(update))
+    )
+    for name, value in decompress(difference, base=update).items():
+        assert torch.equal(value, update[name] + 1.0)
+
+
+def test_float16_that_factors_would_overflow_travels_raw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(200, 2, generator=generator), torch.randn(2, 200, generator=generator)
+    exact = ((left @ right).clamp(-1, 1) * 65504).half()
+    decoded = decompress(Compressor(0.8, "factors-fp32").compress({"w": exact}))["w"]
+    assert relative_error(exact.float(), decoded.float()) <= 0.2

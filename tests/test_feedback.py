@@ -341,3 +341,35 @@ def test_two_calls_at_once_need_two_compressors(monkeypatch: pytest.MonkeyPatch)
         assert decompress(first.result())
     # And afterwards it goes on.
     assert compressor.compress(update)
+
+
+@pytest.mark.parametrize("kind", [ErrorFeedback, EF21])
+def test_ties_come_and_go(kind: type[ErrorFeedback] | type[EF21]) -> None:
+    a, b = powerlaw(40, 30), powerlaw(40, 30, seed=9)
+    rounds = [{"a": a}, {"a": a, "b": a}, {"a": a, "b": b}, {"a": a, "b": a}]
+    if kind is EF21:
+        sender, receiver = EF21(), EF21()
+        compressor = Compressor(0.9999, feedback=sender)
+        for update in rounds:
+            estimates = receiver.receive(decompress(compressor.compress(update)))
+            for name, exact in update.items():
+                assert torch.equal(estimates[name], sender.state_dict()[name])
+                assert relative_error(exact, estimates[name]) <= 1e-3
+        return
+    compressor = Compressor(0.3, feedback=ErrorFeedback())
+    residual: dict[str, torch.Tensor] = {}
+    for update in rounds:
+        decoded = decompress(compressor.compress(update))
+        for name, exact in update.items():
+            residual[name] = exact + residual.get(name, torch.zeros_like(exact)) - decoded[name]
+            kept = compressor.state_dict()[f"feedback.{name}"]
+            assert relative_error(residual[name], kept) <= 1e-10
+
+
+def test_ef21_takes_a_message_whole_or_not_at_all() -> None:
+    receiver = EF21()
+    first = receiver.receive({"a": torch.ones(3), "b": torch.ones(2)})
+    first["a"].zero_()
+    with pytest.raises(ValueError, match=r"update\['b'\]"):
+        receiver.receive({"a": torch.ones(3), "b": torch.ones(5)})
+    assert receiver.receive({"a": torch.zeros(3)})["a"].tolist() == [1.0] * 3

@@ -125,6 +125,17 @@ def test_a_budget_is_kept_and_used(budget: int, scope: str) -> None:
         assert min(errors) >= USED**4 * max(errors)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.85])
+def test_large_budgets_are_used_too(share: float) -> None:
+    noise = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    for exact in (noise, powerlaw(128, 128, 1.5)):
+        budget = int(share * exact.nbytes)
+        frame = Compressor(budget_bytes=budget).compress({"w": exact})
+        assert len(frame) <= budget
+        # Beyond this the integers are finer than float32 itself.
+        assert len(frame) >= 0.98 * budget or relative_error(exact, decompress(frame)["w"]) < 1e-12
+
+
 def test_bits_per_param() -> None:
     update = matrices()
     count = sum(value.numel() for value in update.values())

@@ -27,7 +27,7 @@ ROW_QUANTUM = 4
 # Between the steps that curves are known at, in sixteenths of an octave.
 SPACING = 2.0
 # Wider grids than this lead from nothing sent to nothing lost for any spectrum.
-_MOST_POINTS = 160
+_MOST_POINTS = 320
 _HEADS = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256)
 _BOTH = 0.1
 # Factors that are smaller than this share of a dense tensor are smaller than any mixture.

@@ -13,6 +13,7 @@ from fedkd_fast.reference import Factors
 STACKED_SHARE = 0.5
 # … and to factorise and encode, where no dense mode can be smaller.
 ENCODED_SHARE = 0.25
+_USUAL, _LEFT = (2.0**-60, 2.0**60), 0.05  # squared norms, and what parts must leave of theirs
 
 
 class LowRank:
@@ -34,8 +35,12 @@ class LowRank:
     def worth_keeping(self) -> bool:
         """Whether encoding the factors is cheaper than encoding the matrix."""
         side = min(self.left.shape[1], self.right.shape[1])
-        few = len(self.left) <= ENCODED_SHARE * side
-        return few and self.dtype == torch.float32 and self.squared_norm() > 0.0
+        if len(self.left) > ENCODED_SHARE * side or self.dtype != torch.float32:
+            return False
+        squares = [one.double().square().sum(1) for one in (self.left, self.right)]
+        total = self.squared_norm()
+        # Parts that nearly cancel, or leave float32's middle, lose in products what they are worth.
+        return _USUAL[0] < total < _USUAL[1] and total > _LEFT * float(squares[0] @ squares[1])
 
     @property
     def T(self) -> LowRank:
@@ -56,7 +61,7 @@ class LowRank:
 
     def squared_norm(self) -> float:
         """Return the sum of squares of the matrix."""
-        grams = [(side @ side.T).double() for side in (self.left, self.right)]
+        grams = [side.double() @ side.double().T for side in (self.left, self.right)]
         return float((grams[0] * grams[1]).sum())
 
     def factors(self, energy: float) -> Factors:

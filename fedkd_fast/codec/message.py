@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fedkd_fast.codec import wf0, wf1
 from fedkd_fast.codec.common import (
     DTYPES,
+    all_finite,
     factors_entry,
     is_matrix,
     matrix_shape,
@@ -18,6 +20,7 @@ from fedkd_fast.codec.common import (
     raw_entry,
     representable,
 )
+from fedkd_fast.codec.decode import decode_entry
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.codec.rows import Rows, whole_entry
 from fedkd_fast.codec.targets import LEAST_SHARE, Priced, expected_size, shares_of
@@ -31,9 +34,11 @@ CODECS = ("wf1", "wf0", "factors-fp32", "raw")
 TAIL_SHARE = 0.35
 # A budget is used to this share at least, where the tensors allow it.
 FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
-_BUDGET_ATTEMPTS = 8
+_BUDGET_ATTEMPTS = 12
 # What a first look at a message with a budget assumes to be lost.
 _FIRST_LOST = 0.05
+# log2 of the least that is lost before nothing is: about what float32 distinguishes.
+_FINEST = -46.0
 
 
 def wide(value: Tensor) -> Tensor:
@@ -103,7 +108,11 @@ class Message:
         for name, factors in self._paying().items():
             raw = self._raw(name)
             entry = factors_entry(name, raw.dtype, raw.shape, factors)
-            if len(entry.payload) < len(raw.payload):
+            if len(entry.payload) >= len(raw.payload):
+                continue
+            # Sixteen bits may have no room for what factors make of their largest numbers.
+            wide = raw.dtype in ("float32", "float64")
+            if wide or all_finite(decode_entry(entry, self._backend)):
                 coded[name] = entry
         return self._listed(coded)
 
@@ -152,11 +161,13 @@ class Message:
         items, deepest = self._items(_FIRST_LOST, one_step), _FIRST_LOST
         best: list[Entry] | None = None
         used, least = 0, 2**63
+        beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
         for _ in range(_BUDGET_ATTEMPTS):
             lost = _lost_within(items, wanted, one_step)
+            if best is not None and not beyond < lost < fits:
+                lost = math.sqrt(beyond * fits)
             if lost < deepest:
                 items, deepest = self._items(lost, one_step), lost
-                lost = _lost_within(items, wanted, one_step)
             entries = self._coded(items, shares_of(_priced(items, lost), lost, one_step=one_step))
             found = size(entries)
             least = min(least, found)
@@ -164,6 +175,7 @@ class Message:
                 best, used = entries, found
             if FULL_BUDGET * limit <= found <= limit:
                 break
+            beyond, fits = (max(beyond, lost), fits) if found > limit else (beyond, min(fits, lost))
             wanted *= goal / max(found - fixed, 1)
         if best is None:
             raise ValueError(
@@ -256,9 +268,9 @@ def _priced(items: Mapping[str, wf1.Item], lost: float) -> list[Priced]:
 
 def _lost_within(items: Mapping[str, wf1.Item], limit: float, one_step: bool) -> float:
     """Return what is lost where the payloads are expected to take so many bytes."""
-    low, high = -20.0, 0.0  # log2
+    low, high = _FINEST, 0.0  # log2
     priced = [Priced(item.total, item.share, item.curves(2.0**low)) for item in items.values()]
-    for _ in range(16):
+    for _ in range(20):
         middle = 0.5 * (low + high)
         size = expected_size(priced, shares_of(priced, 2.0**middle, one_step=one_step))
         low, high = (low, middle) if size <= limit else (middle, high)

@@ -62,7 +62,7 @@ def make_target(
             raise ValueError(f"error must lie in [0, 1), got {error}")
         return Target(energy=1.0 - error * error)
     if budget_bytes is not None:
-        if budget_bytes < 1:
+        if not 1 <= budget_bytes < math.inf:
             raise ValueError(f"budget_bytes must be at least 1, got {budget_bytes}")
         return Target(budget_bytes=int(budget_bytes))
     if bits_per_param is not None:
