@@ -19,7 +19,7 @@ from fedkd_fast.codec.message import CODECS, Message, wide
 from fedkd_fast.codec.rows import Rows, touched
 from fedkd_fast.codec.targets import Target, check_energy, make_target
 from fedkd_fast.codec.wf1 import EXACT_SHARE
-from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
+from fedkd_fast.feedback import EF21, ErrorFeedback, SubspaceCache
 from fedkd_fast.tensors import (
     as_mapping,
     as_tensors,
@@ -63,7 +63,7 @@ class Compressor:
     ``V·diag(σ)``, which is the optimum, and a static entropy coder gives each column the bits it
     needs. Where two factors do not pay, rows are coded directly, or a few factors and the rest.
     Vectors keep a 16 times smaller error. ``wf0`` does the same with whole bits for each column and
-    no entropy coder: some 10 % more bytes, less time. ``factors-fp32`` is the paper's payload,
+    no entropy coder: at least a fifth more bytes. ``factors-fp32`` is the paper's payload,
     ``U·diag(σ)·Vᵀ`` in float32 with the smallest rank K whose energy exceeds the threshold (Nature
     Communications 13:2032, eq (8)), or raw bytes where that is smaller. ``raw`` loses nothing; nor
     does any codec with ``energy=1``. Where at least half of a matrix's rows are zero, only the
@@ -81,7 +81,7 @@ class Compressor:
         scope: "tensor" keeps the promise for each tensor; "message" for all matrices together:
             smaller, because more is lost where that saves most, up to 4 times the share (wf1).
         feedback: add to each update what the messages before left out: True, or an `ErrorFeedback`
-            with options of its own.
+            with options of its own, or an `EF21`.
         cache: start the factorisations where the last ones ended (`SubspaceCache`): several times
             faster.
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
@@ -106,7 +106,7 @@ class Compressor:
         budget_bytes: int | None = None,
         bits_per_param: float | None = None,
         scope: str = "tensor",
-        feedback: bool | ErrorFeedback = False,
+        feedback: bool | ErrorFeedback | EF21 = False,
         cache: SubspaceCache | None = None,
         stateless: bool = False,
         schema: bool = True,
@@ -377,6 +377,6 @@ class Compressor:
                 keeper.load_state_dict(before[prefix])
             raise
 
-    def _state(self) -> dict[str, ErrorFeedback | SubspaceCache]:
+    def _state(self) -> dict[str, ErrorFeedback | EF21 | SubspaceCache]:
         kept = {_FEEDBACK_PREFIX: self._feedback, _CACHE_PREFIX: self._cache}
         return {prefix: part for prefix, part in kept.items() if part is not None}

@@ -41,8 +41,56 @@ class State:
         self._owner = weakref.ref(owner)
 
 
-class ErrorFeedback(State):
-    """Residuals by tensor name, float32 (float64 for float64 tensors).
+class _ByName(State):
+    """A tensor for each name, float32 (float64 for float64 tensors)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether something is kept of this tensor."""
+        return name in self._kept
+
+    def alike(self, name: str, other: str) -> bool:
+        """Tell whether the same is kept of two tensors, or nothing."""
+        return self._kept.get(name) is self._kept.get(other)
+
+    def share(self, name: str, owner: str) -> None:
+        """Keep of a tensor that was sent as another one what is kept of that."""
+        if owner in self._kept:
+            self._kept[name] = self._kept[owner]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is kept, by tensor name; the tensors are shared, not copied."""
+        return dict(self._kept)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all that is kept.
+
+        Raises:
+            TypeError: a value is not a floating tensor.
+            ValueError: a value holds NaN or Inf.
+        """
+        for name, kept in state.items():
+            if not isinstance(kept, torch.Tensor) or not kept.is_floating_point():
+                raise TypeError(f"residual {name!r} must be a floating tensor, got {kept!r}")
+            if not bool(torch.isfinite(kept).all()):
+                raise ValueError(f"residual {name!r} holds NaN or Inf")
+        self._kept = {name: kept.detach().clone() for name, kept in state.items()}
+
+    def _matching(self, name: str, update: Tensor) -> Tensor | None:
+        kept = self._kept.get(name)
+        if kept is not None and (kept.shape != update.shape or kept.dtype != update.dtype):
+            raise ValueError(
+                f"update[{name!r}] is {tuple(update.shape)} {update.dtype}, but its error-feedback "
+                f"residual is {tuple(kept.shape)} {kept.dtype}: use a fresh Compressor"
+            )
+        return kept
+
+
+class ErrorFeedback(_ByName):
+    """Residuals by tensor name.
 
     Args:
         decay: what `absent` multiplies the residuals with for each round that was missed: what was
@@ -54,11 +102,6 @@ class ErrorFeedback(State):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         self.decay = decay
-        self._residuals: dict[str, Tensor] = {}
-
-    def __contains__(self, name: str) -> bool:
-        """Tell whether something was left out of this tensor before."""
-        return name in self._residuals
 
     def add(self, name: str, update: Tensor) -> Tensor:
         """Return ``update + residual``; a residual of another shape is stale and an error.
@@ -66,24 +109,12 @@ class ErrorFeedback(State):
         Raises:
             ValueError: the tensor changed its shape or precision since the residual was kept.
         """
-        residual = self._residuals.get(name)
-        if residual is None:
-            return update
-        _check_alike(name, update, residual)
-        return update + residual
+        residual = self._matching(name, update)
+        return update if residual is None else update + residual
 
     def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
         """Store ``sent - decoded`` for the next message."""
-        self._residuals[name] = sent - decoded.to(sent.dtype)
-
-    def alike(self, name: str, other: str) -> bool:
-        """Tell whether two tensors have one residual, or none."""
-        return self._residuals.get(name) is self._residuals.get(other)
-
-    def share(self, name: str, owner: str) -> None:
-        """Give a tensor that was sent as another one the residual of that."""
-        if owner in self._residuals:
-            self._residuals[name] = self._residuals[owner]
+        self._kept[name] = sent - decoded.to(sent.dtype)
 
     def absent(self, rounds: int = 1) -> None:
         """Let the residuals decay, where the client missed rounds.
@@ -93,38 +124,17 @@ class ErrorFeedback(State):
         """
         if rounds < 0:
             raise ValueError(f"rounds must be at least 0, got {rounds}")
-        smaller = {id(kept): kept * self.decay**rounds for kept in self._residuals.values()}
-        self._residuals = {name: smaller[id(kept)] for name, kept in self._residuals.items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the residuals by tensor name; the tensors are shared, not copied."""
-        return dict(self._residuals)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all residuals.
-
-        Raises:
-            TypeError: a value is not a floating tensor.
-            ValueError: a value holds NaN or Inf.
-        """
-        self._residuals = _checked(state)
+        smaller = {id(kept): kept * self.decay**rounds for kept in self._kept.values()}
+        self._kept = {name: smaller[id(kept)] for name, kept in self._kept.items()}
 
 
-class EF21(State):
-    """What the receiver has of each tensor, float32 (float64 for float64 tensors), at both ends.
+class EF21(_ByName):
+    """What the receiver has of each tensor, at both ends.
 
     The sender's Compressor holds one (``feedback=EF21()``) and sends what its update differs from
     it; the receiver holds one for each sender and passes it what it decoded (`receive`). Every
     message counts: one that is lost has to be sent again.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._estimates: dict[str, Tensor] = {}
-
-    def __contains__(self, name: str) -> bool:
-        """Tell whether the receiver has something of this tensor."""
-        return name in self._estimates
 
     def add(self, name: str, update: Tensor) -> Tensor:
         """Return ``update - estimate``.
@@ -132,15 +142,12 @@ class EF21(State):
         Raises:
             ValueError: the tensor changed its shape or precision since the estimate was kept.
         """
-        estimate = self._estimates.get(name)
-        if estimate is None:
-            return update
-        _check_alike(name, update, estimate)
-        return update - estimate
+        estimate = self._matching(name, update)
+        return update if estimate is None else update - estimate
 
     def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
         """Add what the receiver got to the estimate."""
-        self._estimates[name] = self._sum(name, decoded.to(sent.dtype))
+        self._kept[name] = self._sum(name, decoded.to(sent.dtype))
 
     def receive(self, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add a decoded message to the estimates; returns these, in the dtypes of the message.
@@ -158,54 +165,12 @@ class EF21(State):
                 result[name] = added[name].to(value.dtype, copy=True)
             else:
                 result[name] = value
-        self._estimates.update(added)
+        self._kept.update(added)
         return result
 
-    def alike(self, name: str, other: str) -> bool:
-        """Tell whether the receiver has the same of two tensors, or nothing."""
-        return self._estimates.get(name) is self._estimates.get(other)
-
-    def share(self, name: str, owner: str) -> None:
-        """Give a tensor that was sent as another one the estimate of that."""
-        if owner in self._estimates:
-            self._estimates[name] = self._estimates[owner]
-
     def _sum(self, name: str, decoded: Tensor) -> Tensor:
-        estimate = self._estimates.get(name)
-        if estimate is None:
-            return decoded.clone()
-        _check_alike(name, decoded, estimate)
-        return estimate + decoded
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the estimates by tensor name; the tensors are shared, not copied."""
-        return dict(self._estimates)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all estimates.
-
-        Raises:
-            TypeError: a value is not a floating tensor.
-            ValueError: a value holds NaN or Inf.
-        """
-        self._estimates = _checked(state)
-
-
-def _check_alike(name: str, update: Tensor, kept: Tensor) -> None:
-    if kept.shape != update.shape or kept.dtype != update.dtype:
-        raise ValueError(
-            f"update[{name!r}] is {tuple(update.shape)} {update.dtype}, but its error-feedback "
-            f"residual is {tuple(kept.shape)} {kept.dtype}: use a fresh Compressor"
-        )
-
-
-def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for name, kept in state.items():
-        if not isinstance(kept, torch.Tensor) or not kept.is_floating_point():
-            raise TypeError(f"residual {name!r} must be a floating tensor, got {kept!r}")
-        if not bool(torch.isfinite(kept).all()):
-            raise ValueError(f"residual {name!r} holds NaN or Inf")
-    return {name: kept.detach().clone() for name, kept in state.items()}
+        estimate = self._matching(name, decoded)
+        return decoded.clone() if estimate is None else estimate + decoded
 
 
 # Of the shorter side: a wider subspace is not where the search for the next one begins.

@@ -76,7 +76,7 @@ class Coding:
 
 
 def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:
-    return (values / scale).round_().clamp_(-(2**22 - 1), 2**22 - 1)
+    return (values / scale).round_().clamp_(-LARGEST, LARGEST)
 
 
 def row_squares(values: Tensor) -> Floats:

@@ -111,8 +111,8 @@ class Message:
             if len(entry.payload) >= len(raw.payload):
                 continue
             # Sixteen bits may have no room for what factors make of their largest numbers.
-            wide = raw.dtype in ("float32", "float64")
-            if wide or all_finite(decode_entry(entry, self._backend)):
+            roomy = raw.dtype in ("float32", "float64")
+            if roomy or all_finite(decode_entry(entry, self._backend)):
                 coded[name] = entry
         return self._listed(coded)
 
@@ -136,7 +136,8 @@ class Message:
     def encode_wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
         """Lose at most this share of the squared norm, by tensor or as a whole."""
         items = self._items(lost, one_step)
-        priced = _priced(items, lost)
+        # A tensor may lose less than its share where others may lose more.
+        priced = _priced(items, 0.1 * lost)
         return self._coded(items, shares_of(priced, lost, one_step=one_step))
 
     def encode_within(
@@ -159,16 +160,18 @@ class Message:
         # A little below the limit, because what is expected and what comes differ by less.
         goal = wanted = AIM_BUDGET * limit - fixed
         items, deepest = self._items(_FIRST_LOST, one_step), _FIRST_LOST
+        priced = _priced(items, 2.0**_FINEST)
         best: list[Entry] | None = None
         used, least = 0, 2**63
         beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
         for _ in range(_BUDGET_ATTEMPTS):
-            lost = _lost_within(items, wanted, one_step)
+            lost = _lost_within(priced, wanted, one_step)
             if best is not None and not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
             if lost < deepest:
                 items, deepest = self._items(lost, one_step), lost
-            entries = self._coded(items, shares_of(_priced(items, lost), lost, one_step=one_step))
+                priced = _priced(items, 2.0**_FINEST)
+            entries = self._coded(items, shares_of(priced, lost, one_step=one_step))
             found = size(entries)
             least = min(least, found)
             if used < found <= limit:
@@ -258,18 +261,16 @@ class Message:
         return Entry(name, dtype, shape, Mode.ALIAS, self._order[self._tied[name]])
 
 
-def _priced(items: Mapping[str, wf1.Item], lost: float) -> list[Priced]:
-    # A tensor may lose less than its share where others may lose more.
+def _priced(items: Mapping[str, wf1.Item], least: float) -> list[Priced]:
+    """Return what tensors cost down to this share of their squared norms."""
     return [
-        Priced(item.total, item.share, item.curves(0.1 * lost * item.share))
-        for item in items.values()
+        Priced(item.total, item.share, item.curves(least * item.share)) for item in items.values()
     ]
 
 
-def _lost_within(items: Mapping[str, wf1.Item], limit: float, one_step: bool) -> float:
+def _lost_within(priced: Sequence[Priced], limit: float, one_step: bool) -> float:
     """Return what is lost where the payloads are expected to take so many bytes."""
     low, high = _FINEST, 0.0  # log2
-    priced = [Priced(item.total, item.share, item.curves(2.0**low)) for item in items.values()]
     for _ in range(20):
         middle = 0.5 * (low + high)
         size = expected_size(priced, shares_of(priced, 2.0**middle, one_step=one_step))
