@@ -14,6 +14,13 @@ int64_t workspace_size(int64_t rows, ScalarType real) {
   return kMeans + kRowStates * rows / (real == ScalarType::Double ? 1 : 2);
 }
 
+Denominator denominator_of(const std::string& name) {
+  if (name == "sample") return Denominator::kSample;
+  if (name == "batch") return Denominator::kBatch;
+  STD_TORCH_CHECK(name == "constant", "denominator must be sample, batch or constant, got ", name);
+  return Denominator::kConstant;
+}
+
 // One value a row, in the dtype of the arithmetic.
 void check_row_values(const std::optional<Tensor>& values, const char* name, const Tensor& logits) {
   if (!values) return;
@@ -112,11 +119,11 @@ void run_on_cpu(DistillLossArgs args, DistillMeans* kept, const Tensor& total,
 void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       const Tensor& labels, const std::optional<Tensor>& sample_weight,
                       const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
-                      bool batch, bool attached, bool joint, bool into_targets, double task,
-                      double divergence, double temperature, double smoothing, bool gradients,
-                      const Tensor& total, const Tensor& summary, const Tensor& statistics,
-                      const Tensor& grad_mentor, const Tensor& grad_mentee,
-                      const std::optional<Tensor>& workspace) {
+                      const std::string& denominator, bool attached, bool joint, bool into_targets,
+                      double task, double divergence, double temperature, double smoothing,
+                      bool gradients, const Tensor& total, const Tensor& summary,
+                      const Tensor& statistics, const Tensor& grad_mentor,
+                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace) {
   check_logits(mentor_logits, mentee_logits, labels);
   check_row_values(sample_weight, "sample_weight", mentor_logits);
   check_row_values(denominator_grad, "denominator_grad", mentor_logits);
@@ -125,7 +132,8 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   check_out(total, "total", mentor_logits, "mentor_logits", {}, real);
   check_out(summary, "summary", mentor_logits, "mentor_logits", {kDistillSummary}, real);
   check_out(statistics, "statistics", mentor_logits, "mentor_logits", {5, rows}, real);
-  const bool waits = batch && gradients;
+  const Denominator kind = denominator_of(denominator);
+  const bool waits = kind == Denominator::kBatch && gradients;
   STD_TORCH_CHECK(!waits || workspace, "workspace is needed where D is the mean over the batch");
   if (waits)
     check_out(*workspace, "workspace", mentor_logits, "mentor_logits", {workspace_size(rows, real)},
@@ -140,13 +148,16 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
   const std::optional<Tensor> weights = in_order(sample_weight), pulls = in_order(denominator_grad);
   DistillLossArgs args;
   args.type = float_type(mentor_logits, "mentor_logits");
-  args.mode = {batch, attached, joint, into_targets, task, divergence, temperature, smoothing};
+  // What is constant has no gradient, and nobody can pull at it.
+  const bool moves = kind != Denominator::kConstant;
+  args.mode = {kind, attached && moves, joint,       into_targets,
+               task, divergence,        temperature, smoothing};
   check_mode(args.mode);
   args.mentor_logits = mentor.const_data_ptr();
   args.mentee_logits = mentee.const_data_ptr();
   args.labels = labels.const_data_ptr<int64_t>();
   args.weights = weights ? weights->const_data_ptr() : nullptr;
-  args.denominator_grad = pulls ? pulls->const_data_ptr() : nullptr;
+  args.denominator_grad = pulls && moves ? pulls->const_data_ptr() : nullptr;
   args.rows = rows;
   args.classes = classes;
   args.mentor_stride = mentor.stride(0);
@@ -174,8 +185,9 @@ void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
     const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
-    int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
-    double divergence, double temperature, double smoothing, bool gradients) {
+    int64_t ignore_index, const std::string& denominator, bool attached, bool joint,
+    bool into_targets, double task, double divergence, double temperature, double smoothing,
+    bool gradients) {
   check_logits(mentor_logits, mentee_logits, labels);
   const int64_t rows = mentor_logits.size(0), classes = mentor_logits.size(1);
   const ScalarType type = mentor_logits.scalar_type(), real = real_type(mentor_logits);
@@ -185,10 +197,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
   const std::vector<int64_t> size{gradients ? rows : 0, classes};
   const Tensor grad_mentor = empty_like_device(mentor_logits, size, type);
   const Tensor grad_mentee = empty_like_device(mentor_logits, size, type);
+  const bool waits = denominator_of(denominator) == Denominator::kBatch && gradients;
   const Tensor workspace = empty_like_device(
-      mentor_logits, {batch && gradients ? workspace_size(rows, real) : 0}, ScalarType::Double);
+      mentor_logits, {waits ? workspace_size(rows, real) : 0}, ScalarType::Double);
   distill_loss_out(mentor_logits, mentee_logits, labels, sample_weight, denominator_grad,
-                   ignore_index, batch, attached, joint, into_targets, task, divergence,
+                   ignore_index, denominator, attached, joint, into_targets, task, divergence,
                    temperature, smoothing, gradients, total, summary, statistics, grad_mentor,
                    grad_mentee, workspace);
   return {total, summary, statistics, grad_mentor, grad_mentee, workspace};

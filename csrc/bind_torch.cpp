@@ -17,10 +17,10 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
       "truncated_svd(Tensor[] matrices, str stop, float[] limits, Tensor[] bases, Tensor[] shares, "
       "int[] budgets_bytes, int seed) -> (Tensor[] left, Tensor[] sigma, Tensor[] right, "
       "Tensor[] shares, Tensor ranks, Tensor energies)");
-#define FEDKD_FAST_DISTILL_ARGUMENTS                                                      \
-  "Tensor mentor_logits, Tensor mentee_logits, Tensor labels, Tensor? sample_weight, "    \
-  "Tensor? denominator_grad, int ignore_index, bool batch, bool attached, bool joint, "   \
-  "bool into_targets, float task, float divergence, float temperature, float smoothing, " \
+#define FEDKD_FAST_DISTILL_ARGUMENTS                                                         \
+  "Tensor mentor_logits, Tensor mentee_logits, Tensor labels, Tensor? sample_weight, "       \
+  "Tensor? denominator_grad, int ignore_index, str denominator, bool attached, bool joint, " \
+  "bool into_targets, float task, float divergence, float temperature, float smoothing, "    \
   "bool gradients"
   m.def("distill_loss(" FEDKD_FAST_DISTILL_ARGUMENTS
         ") -> (Tensor total, Tensor summary, Tensor statistics, Tensor grad_mentor, Tensor "

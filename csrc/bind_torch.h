@@ -131,16 +131,17 @@ truncated_svd(const std::vector<Tensor>& matrices, const std::string& stop,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_loss(
     const Tensor& mentor_logits, const Tensor& mentee_logits, const Tensor& labels,
     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& denominator_grad,
-    int64_t ignore_index, bool batch, bool attached, bool joint, bool into_targets, double task,
-    double divergence, double temperature, double smoothing, bool gradients);
+    int64_t ignore_index, const std::string& denominator, bool attached, bool joint,
+    bool into_targets, double task, double divergence, double temperature, double smoothing,
+    bool gradients);
 void distill_loss_out(const Tensor& mentor_logits, const Tensor& mentee_logits,
                       const Tensor& labels, const std::optional<Tensor>& sample_weight,
                       const std::optional<Tensor>& denominator_grad, int64_t ignore_index,
-                      bool batch, bool attached, bool joint, bool into_targets, double task,
-                      double divergence, double temperature, double smoothing, bool gradients,
-                      const Tensor& total, const Tensor& summary, const Tensor& statistics,
-                      const Tensor& grad_mentor, const Tensor& grad_mentee,
-                      const std::optional<Tensor>& workspace);
+                      const std::string& denominator, bool attached, bool joint, bool into_targets,
+                      double task, double divergence, double temperature, double smoothing,
+                      bool gradients, const Tensor& total, const Tensor& summary,
+                      const Tensor& statistics, const Tensor& grad_mentor,
+                      const Tensor& grad_mentee, const std::optional<Tensor>& workspace);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_mse(
     const Tensor& mentor, const Tensor& mentee, const Tensor& scale,

@@ -286,8 +286,8 @@ cudaError_t finish_factors(const FinishArgs<Scalar>& args, cudaStream_t stream);
 // ---- distill_loss -------------------------------------------------------------------------------
 //
 // One row of logits per sample: both cross entropies CE, both divergences KL at the temperature,
-// D = CE_t + CE_s of a row or its weighted mean over all rows, at least kDenominatorFloor, and the
-// gradient of
+// D = CE_t + CE_s of a row or its weighted mean over all rows, at least kDenominatorFloor, or 1,
+// and the gradient of
 //   sum_i w_i [task·(CE_t + CE_s) + divergence·(KL(s||t) + KL(t||s)) / D + D·denominator_grad_i]
 // with respect to the logits, of which what `mode` says is held constant. t mentor, s mentee;
 // formulas and numerics stand in common/distill_loss.h.
@@ -303,7 +303,7 @@ struct DistillLossArgs {
   const void* mentee_logits;
   const int64_t* labels;         // (R,)
   const void* weights;           // (R,) of Real, or null for ones
-  const void* denominator_grad;  // (R,) of Real, or null for zeros
+  const void* denominator_grad;  // (R,) of Real, or null for zeros, as where D is 1
   int64_t rows, classes;
   int64_t mentor_stride, mentee_stride;  // of rows
   int64_t label_stride;

@@ -21,9 +21,11 @@ class DistillationConfig:
         h_i = Σ_pairs [hidden · MSE(H_t,i, W_h · H_s,i) + attention · MSE(A_t,i, A_s,i)]
     """
 
-    # D_i as written, or the mean over the batch for all of it, as the public code has it.
-    denominator: Literal["sample", "batch"] = "sample"
-    # Attached: a model can also lower its loss by a larger D, that is by a worse task loss.
+    # D_i as written; or the mean over the batch for all of it, as the public code has it; or the
+    # constant 1: no adaptive weighting, which is standard deep mutual learning.
+    denominator: Literal["sample", "batch", "constant"] = "sample"
+    # Attached: a model can also lower its loss by a larger D, that is by a worse task loss. A
+    # constant D does not move, so then it is the same as detached.
     denominator_gradient: Literal["detached", "attached"] = "detached"
     # Attached: with a joint loss, the teacher of a divergence moves towards its pupil as well.
     targets: Literal["detached", "attached"] = "detached"

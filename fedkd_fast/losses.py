@@ -90,8 +90,13 @@ class MutualDistillationLoss(nn.Module):
 
     averaged over samples; for token classification the first two terms of L are averaged over the
     tokens that count, each with its own D, and the D of h_i is the mean over the tokens of sample i
-    that count. So it is with `DistillationConfig.paper()`, the default, which holds D and the
-    peer's probabilities constant; the fields of the configuration say what else there is.
+    that count. Where the layers are those of U texts that samples have in common, text u with the
+    share w_iu in sample i (``layer_share``), h_i is the mean over the sample's texts::
+
+        h_i   = Σ_u w_iu · Σ_pairs [MSE(H_t,u, W_h · H_s,u) + MSE(A_t,u, A_s,u)] / D_i
+
+    So it is with `DistillationConfig.paper()`, the default, which holds D and the peer's
+    probabilities constant; the fields of the configuration say what else there is.
 
     Separate losses: `total` gives the mentor the gradient of L_t, the mentee that of L_s, and W_h
     that of both. Joint losses: everything has the gradient of L_t + L_s.
@@ -161,6 +166,7 @@ class MutualDistillationLoss(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        layer_share: Tensor | None = None,
     ) -> MutualLosses:
         """Compare two outputs for one batch.
 
@@ -173,6 +179,9 @@ class MutualDistillationLoss(nn.Module):
             attention_mask: (N, L), 1 for tokens and 0 for padding, which then stays out of every
                 mean, unless the configuration includes it. None means that there is no padding.
             sample_weight: (N,) weights of the samples in all means, >= 0; None for equal ones.
+            layer_share: (N, U) shares w of texts in samples, >= 0, rows adding up to 1, where
+                hidden_states, attentions and attention_mask are of U texts. None: each sample is
+                its own text.
 
         Returns:
             `MutualLosses`; 0 where no label counts.
@@ -186,6 +195,11 @@ class MutualDistillationLoss(nn.Module):
             raise ValueError(
                 f"sample_weight must have shape {tuple(labels.shape[:1])}, "
                 f"got {tuple(sample_weight.shape)}"
+            )
+        if layer_share is not None and layer_share.shape[:-1] != labels.shape[:1]:
+            raise ValueError(
+                f"layer_share must have shape ({len(labels)}, texts), "
+                f"got {tuple(layer_share.shape)}"
             )
         logits, targets, weight = (mentor.logits, mentee.logits), labels, sample_weight
         if labels.dim() > 1:
@@ -212,7 +226,14 @@ class MutualDistillationLoss(nn.Module):
             shares = _shares(rows.denominator, labels, sample_weight)
             # A joint loss has the term of each model.
             scale = 2 * shares.sample if config.loss == "joint" else shares.sample
-            total, error = self._layers(mentor, mentee, scale, attention_mask)
+            if layer_share is None:
+                total, error = self._layers(mentor, mentee, scale, attention_mask)
+            else:
+                share = layer_share.detach().to(scale.dtype)
+                # No matrix products: autocast would round them.
+                scale = (scale[:, None] * share).sum(0)  # (U,)
+                total, errors = self._layers(mentor, mentee, scale, attention_mask)
+                error = (share * errors).sum(1)  # (N,)
             hidden = total.detach() / 2 if config.loss == "joint" else total.detach()
             if attached:
                 pull = -(error * shares.row)
@@ -235,7 +256,7 @@ class MutualDistillationLoss(nn.Module):
     def _layers(
         self, mentor: ModelOutput, mentee: ModelOutput, scale: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return Σ_n scale_n · error_n, and the errors: both squared errors over all pairs."""
+        """Return Σ_u scale_u · error_u, and the errors: both squared errors over all pairs."""
         config = self.config
         counts = None if mask is None or config.padding == "included" else mask != 0
         found = []

@@ -228,7 +228,7 @@ class DistillLoss(NamedTuple):
     ce_mentee: Tensor  # (R,)
     kl_mentor: Tensor  # (R,) KL(s||t) at the temperature, what the mentor minimises
     kl_mentee: Tensor  # (R,) KL(t||s), what the mentee minimises
-    denominator: Tensor  # (R,) D; 1 on rows that do not count
+    denominator: Tensor  # (R,) D; 1 on rows that do not count, and where it is constant
 
 
 def distill_loss(
@@ -269,6 +269,8 @@ def distill_loss(
         return torch.where(counted, found + (-found.detach()).clamp(min=0), zero)
 
     def denominator(total: Tensor) -> Tensor:
+        if config.denominator == "constant":
+            return torch.ones_like(total)
         if config.denominator == "batch":
             total = (weight * total).sum().expand_as(total)
         return torch.where(counted, total.clamp(min=DENOMINATOR_FLOOR), 1.0)

@@ -23,7 +23,12 @@ MODES = {
     "public_code": PUBLIC,
     "everything": EVERYTHING,
     "everything by sample": dataclasses.replace(EVERYTHING, denominator="sample"),
+    # No D of several nats divides the divergences here: weighted so that τ² leaves them their size.
+    "everything constant": dataclasses.replace(
+        EVERYTHING, denominator="constant", distill_weight=0.16
+    ),
     "batch": DistillationConfig(denominator="batch"),
+    "constant": DistillationConfig(denominator="constant"),
     "attached": DistillationConfig(denominator_gradient="attached"),
     "batch attached": DistillationConfig(denominator="batch", denominator_gradient="attached"),
     "joint": DistillationConfig(loss="joint"),

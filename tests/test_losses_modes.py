@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import distillation_modes
 import pytest
 import torch
+import torch.nn.functional as F
 from test_losses import (
     CLASSES,
     IGNORED,
@@ -28,6 +30,7 @@ from test_losses import (
 )
 from torch import Tensor
 
+from fedkd_fast import ops
 from fedkd_fast.losses import DistillationConfig, MutualDistillationLoss
 
 MODES = {
@@ -89,6 +92,8 @@ def equations(
     denominator = ce_t + ce_s
     if config.denominator == "batch":
         denominator = (row * denominator).sum().expand_as(row)
+    elif config.denominator == "constant":
+        denominator = torch.ones_like(denominator)
     if config.denominator_gradient == "detached":
         denominator = denominator.detach()
     of_sample = torch.where(counted, denominator, 0.0).sum(1) / tokens.clamp(min=1)
@@ -169,10 +174,50 @@ def test_a_sample_weight_of_another_shape_is_refused() -> None:
         loss(output, output, torch.zeros(3, dtype=torch.int64), sample_weight=torch.ones(2))
 
 
+def test_a_constant_denominator_is_deep_mutual_learning() -> None:
+    noise = torch.Generator().manual_seed(4)
+    logits = [3 * torch.randn(7, CLASSES, generator=noise, dtype=torch.float64) for _ in range(2)]
+    mentor, mentee = (one.requires_grad_() for one in logits)
+    labels = torch.tensor([0, 2, IGNORED, 1, 1, 3, 0])
+    counted = labels != IGNORED
+    pull = torch.ones(7, dtype=torch.float64)
+    constant = DistillationConfig(denominator="constant")
+    plain = ops.distill_loss(mentor, mentee, labels, config=constant)
+    assert torch.equal(plain.denominator, torch.ones_like(plain.denominator))
+    found = torch.autograd.grad(plain.total, (mentor, mentee))
+    for own, peer, loss, gradient in zip(
+        (mentor, mentee), (mentee, mentor), plain[1:3], found, strict=True
+    ):
+        target = peer.detach()[counted].log_softmax(1)
+        wanted = F.cross_entropy(own[counted], labels[counted]) + F.kl_div(
+            own[counted].log_softmax(1), target, log_target=True, reduction="batchmean"
+        )
+        assert close(loss, wanted.detach())
+        assert close(gradient, *torch.autograd.grad(wanted, own))
+    # It has no gradient that could be attached, whoever pulls.
+    attached = dataclasses.replace(constant, denominator_gradient="attached")
+    pulled = ops.distill_loss(mentor, mentee, labels, denominator_grad=pull, config=attached)
+    same = zip(found, torch.autograd.grad(pulled.total, (mentor, mentee)), strict=True)
+    assert torch.equal(pulled.total, plain.total)
+    assert all(torch.equal(one, other) for one, other in same)
+
+
+def test_the_native_op_knows_three_denominators() -> None:
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    mode = "row", False, False, False, 1.0, 1.0, 1.0, 0.0
+    with pytest.raises(RuntimeError, match="must be sample, batch or constant, got row"):
+        torch.ops.fedkd_fast.distill_loss(logits, logits, labels, None, None, -100, *mode, True)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
-        ("denominator", "row", ValueError, "denominator must be one of sample, batch, got 'row'"),
+        (
+            "denominator",
+            "row",
+            ValueError,
+            "denominator must be one of sample, batch, constant, got 'row'",
+        ),
         ("loss", None, ValueError, "loss must be one of separate, joint, got None"),
         ("hidden", 1, TypeError, "hidden must be True or False, got 1"),
         ("distill_weight", "1", TypeError, "distill_weight must be a number, got '1'"),
@@ -280,7 +325,9 @@ def test_gradients_in_the_memory_of_the_logits(mode: str, tokens: bool) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["public_code", "everything", "everything by sample"])
+@pytest.mark.parametrize(
+    "mode", ["public_code", "everything", "everything by sample", "everything constant"]
+)
 def test_where_nothing_is_constant_gradcheck_agrees(mode: str) -> None:
     config = MODES[mode]
     mentor = make_output(1, MENTOR_HIDDEN, MENTOR_HEADS, MENTOR_LAYERS, mask=MASK)

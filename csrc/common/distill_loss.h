@@ -38,9 +38,12 @@ namespace fedkd_fast {
 // number stands in fedkd_fast/reference.py.
 constexpr double kDenominatorFloor = 1e-6;
 
+// What a divergence is divided by: CE_t + CE_s of its row, their mean over all rows, or 1.
+enum class Denominator : int { kSample = 0, kBatch = 1, kConstant = 2 };
+
 struct DistillMode {
-  bool batch;          // D is the mean over rows
-  bool attached;       // gradients flow through D
+  Denominator denominator;
+  bool attached;       // gradients flow through D; not where that is 1
   bool joint;          // each model learns from both losses
   bool into_targets;   // gradients flow into the targets of KL; joint losses only
   double task;         // what a cross entropy is multiplied by
@@ -49,6 +52,8 @@ struct DistillMode {
   double smoothing;    // share of the label that is spread over all classes
 
   FEDKD_FORMULA bool plain() const { return temperature == 1.0 && !into_targets; }
+  FEDKD_FORMULA bool batch() const { return denominator == Denominator::kBatch; }
+  FEDKD_FORMULA bool constant() const { return denominator == Denominator::kConstant; }
 };
 
 // Weighted means over the rows that count, in fp64 and in a fixed order; 0 where none does.
@@ -138,7 +143,7 @@ struct RowLoss {
   Real ce_mentee;
   Real kl_mentor;  // KL(s||t): the mentor learns from the mentee
   Real kl_mentee;  // KL(t||s)
-  FEDKD_FORMULA Real total() const { return ce_mentor + ce_mentee; }
+  Real total;      // CE_t + CE_s, or 1 where that is D
 };
 
 // Rounding can carry a divergence below zero; a NaN must pass.
@@ -156,6 +161,7 @@ struct ModeOf {
         into_targets(mode.into_targets ? Scalar(1) : Scalar(0)),
         soft(mode.temperature != 1.0),
         smooth(mode.smoothing != 0.0),
+        constant(mode.constant()),
         task(static_cast<Scalar>(mode.task)),
         divergence(static_cast<Scalar>(mode.divergence)),
         inverse_temperature(static_cast<Scalar>(1.0 / mode.temperature)),
@@ -163,7 +169,7 @@ struct ModeOf {
         spread(static_cast<Scalar>(mode.smoothing / classes)),
         floor(static_cast<Scalar>(kDenominatorFloor)) {}
   Scalar attached, joint, into_targets;  // 1 or 0
-  bool soft, smooth;
+  bool soft, smooth, constant;
   Scalar task, divergence, inverse_temperature, smoothing, spread, floor;
 };
 
@@ -183,6 +189,7 @@ FEDKD_FORMULA RowLoss<Real> row_loss(const RowState<Real>& state, const ModeOf<S
   loss.ce_mentee = cross_entropy(state.mentee, mode);
   loss.kl_mentor = not_negative((s.moment / s.sum() - s.log_sum) + t.log_sum);
   loss.kl_mentee = not_negative((s.log_sum - t.log_sum) - t.moment / t.sum());
+  loss.total = mode.constant ? Real{} + 1.0f : loss.ce_mentor + loss.ce_mentee;
   return loss;
 }
 
@@ -199,7 +206,7 @@ struct Pull {
   Real divergence;
 };
 
-// total: CE_t + CE_s of the row, or the mean of it; numerators likewise: divergence · KL.
+// total: that of the row, or the mean of it; numerators likewise: divergence · KL.
 template <typename Real, typename Scalar>
 FEDKD_FORMULA Pull<Real> row_pull(Real total, Real numerator_mentor, Real numerator_mentee,
                                   Real weight, Real denominator_grad, const ModeOf<Scalar>& mode) {

@@ -116,7 +116,7 @@ DistillMeans mean_rows(const DistillLossArgs& args) {
     means.numerator[model] *= args.mode.divergence;
     means.divergence[model] *= args.mode.divergence;
   }
-  if (args.mode.batch) {
+  if (args.mode.batch()) {
     const double common = at_least(means.denominator, kDenominatorFloor);
     for (int model = 0; model < 2; ++model)
       means.divergence[model] = means.numerator[model] / common;

@@ -91,7 +91,7 @@ template <typename Real>
 void store_row_loss(const DistillLossArgs& args, int64_t row, const RowLoss<Real>& loss) {
   // The floor of a mean is the mean's.
   const Real denominator =
-      args.mode.batch ? loss.total() : at_least(loss.total(), static_cast<Real>(kDenominatorFloor));
+      args.mode.batch() ? loss.total : at_least(loss.total, static_cast<Real>(kDenominatorFloor));
   const Real values[kStatistics] = {loss.ce_mentor, loss.ce_mentee, loss.kl_mentor, loss.kl_mentee,
                                     denominator};
   for (int field = 0; field < kStatistics; ++field)
@@ -139,7 +139,7 @@ void finish_state(const ModeOf<Real>& mode, Real mentor_label, Real mentee_label
 template <typename Real>
 Pull<Real> sample_pull(const DistillLossArgs& args, const ModeOf<Real>& mode, int64_t row,
                        const RowLoss<Real>& loss) {
-  return row_pull(loss.total(), mode.divergence * loss.kl_mentor, mode.divergence * loss.kl_mentee,
+  return row_pull(loss.total, mode.divergence * loss.kl_mentor, mode.divergence * loss.kl_mentee,
                   static_cast<Real>(row_weight(args, row) * args.gradient_scale),
                   row_denominator_grad<Real>(args, row), mode);
 }

@@ -263,14 +263,14 @@ __global__ void distill_loss_kernel(DistillLossArgs args) {
     const RowLoss<Real> loss = row_loss(state, mode);
     if (member == 0)
       store_statistics(args, index, loss.ce_mentor, loss.ce_mentee, loss.kl_mentor, loss.kl_mentee,
-                       args.mode.batch ? loss.total() : at_least(loss.total(), mode.floor));
+                       args.mode.batch() ? loss.total : at_least(loss.total, mode.floor));
     if (args.states != nullptr) {
       Real* const out = static_cast<Real*>(args.states) + index;
       if (member == 0)
         visit_states(state, [&](int field, const Real& value) { out[field * args.rows] = value; });
     } else if (args.grad_mentor != nullptr) {
       const Pull<Real> pull =
-          row_pull(loss.total(), loss.kl_mentor * mode.divergence, loss.kl_mentee * mode.divergence,
+          row_pull(loss.total, loss.kl_mentor * mode.divergence, loss.kl_mentee * mode.divergence,
                    row.weight, row.denominator_grad, mode);
       write_gradients<kTeam>(row, mode, args.classes, member, state,
                              row_gradient(state, pull, loss, mode));
@@ -342,7 +342,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* mea
       found.task[model] = sums[model][0] * args.mode.task * inverse;
       found.numerator[model] = sums[4 + model][0] * factor;
       found.divergence[model] =
-          args.mode.batch ? found.numerator[model] / common : sums[2 + model][0] * factor;
+          args.mode.batch() ? found.numerator[model] / common : sums[2 + model][0] * factor;
     }
     found.denominator = total;
     found.denominator_grad = sums[7][0] * inverse;
@@ -350,7 +350,7 @@ __global__ void mean_distill_loss_kernel(DistillLossArgs args, DistillMeans* mea
     store_summary(found, inverse, total_loss, summary);
     if (means != nullptr) *means = found;
   }
-  if (!args.mode.batch) return;
+  if (!args.mode.batch()) return;
   for (int64_t row = thread; row < args.rows; row += kThreads) {
     const bool weightless = args.weights && static_cast<const Real*>(args.weights)[row] == Real(0);
     if (args.labels[row * args.label_stride] != args.ignore_index && !weightless)

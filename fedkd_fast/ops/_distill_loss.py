@@ -46,7 +46,8 @@ def distill_loss(
     ``L_s = mean_i [task · CE(y_i, s_i) + distill · τ² · KL(t_i || s_i) / D_i]`` with
     ``D_i = max(CE(y_i, t_i) + CE(y_i, s_i), 1e-6)``: FedKD (Nature Communications 13:2032),
     eqs (1)-(4), t the mentor's and s the mentee's softmax of row i. What gradients flow through,
-    and the other forms that D and KL may take, are the fields of `DistillationConfig`.
+    and the other forms that D and KL may take, are the fields of `DistillationConfig`; with
+    ``denominator="constant"``, D = 1 in every row.
 
     Args:
         mentor_logits: (R, C) float32, float64, bfloat16 or float16; finite.
@@ -56,7 +57,8 @@ def distill_loss(
             count. None for equal ones.
         denominator_grad: (R,) derivative of the caller's further terms with respect to D_i,
             relative to the row's share of the weights; with D over the batch, their weighted mean
-            is taken. For terms that D divides, where gradients flow through it.
+            is taken, and with a constant D it has no effect. For terms that D divides, where
+            gradients flow through it.
         ignore_index: the label of rows to leave out of the means; their gradients are 0.
         config: the modes; those of hidden states and attention do not matter here.
         in_place: let the gradients take the memory of the logits, which nobody may read afterwards:
@@ -169,12 +171,12 @@ def distill_loss_out(
 
 def _mode(
     config: DistillationConfig, logits: Tensor
-) -> tuple[bool, bool, bool, bool, float, float, float, float]:
+) -> tuple[str, bool, bool, bool, float, float, float, float]:
     """Return a configuration as the native op takes it."""
     joint = config.loss == "joint"
     classes = logits.shape[1] if logits.dim() > 1 else 1
     return (
-        config.denominator == "batch",
+        config.denominator,
         config.denominator_gradient == "attached",
         joint,
         joint and config.targets == "attached",
@@ -259,17 +261,16 @@ def _distill_loss_fake(
 ) -> tuple[Tensor, ...]:
     rows, classes = mentor_logits.shape
     real = _real_dtype(mentor_logits)
-    batch, wanted = arguments[3], arguments[-1]
+    denominator, wanted = arguments[3], arguments[-1]
     kept = rows if wanted else 0
+    waits = denominator == "batch" and wanted
     return (
         mentor_logits.new_empty((), dtype=real),
         mentor_logits.new_empty(_SUMMARY, dtype=real),
         mentor_logits.new_empty(_STATISTICS, rows, dtype=real),
         mentor_logits.new_empty(kept, classes),
         mentor_logits.new_empty(kept, classes),
-        mentor_logits.new_empty(
-            _workspace(rows, real) if batch and wanted else 0, dtype=torch.float64
-        ),
+        mentor_logits.new_empty(_workspace(rows, real) if waits else 0, dtype=torch.float64),
     )
 
 

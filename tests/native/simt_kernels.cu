@@ -53,8 +53,10 @@ void reconstruct(int64_t rank, int64_t rows, int64_t cols) {
 }
 
 // A joint loss with everything in it, so that every term of the formulas occurs.
-DistillMode full_mode(bool batch) { return {batch, true, true, true, 0.5, 2.0, 1.5, 0.1}; }
-constexpr DistillMode kPlainMode{false, false, false, false, 1.0, 1.0, 1.0, 0.0};
+DistillMode full_mode(Denominator denominator) {
+  return {denominator, denominator != Denominator::kConstant, true, true, 0.5, 2.0, 1.5, 0.1};
+}
+constexpr DistillMode kPlainMode{Denominator::kSample, false, false, false, 1.0, 1.0, 1.0, 0.0};
 
 template <typename Storage>
 void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMode& mode) {
@@ -94,7 +96,7 @@ void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMo
   args.mentee_logits = mentee.data();
   args.labels = labels.data();
   args.weights = rows > 1 ? weights.data() : nullptr;
-  args.denominator_grad = rows > 1 ? weights.data() : nullptr;
+  args.denominator_grad = rows > 1 && !mode.constant() ? weights.data() : nullptr;
   args.rows = rows;
   args.classes = args.mentor_stride = args.mentee_stride = classes;
   args.label_stride = 1;
@@ -103,7 +105,7 @@ void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMo
   args.gradient_scale = 1.0;
   const auto point_at = [&args](Result& result) {
     args.statistics = result.statistics.data();
-    args.states = args.mode.batch ? result.states.data() : nullptr;
+    args.states = args.mode.batch() ? result.states.data() : nullptr;
     args.grad_mentor = result.grad_mentor.data();
     args.grad_mentee = result.grad_mentee.data();
   };
@@ -111,7 +113,7 @@ void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMo
   std::vector<float> scratch(static_cast<size_t>(cpu::distill_loss_scratch(args)));
   cpu::distill_loss(args, scratch.empty() ? nullptr : scratch.data(), 0, rows);
   const DistillMeans means = cpu::mean_distill_loss(args);
-  if (mode.batch) cpu::distill_loss_gradients(args, means, 0, rows);
+  if (mode.batch()) cpu::distill_loss_gradients(args, means, 0, rows);
   store_summary(means, means.inverse_weight, here.total.data(), here.summary.data());
   point_at(there);
   DistillMeans other{};
@@ -132,7 +134,8 @@ void distill_loss(FloatType type, int64_t rows, int64_t classes, const DistillMo
   compare(here.grad_mentee, there.grad_mentee);
   compare(here.total, there.total);
   compare(here.summary, there.summary);
-  report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage)), mode.batch}),
+  report("distill_loss " + text({rows, classes, static_cast<int64_t>(sizeof(Storage)),
+                                 static_cast<int64_t>(mode.denominator)}),
          near);
 }
 
@@ -209,14 +212,15 @@ int main() {
   // A warp owns a row up to 1024 classes, a block beyond.
   for (const int64_t rows : {1, 9}) {
     distill_loss<float>(FloatType::kFloat32, rows, 33, kPlainMode);
-    distill_loss<float>(FloatType::kFloat32, rows, 33, full_mode(true));
-    distill_loss<double>(FloatType::kFloat64, rows, 2, full_mode(false));
+    distill_loss<float>(FloatType::kFloat32, rows, 33, full_mode(Denominator::kBatch));
+    distill_loss<double>(FloatType::kFloat64, rows, 2, full_mode(Denominator::kSample));
+    distill_loss<float>(FloatType::kFloat32, rows, 20, full_mode(Denominator::kConstant));
     distill_loss<BFloat16>(FloatType::kBFloat16, rows, 31, kPlainMode);
     distill_loss<Float16>(FloatType::kFloat16, rows, 1, kPlainMode);
   }
   for (const int64_t rows : {1, 3}) {
     distill_loss<float>(FloatType::kFloat32, rows, 1031, kPlainMode);
-    distill_loss<double>(FloatType::kFloat64, rows, 1025, full_mode(true));
+    distill_loss<double>(FloatType::kFloat64, rows, 1025, full_mode(Denominator::kBatch));
   }
   distill_loss<float>(FloatType::kFloat32, 260, 1, kPlainMode);
   for (const bool masked : {false, true}) {
