@@ -21,10 +21,13 @@ import torch
 from provenance import commit
 
 import fedkd_fast
+from fedkd_fast.methods import METHODS
 
-METHODS = ("local", "central", "fedavg", "fedavg-mentee", "fedkd")
 # Means and spreads over the seeds are made of these.
-FIGURES = ("score_mentor", "score_mentee", "bytes_up", "bytes_down", "saving", "seconds")
+FIGURES = (
+    *("score_mentor", "score_mentee", "score_mean"),
+    *("bytes_up", "bytes_down", "saving", "seconds"),
+)
 
 
 def run(method: str, seed: int, folder: Path, options: list[str]) -> dict[str, Any]:

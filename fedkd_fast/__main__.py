@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fedkd_fast import __version__
-from fedkd_fast.cli import frames, runs, train
+from fedkd_fast.cli import frames, runs, sweep, train
 from fedkd_fast.cli.common import HelpFormatter, Parser, UsageError, add_command, say
 
 PROG = "fedkd-fast"
@@ -21,7 +21,13 @@ _INTERRUPTED = 130
 # What a shell reports of a program whose reader went away.
 _BROKEN_PIPE = 141
 # Extras that bring a module; the core does without them.
-_EXTRAS = {"transformers": "train", "sklearn": "train", "matplotlib": "report"}
+_EXTRAS = {
+    "transformers": "train",
+    "sklearn": "train",
+    "yaml": "train",
+    "matplotlib": "report",
+    "tensorboard": "tensorboard",
+}
 
 _EXAMPLES = f"""examples:
   {PROG} train --task digits --method fedkd
@@ -43,6 +49,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     train.add_commands(commands)
+    sweep.add_commands(commands)
     runs.add_commands(commands)
     frames.add_commands(commands)
     add_command(commands, "info", _info, "show the version, the build and this machine", "")

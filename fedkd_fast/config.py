@@ -4,102 +4,257 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from fedkd_fast.adapters import check_adapter
 from fedkd_fast.codec.message import CODECS
+from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.methods import get_method
 from fedkd_fast.tasks import TaskOptions
+from fedkd_fast.tasks.partition import check_partition
 
 # More threads than any machine has processors are a slip, and torch dies over very many.
 MOST_THREADS = 1024
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "codec": CODECS,
+    "codec_down": CODECS,
+    "energy_shape": ("linear", "cosine", "geometric", "public-code"),
+    "feedback": ("none", "up", "down", "both"),
+    "weighting": ("equal", "samples"),
+    "server_optimizer": ("none", "momentum", "adam"),
+    "inference": ("mentor", "mentee", "mean"),
+    "precision": ("fp32", "bf16"),
+}
+_SWITCHES = (
+    *("gradient_checkpointing", "hidden", "attention", "mutual"),
+    *("overwrite", "tensorboard", "spectra"),
+)
+# What both presets undo of a task's own recipe for FedKD.
+_PURE: dict[str, Any] = {
+    "codec": "factors-fp32",
+    "feedback": "none",
+    "mentor_adapter": None,
+    "mentee_adapter": None,
+    "energy_start": 0.95,
+    "energy_end": 0.98,
+    "refresh_steps": 0,
+    "inference": "mentor",
+    "hidden": True,
+    "attention": True,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # The method as Nature Communications 13:2032 describes it.
+    "paper": {**_PURE, "distillation": {}, "energy_shape": "linear"},
+    # What the authors' released code does, but for its defects.
+    "public_code": {
+        **_PURE,
+        "distillation": {
+            name: value
+            for name, value in dataclasses.asdict(DistillationConfig.public_code()).items()
+            if value != getattr(DistillationConfig(), name)
+        },
+        "energy_shape": "public-code",
+    },
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """All that decides a run; with equal configurations, bytes and weights are equal too."""
 
-    task: str = "digits"  # digits, text, or the name of a task of your own
-    method: str = "fedkd"  # fedkd, local, central, fedavg or fedavg-mentee
+    task: str = "digits"  # digits, text, adr, ner, mind, or the name of a task of your own
+    method: str = "fedkd"  # one of `fedkd_fast.methods.METHODS`
+    preset: str | None = None  # paper or public_code instead of the task's own recipe for fedkd
     clients: int = 4  # more: smaller shards, and more knowledge that only the others have
+    partition: str | None = None  # iid, dirichlet:α, key:COLUMN, file; None: the task's own
     rounds: int = 10  # more: more exchanges, more bytes
-    local_epochs: int = 1  # more: fewer exchanges for the same work, updates drift further apart
+    participation: float = 1.0  # share of the clients in each round; less: fewer bytes, slower
+    local_epochs: float = 1.0  # also 0.5; more: fewer exchanges for the same work, more drift
+    local_steps: int | None = None  # batches a round instead of whole epochs
     energy_start: float = 0.95  # share of an update's squared norm sent in the first round
     energy_end: float = 0.98  # and in the last; larger keeps finer detail and costs more bytes
-    codec: str = "wf1"  # wf1, wf0, factors-fp32 (the paper's payload) or raw
-    feedback: bool = False  # True: what a message leaves out travels with the next
+    energy_shape: str = "linear"  # between the two; cosine, geometric, public-code
+    codec: str | None = (
+        None  # wf1, wf0, factors-fp32 (the paper's payload), raw; None: the method's
+    )
+    codec_down: str | None = None  # of the broadcast; None: as the uploads
+    feedback: str | None = None  # legs on which what a message leaves out travels with the next
+    weighting: str = "equal"  # samples: clients with more data count more
+    server_optimizer: str = "none"  # of the mean update: momentum, adam; smoother over rounds
+    server_lr: float = 1.0  # larger moves the shared model further than the clients' mean
+    server_momentum: float = 0.9  # larger remembers earlier rounds longer
     lr_mentor: float = 1e-3  # larger learns faster, until it diverges
     lr_mentee: float = 1e-3  # likewise
     lr_end: float = 1.0  # share of the learning rates left in the last round; smaller ends calmer
+    warmup_steps: int = 0  # a client's first steps, with rising rates; more starts calmer
+    clip_norm: float | None = None  # longest gradient; smaller: steadier and slower
     weight_decay: float = 0.01  # larger holds matrices closer to zero
     batch_size: int = 32  # larger: fewer, smoother steps an epoch
+    precision: str = "fp32"  # bf16: faster where the machine multiplies bfloat16, less exact
+    gradient_checkpointing: bool = False  # True: less memory, a third more time
+    refresh_steps: int = 0  # of the mentor alone, taught by the fresh mentee, after each broadcast
+    inference: str = "mentor"  # whose score counts: mentor, mentee or mean, of both together
+    patience: int | None = None  # rounds without a better score on dev before training stops
     hidden: bool = True  # distil hidden states, where the models have them
     attention: bool = True  # distil attention maps, where the models have them
+    mutual: bool = True  # False: only the mentee learns from the mentor; that from labels alone
+    # Further fields of `DistillationConfig` by name.
+    distillation: Mapping[str, Any] = field(default_factory=dict)
+    mentor_adapter: str | None = None  # lora:RANK trains an adapter and the head of the mentor only
+    mentee_adapter: str | None = None  # lora:RANK: likewise of the mentee, and sends only that
+    proximal: float = 0.01  # fedprox: larger holds clients closer to the shared model
+    bits: int = 8  # fedpaq: of each number; fewer: fewer bytes, more noise
+    rank: int = 4  # powersgd: more: more bytes, finer updates
+    top_share: float = 0.02  # sparseloco: share of the entries sent; more: more bytes, finer
     eval_every: int = 1  # larger: scores in fewer rounds, faster; the last round always has them
     seed: int = 0  # of everything random
     threads: int = 0  # of torch's operators; 0 leaves torch's own choice
     mentor: str | None = None  # folder or name of the pretrained mentor, for tasks that take one
+    mentee: str | None = None  # the same for the mentee; None: the first layers of the mentor
     mentee_layers: int | None = None  # more: a better and costlier mentee; None: the task's choice
     max_length: int = 48  # tokens a text; larger cuts less and takes longer
     data: str | None = None  # where a task's data lie, for tasks that take some
+    text_column: str = "text"  # of the data, for tasks that read tables
+    label_column: str = "label"  # likewise
     out: str | None = None  # run folder to write; None writes nothing
     overwrite: bool = False  # True: replace a run folder that exists
+    tensorboard: bool = False  # True: write events for TensorBoard into the run folder
+    spectra: bool = False  # True: record how fast singular values of each mean update fall
 
     def __post_init__(self) -> None:
         get_method(self.method)
-        if self.codec not in CODECS:
-            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        for name in ("clients", "rounds", "local_epochs", "batch_size", "eval_every", "max_length"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("seed", "threads"):
-            _check_integer(name, getattr(self, name), 0)
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known and not (value is None and name in _OPTIONAL):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, (check, rule, words) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                check(name, value, rule, words)
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
-        if self.mentee_layers is not None:
-            _check_integer("mentee_layers", self.mentee_layers, 1)
-        for name in ("energy_start", "energy_end"):
-            energy = _number(name, getattr(self, name))
-            if not 0.0 < energy <= 1.0:
-                raise ValueError(f"{name} must lie in (0, 1], got {energy}")
-        for name in ("lr_mentor", "lr_mentee"):
-            rate = _number(name, getattr(self, name))
-            if not (math.isfinite(rate) and rate > 0.0):
-                raise ValueError(f"{name} must be positive and finite, got {rate}")
-        share = _number("lr_end", self.lr_end)
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"lr_end must lie in (0, 1], got {share}")
-        decay = _number("weight_decay", self.weight_decay)
-        if not (math.isfinite(decay) and decay >= 0.0):
-            raise ValueError(f"weight_decay must be finite and at least 0, got {decay}")
+        if self.bits not in (2, 4, 8, 16):
+            raise ValueError(f"bits must be 2, 4, 8 or 16, got {self.bits}")
+        for name in ("mentor_adapter", "mentee_adapter"):
+            if getattr(self, name) is not None:
+                check_adapter(name, getattr(self, name))
+        if self.partition is not None:
+            check_partition(self.partition)
+        if self.tensorboard and self.out is None:
+            raise ValueError("tensorboard needs out, the run folder that events go to, got None")
+        loss = self.distillation_config().loss
+        if not self.mutual and loss != "separate":
+            raise ValueError(f"mutual=False needs separate losses, got loss={loss!r}")
+        if not self.mutual and self.refresh_steps:
+            raise ValueError(
+                "mutual=False leaves the mentor to the labels, so refresh_steps must be 0, got "
+                f"{self.refresh_steps}"
+            )
 
     def energy(self, round_number: int) -> float:
         """Return the energy threshold of a round, equation (9) of the paper.
 
         ``T(t) = T_start + (T_end - T_start)·t``, t = share of the rounds that lie behind, so
-        that the first round has T_start and the last T_end.
+        that the first round has T_start and the last T_end. Other shapes put another function of t
+        in its place; ``public-code`` counts the round itself in t, so that no round has T_start;
+        ``geometric`` interpolates ``log(1 - T)``, or is linear where an end is 1.
         """
-        return self._between(self.energy_start, self.energy_end, round_number)
+        first, last, shape = self.energy_start, self.energy_end, self.energy_shape
+        if shape == "public-code":
+            return first + (last - first) * round_number / self.rounds
+        if shape == "geometric" and max(first, last) < 1.0:
+            return 1.0 - math.exp(
+                self._between(math.log(1.0 - first), math.log(1.0 - last), round_number)
+            )
+        return self._between(first, last, round_number, cosine=shape == "cosine")
 
     def lr_share(self, round_number: int) -> float:
         """Return the share of the learning rates that a round uses, linear from 1 to `lr_end`."""
         return self._between(1.0, self.lr_end, round_number)
 
-    def _between(self, first: float, last: float, round_number: int) -> float:
+    def _between(
+        self, first: float, last: float, round_number: int, *, cosine: bool = False
+    ) -> float:
         progress = (round_number - 1) / (self.rounds - 1) if self.rounds > 1 else 0.0
+        if cosine:
+            progress = (1.0 - math.cos(math.pi * progress)) / 2.0
         # Exact at both ends, whatever the rounding in between.
         return first * (1.0 - progress) + last * progress
 
+    def distillation_config(self) -> DistillationConfig:
+        """Return how mentor and mentee teach each other.
 
-def _check_integer(name: str, value: object, least: int) -> None:
+        Raises:
+            TypeError: `distillation` names no field of `DistillationConfig`.
+            ValueError: a value out of its range.
+        """
+        known = {one.name for one in dataclasses.fields(DistillationConfig)}
+        for name in self.distillation:
+            if name not in known - {"hidden", "attention"}:
+                raise TypeError(
+                    "distillation must name fields of DistillationConfig, but for hidden and "
+                    f"attention, got {name!r}"
+                )
+        return DistillationConfig(
+            **{**self.distillation, "hidden": self.hidden, "attention": self.attention}
+        )
+
+
+def _check_integer(name: str, value: object, least: float, words: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be {words}, got {value}")
+
+
+def _check_positive(name: str, value: object, least: float, words: str) -> None:
+    """Hold a number against a lower bound, itself excluded below zero and at it."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and (number > 0.0 or number == least)):
+        raise ValueError(f"{name} must be {words}, got {number}")
+
+
+def _check_share(name: str, value: object, least: float, words: str) -> None:
+    number = _number(name, value)
+    if not (0.0 < number <= 1.0 or number == least):
+        raise ValueError(f"{name} must lie in {words}, got {number}")
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+_Rule = tuple[Callable[[str, object, float, str], None], float, str]
+_COUNT: _Rule = (_check_integer, 1, "at least 1")
+_NUMBER: _Rule = (_check_integer, 0, "at least 0")
+_SHARE: _Rule = (_check_share, 1.0, "(0, 1]")
+_RATE: _Rule = (_check_positive, 1.0, "positive and finite")
+_AMOUNT: _Rule = (_check_positive, 0.0, "finite and at least 0")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("clients", "rounds", "local_steps", "batch_size"), _COUNT),
+    **dict.fromkeys(("eval_every", "max_length", "mentee_layers", "rank", "patience"), _COUNT),
+    **dict.fromkeys(("seed", "threads", "warmup_steps", "refresh_steps", "bits"), _NUMBER),
+    **dict.fromkeys(("energy_start", "energy_end", "lr_end"), _SHARE),
+    **dict.fromkeys(("participation", "top_share"), _SHARE),
+    "server_momentum": (_check_share, 0.0, "[0, 1]"),
+    **dict.fromkeys(("local_epochs", "lr_mentor", "lr_mentee"), _RATE),
+    **dict.fromkeys(("server_lr", "clip_norm"), _RATE),
+    **dict.fromkeys(("weight_decay", "proximal"), _AMOUNT),
+}
+_OPTIONAL = {
+    *("codec", "codec_down", "feedback"),
+    *("local_steps", "clip_norm", "patience", "mentee_layers"),
+}
 
 
 def task_options(config: TrainConfig) -> TaskOptions:

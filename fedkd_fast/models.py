@@ -2,7 +2,8 @@
 
 Any ``nn.Module`` serves as a model: it takes the inputs of a batch by keyword and returns logits,
 or an object with ``logits`` and, if it has them, ``hidden_states`` and ``attentions``, like the
-models of transformers.
+models of transformers. What collects the latter only when it is told to, by the arguments
+``output_hidden_states`` and ``output_attentions``, has a true attribute ``layers_on_request``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,6 +42,19 @@ class PlainOutputs(NamedTuple):
     attentions: tuple[Tensor, ...] | None = None
 
 
+class MeanOfModels(nn.Module):
+    """Several models that vote: the logarithm of the mean of their probabilities."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, **inputs: Tensor) -> PlainOutputs:
+        """Return logits whose softmax is the mean over models."""
+        found = [run_model(model, inputs).logits.double().softmax(-1) for model in self.models]
+        return PlainOutputs(torch.stack(found).mean(0).log().float())
+
+
 def is_pretrained_model(model: nn.Module) -> bool:
     """Tell whether a model is one of transformers, without importing transformers."""
     return hasattr(model, "save_pretrained") and hasattr(model, "config")
@@ -53,11 +68,11 @@ def run_model(
     Args:
         model: any module of the kind described above.
         inputs: tensors by name of the model's argument.
-        layers: ask a model of transformers for hidden states and attention maps; collecting them
-            costs time, so it is not the default.
+        layers: ask the model for hidden states and attention maps; collecting them costs time, so
+            it is not the default.
     """
     options: dict[str, bool] = {}
-    if is_pretrained_model(model):
+    if is_pretrained_model(model) or getattr(model, "layers_on_request", False):
         options = {"output_hidden_states": layers, "output_attentions": layers}
     outputs = model(**inputs, **options)
     return PlainOutputs(outputs) if isinstance(outputs, Tensor) else cast("ModelOutput", outputs)
@@ -159,10 +174,85 @@ def build_text_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    config = load_config(source)
+    return _build_classifier(AutoModelForSequenceClassification, source, labels, layers, seed)
+
+
+def build_token_classifier(
+    source: str, labels: Sequence[str], *, layers: int | None = None, seed: int
+) -> nn.Module:
+    """Load a pretrained encoder, or its first layers, with a new head over each token.
+
+    All but the head, whose parameters begin with ``classifier.``, is as `build_text_classifier`
+    makes it, whatever the labels are.
+
+    Args:
+        source: folder or name of a pretrained encoder.
+        labels: names of the tags, in the order of their indices.
+        layers: keep this many layers from the bottom; None keeps all.
+        seed: seed of the head.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the encoder cannot be loaded, has fewer layers, or calls its head otherwise.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    model = _build_classifier(AutoModelForTokenClassification, source, labels, layers, seed)
+    if not hasattr(model, "classifier"):
+        raise ValueError(
+            f"mentor must be an encoder whose head for tokens is called classifier, got {source!r} "
+            f"of class {type(model).__name__}"
+        )
+    return model
+
+
+def _build_classifier(
+    model_class: Any, source: str, labels: Sequence[str], layers: int | None, seed: int
+) -> nn.Module:
+    config = load_config(source, layers=layers)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
+    with seeded(seed):
+        return load_pretrained(model_class, source, config)
+
+
+def load_pretrained(model_class: Any, source: str, config: Any) -> nn.Module:
+    """Load a model of transformers with weights of an encoder; its embeddings are frozen.
+
+    Args:
+        model_class: of transformers, with ``from_pretrained``.
+        source: folder or name of a pretrained encoder.
+        config: of the model, for instance of its first layers.
+
+    Raises:
+        ValueError: the encoder cannot be loaded.
+    """
+    options = {"config": config, "attn_implementation": "eager"}
+    model = _loading(
+        source, lambda **local: model_class.from_pretrained(source, **options, **local)
+    )
+    return freeze_embeddings(model)
+
+
+def freeze_embeddings(model: nn.Module) -> nn.Module:
+    """Let the embeddings of a model of transformers learn nothing, and return it."""
+    for name, parameter in model.named_parameters():
+        if "embeddings" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def load_config(source: str, *, layers: int | None = None) -> Any:
+    """Load the configuration of a pretrained encoder, or that of its first layers.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is none, or it has fewer layers.
+    """
+    from transformers import AutoConfig
+
+    config = _loading(source, lambda **local: AutoConfig.from_pretrained(source, **local))
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(
@@ -170,33 +260,16 @@ def build_text_classifier(
                 f"{source}, got {layers}"
             )
         config.num_hidden_layers = layers
-    with seeded(seed):
-        model = _loading(
-            source,
-            lambda **local: AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, attn_implementation="eager", **local
-            ),
-        )
-    for name, parameter in model.named_parameters():
-        if "embeddings" in name:
-            parameter.requires_grad_(False)
-    return cast(nn.Module, model)
+    return config
 
 
-def load_config(source: str) -> Any:
-    """Load the configuration of a pretrained encoder.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: there is none.
-    """
-    from transformers import AutoConfig
-
-    return _loading(source, lambda **local: AutoConfig.from_pretrained(source, **local))
-
-
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, *, prefix_space: bool = False) -> Any:
     """Load the tokenizer of a pretrained encoder.
+
+    Args:
+        source: folder or name of it.
+        prefix_space: treat the first word of a text as one within a text, where the tokenizer
+            tells them apart: for texts that come as separate words.
 
     Raises:
         ImportError: transformers is not installed.
@@ -204,7 +277,10 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _loading(source, lambda **local: AutoTokenizer.from_pretrained(source, **local))
+    options = {"add_prefix_space": True} if prefix_space else {}
+    return _loading(
+        source, lambda **local: AutoTokenizer.from_pretrained(source, **options, **local)
+    )
 
 
 def _loading(source: str, load: Callable[..., Any]) -> Any:

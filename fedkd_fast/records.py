@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import math
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fedkd_fast import wire
 from fedkd_fast.methods import Losses
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What one client has just done in a round."""
+
+    round: int
+    rounds: int
+    client: int
+    done: int  # clients of the round that are done
+    clients: int  # clients of the round
+    loss_mentor: float | None
+    loss_mentee: float | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -19,13 +36,15 @@ class RoundRecord:
 
     round: int
     rounds: int
-    energy: float
+    energy: float | None  # None where nothing is left out
     loss_mentor: float | None
     loss_mentee: float | None
     score_mentor: float | None  # None in rounds without evaluation
     score_mentee: float | None
+    score_mean: float | None  # of both models together; None on dev data
+    split: str | None  # the data of the scores
     bytes_up: float
-    bytes_down: int
+    bytes_down: float
     seconds: float
     seconds_codec: float
 
@@ -36,7 +55,9 @@ class ClientRow:
     def __init__(self, client: int | None) -> None:
         self.client = client
         self.losses = Losses(None, None)
+        self.spectra: list[dict[str, Any]] | None = None
         self.frame = b""
+        self.bytes_down = 0
         self.seconds = self.seconds_codec = 0.0
 
     @contextlib.contextmanager
@@ -49,26 +70,30 @@ class ClientRow:
         if codec:
             self.seconds_codec += spent
 
-    def record(
-        self,
-        score_mentor: float | None,
-        score_mentee: float | None,
-        bytes_down: int,
-        schema: Sequence[wire.Described],
-    ) -> dict[str, Any]:
-        """Return the line without round and energy; the schema is that of the frame."""
+    def record(self, schema: Sequence[wire.Described]) -> dict[str, Any]:
+        """Return the line without round, energy and scores; the schema is that of the frame."""
+        spectra = {} if self.spectra is None else {"spectra": self.spectra}
         return {
             "client": self.client,
             "loss_mentor": self.losses.mentor,
             "loss_mentee": self.losses.mentee,
-            "score_mentor": score_mentor,
-            "score_mentee": score_mentee,
             "bytes_up": len(self.frame),
-            "bytes_down": bytes_down,
+            "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "seconds_codec": self.seconds_codec,
             "layers": frame_layers(self.frame, schema),
+            **spectra,
         }
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run's numbers may depend on beside its configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def frame_layers(

@@ -11,10 +11,10 @@ import contextlib
 import json
 import os
 import shutil
-import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ from torch import nn
 
 from fedkd_fast._files import read_json_object
 from fedkd_fast.config import TrainConfig, task_options
+from fedkd_fast.events import Events, require_tensorboard
 from fedkd_fast.models import load_model, save_model
+from fedkd_fast.records import RoundRecord
+from fedkd_fast.scores import evaluate, test_sets
 from fedkd_fast.tasks import TASKS, PredictingTask, Task, build_task
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-MENTEE, MENTORS = "mentee", "mentors"
+PARTITION, EVENTS = "partition.json", "events"
+# Models of clients lie in numbered folders; of a mentee that is the same everywhere there is one.
+MENTEE, MENTEES, MENTORS = "mentee", "mentees", "mentors"
 # All that may lie in a run folder. What makes a run a finished one leaves first and comes last.
-_CONTENT = (SUMMARY, METRICS, CONFIG, "report.html", MENTEE, MENTORS)
+_CONTENT = (SUMMARY, METRICS, CONFIG, PARTITION, "report.html", EVENTS, MENTEE, MENTEES, MENTORS)
 
 
 class RunWriter:
@@ -37,14 +42,20 @@ class RunWriter:
     Args:
         folder: where to; it is not touched before `finish`.
         overwrite: replace a run folder that exists.
+        tensorboard: write events for TensorBoard, too.
 
     Raises:
         ValueError: ``folder`` exists and must be kept, or is no run folder.
+        ImportError: tensorboard is wanted and not installed.
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        self.folder, self._overwrite = Path(folder), overwrite
+    def __init__(
+        self, folder: str | Path, *, overwrite: bool = False, tensorboard: bool = False
+    ) -> None:
+        self.folder, self._overwrite, self._tensorboard = Path(folder), overwrite, tensorboard
+        if tensorboard:
+            require_tensorboard()
         if self.folder.exists():
             if not overwrite:
                 raise ValueError(f"out must not exist without overwrite, got {self.folder}")
@@ -61,6 +72,7 @@ class RunWriter:
         # On the file system of the place, so that a rename suffices.
         self._parent = existing
         self._temporary: Path | None = None
+        self._events: Events | None = None
 
     @property
     def _part(self) -> Path:
@@ -73,37 +85,49 @@ class RunWriter:
         prefix = f".{self.folder.name}.partial-"
         self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self._parent))
         self._part.mkdir()
-        paths = {name: config.get(name) for name in ("data", "mentor")}
-        absolute = {
-            name: os.path.abspath(path)
-            for name, path in paths.items()
-            if path is not None and os.path.exists(path)
-        }
-        _write_json(self._part / CONFIG, {**config, **absolute})
+        paths = {name: config.get(name) for name in ("data", "mentor", "mentee")}
+        resolved = {name: absolute(path) for name, path in paths.items() if path is not None}
+        _write_json(self._part / CONFIG, {**config, **resolved})
         (self._part / METRICS).touch()
+        if self._tensorboard:
+            self._events = Events(self._part / EVENTS)
+
+    def write_partition(self, shards: Sequence[Any]) -> None:
+        """Write which samples each client has, where shards are arrays of indices."""
+        lists = [shard.tolist() for shard in shards if hasattr(shard, "tolist")]
+        if len(lists) == len(shards):
+            text = ",\n".join(json.dumps(one) for one in lists)
+            (self._part / PARTITION).write_text(f"[{text}]\n", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics; it is on its way to the disk when this returns."""
         with (self._part / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
+    def add_events(self, record: RoundRecord) -> None:
+        """Add a round to the events, if there are any."""
+        if self._events is not None:
+            self._events.add(record)
+
     def finish(
         self,
         task: Task,
         mentors: Sequence[nn.Module],
-        mentee: nn.Module | None,
+        mentees: Sequence[nn.Module],
         summary: Mapping[str, Any],
     ) -> None:
         """Write models and summary, and put the run into its place."""
-        folders = [self._part / MENTORS / str(index) for index in range(len(mentors))]
-        models = [*zip(folders, mentors, strict=True)]
-        if mentee is not None:
-            models.append((self._part / MENTEE, mentee))
+        models = [(self._part / MENTORS / str(n), model) for n, model in enumerate(mentors)]
+        if len(mentees) == 1:
+            models.append((self._part / MENTEE, mentees[0]))
+        else:
+            models += [(self._part / MENTEES / str(n), model) for n, model in enumerate(mentees)]
         for folder, model in models:
             save_model(model, folder)
             if isinstance(task, PredictingTask):
                 task.save_assets(folder)
         _write_json(self._part / SUMMARY, summary)
+        self._close_events()
         if self._overwrite and self.folder.exists():
             self._replace()
         else:
@@ -125,8 +149,21 @@ class RunWriter:
 
     def close(self) -> None:
         """Remove the temporary folder, with all that is not finished by now."""
+        self._close_events()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def absolute(path: str) -> str:
+    """Return a path, or several joined by commas, as absolute ones; names of others stay."""
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    first, comma, rest = path.partition(",")
+    return absolute(first.strip()) + comma + absolute(rest.strip()) if comma else path
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -146,8 +183,13 @@ class LoadedRun:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     task: Task
-    mentee: nn.Module | None
-    mentors: tuple[nn.Module, ...]  # one a client; a single one where all are the same
+    mentees: tuple[nn.Module, ...]  # one a client, a single one where all are the same, or none
+    mentors: tuple[nn.Module, ...]  # likewise
+
+    @property
+    def mentee(self) -> nn.Module | None:
+        """The mentee, that of the first client where they differ."""
+        return self.mentees[0] if self.mentees else None
 
 
 def load_run(folder: str | Path, task: Task | None = None) -> LoadedRun:
@@ -165,25 +207,30 @@ def load_run(folder: str | Path, task: Task | None = None) -> LoadedRun:
     config, summary = (_read_json(folder / name) for name in (CONFIG, SUMMARY))
     if task is None:
         task = _task_of(folder, config)
-    mentee = None
     if (folder / MENTEE).is_dir():
-        mentee = load_model(folder / MENTEE, task.build_mentee)
-    mentors = [load_model(path, task.build_mentor) for path in _mentor_folders(folder)]
-    if mentee is None and not mentors:
+        mentees = [load_model(folder / MENTEE, task.build_mentee)]
+    else:
+        mentees = _load_models(folder / MENTEES, task.build_mentee)
+    mentors = _load_models(folder / MENTORS, task.build_mentor)
+    if not mentees and not mentors:
         raise ValueError(f"{folder} holds no models: {MENTEE} or {MENTORS} is wanted")
-    return LoadedRun(config, summary, task, mentee, tuple(mentors))
+    return LoadedRun(config, summary, task, tuple(mentees), tuple(mentors))
 
 
-def _mentor_folders(folder: Path) -> list[Path]:
-    mentors = folder / MENTORS
-    found = {path.name for path in mentors.iterdir() if path.is_dir()} if mentors.is_dir() else ()
+def _load_models(folder: Path, build: Callable[[int], nn.Module]) -> list[nn.Module]:
+    folders = _numbered(folder)
+    return [load_model(path, partial(build, client)) for client, path in enumerate(folders)]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else ()
     wanted = [str(client) for client in range(len(found))]
     if set(found) != set(wanted):
         raise ValueError(
-            f"{mentors} must hold folders numbered from 0, one a client, got "
+            f"{folder} must hold folders numbered from 0, one a client, got "
             f"{', '.join(sorted(found))}"
         )
-    return [mentors / name for name in wanted]
+    return [folder / name for name in wanted]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -199,7 +246,12 @@ def _task_of(folder: Path, config: Mapping[str, Any]) -> Task:
     known = {key: config[key] for key in TrainConfig.__dataclass_fields__ if key in config}
     if known.get("mentor") is not None:
         # The trained models carry all that is needed; the pretrained ones may be gone by now.
-        known["mentor"] = str(next(iter([*_mentor_folders(folder), folder / MENTEE])))
+        models = [*_numbered(folder / MENTORS), folder / MENTEE, *_numbered(folder / MENTEES)]
+        found = next((path for path in models if path.is_dir()), None)
+        if found is None:
+            raise ValueError(f"{folder} holds no models: {MENTEE} or {MENTORS} is wanted")
+        known["mentor"] = str(found)
+        known["mentee"] = None
     try:
         options = task_options(TrainConfig(**known))
     except (ValueError, TypeError) as error:
@@ -215,20 +267,30 @@ def evaluate_run(folder: str | Path, task: Task | None = None) -> dict[str, Any]
         task: the task, if it is not a built-in one.
 
     Returns:
-        ``task``, ``metric``, ``score_mentor`` (mean), ``scores_mentor`` (one a saved mentor) and
-        ``score_mentee``; None where there is no such model.
+        ``task``, ``metric``, ``score_mentor`` (mean), ``scores_mentor`` (one a saved mentor),
+        ``score_mentee``, ``score_mean`` (of both models together, if that was the inference) and
+        ``metrics``, means of all metrics by role; None where there is no such model.
 
     Raises:
         ValueError: no finished run lies there, or its data cannot be read.
     """
     run = load_run(folder, task)
-    scores = [run.task.evaluate(mentor) for mentor in run.mentors]
+    models = max(len(run.mentors), len(run.mentees))
+    clients = test_sets(run.task, run.config.get("clients", models), models)
+    # What is asked together is asked twice as long, so only where that is what counts.
+    together = run.config.get("inference") == "mean"
+    scores = evaluate(run.task, "test", run.mentors, run.mentees, clients, together=together)
     return {
         "task": run.task.name,
         "metric": run.task.metric,
-        "score_mentor": statistics.mean(scores) if scores else None,
-        "scores_mentor": scores,
-        "score_mentee": run.task.evaluate(run.mentee) if run.mentee is not None else None,
+        "score_mentor": scores.mean("mentors"),
+        "scores_mentor": scores.of("mentors"),
+        "score_mentee": scores.mean("mentees"),
+        "score_mean": scores.mean("means"),
+        "metrics": {
+            role: scores.table(found)
+            for role, found in (("mentor", "mentors"), ("mentee", "mentees"), ("mean", "means"))
+        },
     }
 
 
@@ -244,8 +306,9 @@ def predict_run(
     Args:
         folder: what `train` wrote.
         data: file of samples, as the task's ``predict`` reads it; None takes the test data.
-        client: use the mentor of this client; None takes the mentee, or the first mentor where
-            the method has no mentee.
+        client: use the mentor of this client, or its mentee where the method has no mentors; None
+            takes the mentee, that of the first client where they differ, or the first mentor where
+            there is none.
         task: the task, if it is not a built-in one.
 
     Returns:
@@ -258,7 +321,8 @@ def predict_run(
     run = load_run(folder, task)
     if not isinstance(run.task, PredictingTask):
         raise TypeError(f"task {run.task.name!r} cannot predict")
-    if client is not None and not 0 <= client < len(run.mentors):
-        raise ValueError(f"client must lie in 0..{len(run.mentors) - 1}, got {client}")
-    model = run.mentee if client is None else run.mentors[client]
-    return run.task.predict(model if model is not None else run.mentors[0], data)
+    models = run.mentors or run.mentees
+    if client is not None and not 0 <= client < len(models):
+        raise ValueError(f"client must lie in 0..{len(models) - 1}, got {client}")
+    model = run.mentee if client is None else models[client]
+    return run.task.predict(model or models[0], data, client=client or 0)

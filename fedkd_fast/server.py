@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fedkd_fast.aggregation import aggregate
+from fedkd_fast.aggregation import Aggregate
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decompression import decompress
+from fedkd_fast.legs import Leg
 from fedkd_fast.tensors import digest_of, specs_of
-from fedkd_fast.wire import Base, TensorSpec
+from fedkd_fast.wire import TensorSpec
+
+
+@dataclass
+class ServerOptimizer:
+    """What the server makes of a mean update g before it broadcasts it.
+
+    ``none``: ``η·g``. ``momentum`` (FedAvgM, Hsu et al. 2019): ``v ← β·v + g; η·v``. ``adam``
+    (FedAdam, Reddi et al. 2021, without bias correction, as there)::
+
+        m ← β·m + (1-β)·g; s ← 0.99·s + 0.01·g²; η·m/(√s + ε)
+
+    Integers and booleans are passed on as they are, and so is what is no parameter (`averaged`).
+    """
+
+    kind: Literal["none", "momentum", "adam"] = "none"
+    lr: float = 1.0  # η: more moves the shared model further than the clients' mean did
+    momentum: float = 0.9  # β: more remembers earlier rounds longer
+    epsilon: float = 1e-3  # ε: more damps entries with small updates
+    averaged: tuple[str, ...] = ()  # beginnings of names of means that are broadcast as they are
+    _first: dict[str, Tensor] = field(default_factory=dict)
+    _second: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is changed."""
+        return self.kind == "none" and self.lr == 1.0
+
+    def step(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the update to broadcast, and remember."""
+        return {
+            name: self._step(name, value) if self._concerns(name, value) else value
+            for name, value in mean.items()
+        }
+
+    def _concerns(self, name: str, mean: Tensor) -> bool:
+        return mean.is_floating_point() and not name.startswith(self.averaged)
+
+    def _step(self, name: str, mean: Tensor) -> Tensor:
+        if self.kind == "none":
+            return mean * self.lr
+        first = self._first.setdefault(name, torch.zeros_like(mean))
+        if self.kind == "momentum":
+            first.mul_(self.momentum).add_(mean)
+            return first * self.lr
+        second = self._second.setdefault(name, torch.zeros_like(mean))
+        first.lerp_(mean, 1.0 - self.momentum)
+        second.mul_(0.99).addcmul_(mean, mean, value=0.01)
+        return self.lr * first / (second.sqrt() + self.epsilon)
 
 
 class Server:
@@ -18,33 +69,78 @@ class Server:
 
     Args:
         parameters: the shared parameters at the start, the same at every client.
-        compressor: encodes the broadcast.
+        up: decodes and averages updates.
+        down: encodes the broadcast; its own, because it may keep state.
+        optimizer: what becomes of the mean; None changes nothing.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], compressor: Compressor) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        up: Leg,
+        down: Leg,
+        optimizer: ServerOptimizer | None = None,
+    ) -> None:
         self._parameters: Mapping[str, Tensor] = dict(parameters)
-        self._compressor = compressor
+        self._up, self._down = up, down
+        self._optimizer = optimizer or ServerOptimizer()
+        self.version = 0
+        # Of the round's updates, before the optimizer and the codec of the broadcast.
+        self.mean: Mapping[str, Tensor] = {}
+        self._sent: dict[int, bytes] = {}  # what led to each version, as long as it may be replayed
+        self._whole: bytes | None = None  # the parameters of this version, once asked for
 
-    @property
-    def schema(self) -> list[TensorSpec]:
-        """Names, dtypes and shapes of the shared parameters, as frames have them."""
-        return specs_of(self._parameters)
+    def schemas(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """Return names, dtypes and shapes in frames of updates, and in those of broadcasts."""
+        up, down = self._up.schema(self._parameters), self._down.schema(self._parameters)
+        return specs_of(up), specs_of(down)
 
-    def step(self, frames: Sequence[bytes], energy: float) -> bytes:
+    def step(
+        self, frames: Sequence[bytes], energy: float, weights: Sequence[float] | None = None
+    ) -> bytes:
         """Turn one round's uploads into the broadcast.
 
-        ``g = mean_i decode(frame_i)``, unweighted as in Algorithm 1 of the paper; the broadcast
-        is g encoded with the same energy, and what it decodes to is what server and clients add.
+        ``g = Σ_i w_i·decode(frame_i) / Σ_i w_i``, unweighted in Algorithm 1 of the paper; what the
+        optimizer makes of g is encoded with the same energy, and what that decodes to is what
+        server and clients add.
 
         Raises:
             WireError: a frame is damaged.
             ValueError: a frame does not fit the shared parameters.
         """
-        base = Base(digest=self.digest())
-        mean = aggregate(frames, schema=self._parameters, relative_to=base, strict=True)
-        broadcast = mean.recompress(self._compressor, energy=energy)
-        self._parameters = decompress(broadcast, schema=self._parameters, base=self._parameters)
+        mean = self.mean = self._up.mean(frames, self._parameters, weights)
+        if not self._optimizer.identity:
+            mean = Aggregate(self._optimizer.step(mean), mean.relative_to, mean.refused)
+        broadcast = self._down.encode_mean(mean, self._parameters, energy)
+        self._parameters = self._down.decode(broadcast, self._parameters)
+        self.version += 1
+        self._sent[self.version], self._whole = broadcast, None
+        self._forget()
         return broadcast
+
+    def catch_up(self, version: int) -> list[bytes]:
+        """Return what takes a client from an older version to this one, in the fewest bytes.
+
+        That is every broadcast it missed, or one frame with the whole parameters.
+        """
+        if version == self.version:
+            return []
+        if self._whole is None:
+            self._whole = Compressor(codec="raw", schema=False).compress(self._parameters)
+        missed = [self._sent.get(number) for number in range(version + 1, self.version + 1)]
+        known = [frame for frame in missed if frame is not None]
+        if len(known) < len(missed) or sum(map(len, known)) > len(self._whole):
+            return [self._whole]
+        return known
+
+    def _forget(self) -> None:
+        """Drop broadcasts that nobody would be sent: the later ones alone outweigh the model."""
+        total, most = 0, sum(value.nbytes for value in self._parameters.values())
+        for number in sorted(self._sent, reverse=True):
+            if total > most:
+                del self._sent[number]
+            else:
+                total += len(self._sent[number])
 
     def digest(self) -> bytes:
         """Return 16 bytes that identify the shared parameters."""

@@ -49,6 +49,20 @@ def _layers(method: str, energy: float, noise: random.Random) -> list[dict[str, 
     return layers
 
 
+def _spectra(number: int) -> list[dict[str, Any]]:
+    """Ranks that grow from round to round."""
+    energies = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+    return [
+        {
+            "name": name,
+            "full_rank": min(shape),
+            "ranks": {str(t): min(min(shape), at + number) for at, t in enumerate(energies, 1)},
+        }
+        for name, shape in TENSORS.items()
+        if len(shape) > 1
+    ]
+
+
 def make_run(
     folder: Path,
     method: str = "fedkd",
@@ -57,9 +71,15 @@ def make_run(
     seed: int = 0,
     clients: int = 4,
     rounds: int = 8,
+    dev: bool = False,
+    spectra: bool = False,
+    metrics: tuple[str, ...] = ("accuracy",),
     **summary: Any,
 ) -> Path:
-    """Write one run folder; ``summary`` replaces fields of ``summary.json``."""
+    """Write one run folder; ``summary`` replaces fields of ``summary.json``.
+
+    With ``dev``, rounds are scored on dev data, and the last one on test data.
+    """
     folder.mkdir(parents=True)
     noise = random.Random(f"{method}-{seed}")
     sends = method not in {"local", "central"}
@@ -67,6 +87,12 @@ def make_run(
     has_mentor, has_mentee = method != "fedavg-mentee", method in {"fedkd", "fedavg-mentee"}
     lines = []
     up = down = 0
+    rows: list[dict[str, Any]] = []
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows if row[key] is not None]
+        return sum(values) / len(values) if values else None
+
     for number in range(1, rounds + 1):
         progress = (number - 1) / (rounds - 1) if rounds > 1 else 0.0
         energy = 0.95 + 0.03 * progress
@@ -87,6 +113,7 @@ def make_run(
                     "loss_mentee": 2.3 * math.exp(-0.35 * number) if has_mentee else None,
                     "score_mentor": level + spread if has_mentor else None,
                     "score_mentee": level - 0.02 + spread / 2 if has_mentee else None,
+                    "split": "dev" if dev and number < rounds else "test",
                     "bytes_up": bytes_up,
                     "bytes_down": bytes_down,
                     "seconds": 1.3,
@@ -98,11 +125,14 @@ def make_run(
         down += bytes_down
         lines += rows
         if sends:
-            lines.append({**rows[0], "client": None, "bytes_up": 0, "layers": broadcast})
+            scores = {key: mean(key) for key in ("score_mentor", "score_mentee")}
+            server = {"client": None, "bytes_up": 0, "layers": broadcast}
+            server |= {"spectra": _spectra(number)} if spectra else {}
+            lines.append(rows[0] | scores | server)
 
-    def mean(key: str) -> float:
-        return sum(row[key] for row in rows) / len(rows)
-
+    scores = {key: mean(key) for key in ("score_mentor", "score_mentee")}
+    both = [score for score in scores.values() if score is not None]
+    scores["score_mean"] = max(both) + 0.004 if len(both) > 1 else None
     fedavg = 2 * rounds * 4 * MENTOR_PARAMETERS
     facts = {
         "method": method,
@@ -117,9 +147,14 @@ def make_run(
     }
     result = {
         **facts,
-        "score_mentor": mean("score_mentor") if has_mentor else None,
-        "score_mentee": mean("score_mentee") if has_mentee else None,
-        "metric": "accuracy",
+        **scores,
+        "metrics": {
+            role: {name: scores[f"score_{role}"] - 0.01 * at for at, name in enumerate(metrics)}
+            if scores[f"score_{role}"] is not None
+            else {}
+            for role in ("mentor", "mentee", "mean")
+        },
+        "metric": metrics[0],
         "bytes_up": up,
         "bytes_down": down,
         "bytes_fedavg_mentor": fedavg,
@@ -138,9 +173,15 @@ def make_run(
         "lr_mentee": 1e-3,
         "local_epochs": 1,
         "batch_size": 32,
-        "feedback": False,
+        "feedback": None,
         "data": None,
-        "task_facts": {"samples": 1797, "classes": 10, "parameters_mentor": MENTOR_PARAMETERS},
+        "environment": {"python": "3.11.7", "torch": "2.13.0", "platform": "Linux", "threads": 1},
+        "task_facts": {
+            "samples": 1797,
+            "classes": 10,
+            "parameters_mentor": MENTOR_PARAMETERS,
+            "shard_sizes": [300 + 40 * client for client in range(clients)],
+        },
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(result), encoding="utf-8")

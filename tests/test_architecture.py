@@ -19,9 +19,20 @@ FLOORS = {
         *("_C", "_driver", "_files", "_seeds"),
     },
     1: {"codec", "tensors", "compress", "decompression", "feedback", "aggregation"},
-    2: {"losses", "models"},
-    3: {"methods", "tasks", "client", "server"},
-    4: {"trainer", "runs", "config", "records"},
+    2: {"losses", "models", "adapters"},
+    3: {"methods", "tasks", "client", "server", "legs"},
+    4: {
+        "trainer",
+        "runs",
+        "config",
+        "records",
+        "assembly",
+        "costs",
+        "scores",
+        "events",
+        "spectra",
+        "sweep",
+    },
     5: {"__main__", "cli", "report", "integrations"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -70,6 +81,15 @@ def test_imports_never_go_up(path: Path) -> None:
     text = path.read_text()
     assert own == "ops" or "torch.ops.fedkd_fast" not in text
     assert "torch.load(" not in text
+
+
+def test_every_room_stands_in_the_table_of_floors() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE))
+    for path in MODULES:
+        own = room(path)
+        shown = re.findall(r"`(\w+)/?`", rows[str(FLOOR_OF[own])])
+        assert own in shown, f"{own} is missing on floor {FLOOR_OF[own]} in ARCHITECTURE.md"
 
 
 def test_no_circle_on_a_floor() -> None:

@@ -20,7 +20,10 @@ from fedkd_fast.codec.message import CODECS
 from fedkd_fast.compress import DEFAULT_ENERGY, Compressor
 
 __all__ = ["refused"]
-COMMANDS = ("train", "evaluate", "predict", "report", "compress", "decompress", "inspect", "info")
+COMMANDS = (
+    *("train", "sweep", "evaluate", "predict", "report"),
+    *("compress", "decompress", "inspect", "info"),
+)
 
 
 # ---- help ----------------------------------------------------------------------------------------

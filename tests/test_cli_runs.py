@@ -14,11 +14,8 @@ import pytest
 from cli_support import Refusal, refused
 
 from fedkd_fast.__main__ import main
-from fedkd_fast.cli.train import _round_text
-from fedkd_fast.config import TrainConfig
-from fedkd_fast.records import RoundRecord
 from fedkd_fast.report.text import percent, size
-from fedkd_fast.tasks import TASKS, task_defaults
+from fedkd_fast.tasks import task_defaults
 
 pytest.importorskip("transformers", reason="training needs the extra [train]")
 pytest.importorskip("sklearn", reason="training needs the extra [train]")
@@ -32,7 +29,7 @@ SAMPLES = 359
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "short"
-    assert main(["train", *SHORT, "--out", str(folder), "--quiet"]) == 0
+    assert main(["train", *SHORT, "--inference", "mean", "--out", str(folder), "--quiet"]) == 0
     return folder
 
 
@@ -87,41 +84,13 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{percent(summary['saving'])} against FedAvg of the mentor" in text
 
 
-def test_progress_text() -> None:
-    record = RoundRecord(2, 10, 0.95, 0.51, 0.7, 0.913, 0.9, 1000, 2000, 1.0, 0.1)
-    text = _round_text(record, 3_000, 4_000)
-    assert text == "round 2/10  loss 0.510  score 91.3%  3.00 kB up, 4.00 kB down"
-    record = RoundRecord(1, 10, 0.95, None, 0.7, None, None, 0, 0, 1.0, 0.0)
-    assert _round_text(record, 0, 0) == "round 1/10  loss 0.700"
-
-
-def test_help_shows_the_defaults_of_task_and_configuration(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    general = TrainConfig()
-    assert f"sent in the first round (default: {general.energy_start})" in text
-    rounds = ", ".join(f"{task_defaults(task)['rounds']} for {task}" for task in TASKS)
-    assert f"more: more bytes (default: {rounds})" in text
-    assert f"(default: {general.codec})" in text
-
-
-def test_every_field_has_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    text = capsys.readouterr().out
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text
-
-
 def test_evaluate_repeats_the_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run)]) == 0
     text = capsys.readouterr().out
     summary = _summary(run)
     assert re.search(rf"^mentors, mean\s+{percent(summary['score_mentor'])}$", text, re.MULTILINE)
     assert re.search(rf"^mentee\s+{percent(summary['score_mentee'])}$", text, re.MULTILINE)
+    assert re.search(rf"^both together\s+{percent(summary['score_mean'])}$", text, re.MULTILINE)
     for client, score in enumerate(summary["scores_mentor"]):
         assert re.search(rf"^mentor of client {client}\s+{percent(score)}$", text, re.MULTILINE)
 
@@ -172,7 +141,7 @@ def test_reader_that_goes_away_is_no_error() -> None:
         (["--threads", "99999999999"], "threads must be at most 1024, got 99999999999"),
         (["--method", "local", "--lr-mentor", "1e30", *SHORT], "training diverged: .* client 0"),
         (["--lr-mentor", "nan"], "lr_mentor must be positive and finite, got nan"),
-        (["--clients", "5000"], "clients must be at most 1438, the training images, got 5000"),
+        (["--clients", "5000"], "clients must be at most 1438, the training samples, got 5000"),
         (["--mentee-layers", "40"], "mentee_layers must lie in 1"),
         (["--data", "somewhere"], "data must be left out for task digits"),
         (["--task", "text"], "data must name a folder of texts"),

@@ -14,16 +14,19 @@ import pytest
 from fake_runs import TENSORS, make_run
 
 from fedkd_fast.report import build_page, read_runs, write_report
-from fedkd_fast.report.plots import MAX_HEAT_ROUNDS, heat_rounds
-from fedkd_fast.report.runs import read_run, run_labels
-from fedkd_fast.report.text import comparison_rows, duration, megabytes, percent, size
+from fedkd_fast.report.groups import group_runs
+from fedkd_fast.report.layers import MAX_HEAT_ROUNDS, heat_rounds
+from fedkd_fast.report.runs import read_run
+from fedkd_fast.report.tables import comparison_rows
+from fedkd_fast.report.text import duration, megabytes, percent, size
 
 pytest.importorskip("matplotlib", reason="the report's plots need the extra [report]")
 
-# Pictures of a page of one FedKD run: score by round and by traffic, traffic, energy, layers, rank.
-FEDKD_PLOTS = 6
+# Pictures of a page of one FedKD run: score by round and by traffic, traffic, energy, sizes of
+# clients, layers, rank.
+FEDKD_PLOTS = 7
 # Without compression there is neither an energy schedule nor a kept rank.
-PLAIN_PLOTS = 4
+PLAIN_PLOTS = 5
 
 
 class _Reader(HTMLParser):
@@ -122,16 +125,18 @@ def test_comparison_has_a_row_for_each_run(tmp_path: Path) -> None:
     page = out.read_text(encoding="utf-8")
     reader = _read(page)
     assert reader.tags.count("table") >= 1
-    rows = comparison_rows(read_runs(folders))
+    rows = comparison_rows(group_runs(read_runs(folders)))
     assert [row[0] for row in rows] == list(methods)
     for row in rows:
-        cells = "".join(f"<td>{cell}</td>" for cell in row[2:])
+        cells = "".join(f"<td>{cell}</td>" for cell in row[3:])
         assert cells in page
     summary = _summary(folders[-1])
     assert rows[-1] == (
         "fedkd",
+        "1",
         percent(summary["score_mentor"]),
         percent(summary["score_mentee"]),
+        percent(summary["score_mean"]),
         megabytes(summary["bytes_up"]),
         megabytes(summary["bytes_down"]),
         percent(summary["saving"]),
@@ -152,7 +157,7 @@ def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("method", ["local", "central"])
 def test_method_without_traffic(tmp_path: Path, method: str) -> None:
-    page = build_page(read_runs([make_run(tmp_path / "run", method)]))
+    page = build_page(read_runs([make_run(tmp_path / "run", method, clients=1)]))
     assert "nothing sent" in page
     assert _read(page).tags.count("svg") == 1
     assert "saving against" not in page
@@ -166,7 +171,7 @@ def test_uncompressed_method_has_no_rank(tmp_path: Path) -> None:
 
 def test_one_round_and_one_client(tmp_path: Path) -> None:
     page = build_page(read_runs([make_run(tmp_path / "run", rounds=1, clients=1)]))
-    assert _read(page).tags.count("svg") == FEDKD_PLOTS
+    assert _read(page).tags.count("svg") == FEDKD_PLOTS - 1
 
 
 def test_many_rounds_are_thinned_in_the_heat_map(tmp_path: Path) -> None:
@@ -218,25 +223,10 @@ def test_kept_rank_is_the_mean_over_clients(tmp_path: Path) -> None:
 
 def test_layer_totals_add_up_to_the_payloads(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", clients=2, rounds=3))
-    sent = sum(layer.bytes for row in run.rows if row.client is not None for layer in row.layers)
-    assert sum(total.bytes for total in run.layer_totals()) * 2 == sent
-
-
-def test_labels_name_the_seed_only_where_needed(tmp_path: Path) -> None:
-    folders = [
-        make_run(tmp_path / "a", "fedkd", seed=0),
-        make_run(tmp_path / "b", "fedkd", seed=1),
-        make_run(tmp_path / "c", "local"),
-        make_run(tmp_path / "d", "central"),
-        make_run(tmp_path / "e", "central"),
-    ]
-    assert run_labels(read_runs(folders)) == [
-        "fedkd, seed 0",
-        "fedkd, seed 1",
-        "local",
-        "central, d",
-        "central, e",
-    ]
+    up = sum(layer.bytes for row in run.rows if row.client is not None for layer in row.layers)
+    down = sum(layer.bytes for row in run.rows if row.client is None for layer in row.layers)
+    assert sum(total.up for total in run.layer_totals()) * 2 == up
+    assert sum(total.down for total in run.layer_totals()) == down
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.methods import METHODS
 from fedkd_fast.models import build_vit, load_model, save_model
-from fedkd_fast.records import RoundRecord
+from fedkd_fast.records import ClientRecord, RoundRecord
 from fedkd_fast.runs import evaluate_run, load_run, predict_run
 from fedkd_fast.trainer import train
 
@@ -68,7 +69,7 @@ def test_nothing_is_written_before_everything_is_checked(
     def fail(config: TrainConfig, client: Client, method: object) -> None:
         raise ValueError("late check")
 
-    monkeypatch.setattr(trainer, "_make_server", fail)
+    monkeypatch.setattr(trainer, "make_server", fail)
     with pytest.raises(ValueError, match="late check"):
         train(TinyTask(), out=str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
@@ -81,11 +82,13 @@ class Stop(TinyTask):
         super().__init__()
         self.error, self.evaluated = error, 0
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(
+        self, model: nn.Module, *, split: str = "test", client: int = 0
+    ) -> dict[str, float]:
         self.evaluated += 1
         if self.evaluated == 2:
             raise self.error("stop")
-        return super().evaluate(model)
+        return super().evaluate(model, split=split, client=client)
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
@@ -134,7 +137,7 @@ def test_a_run_that_cannot_be_put_into_its_place_replaces_nothing(
 def test_a_run_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "run"
 
-    def write_another(_: RoundRecord) -> None:
+    def write_another(_: RoundRecord | ClientRecord) -> None:
         if not out.exists():
             train(TinyTask(), "fedkd", out=out)
 
@@ -147,7 +150,9 @@ def test_a_run_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
 def test_metrics_are_on_the_disk_while_training(tmp_path: Path) -> None:
     seen = []
 
-    def look(record: RoundRecord) -> None:
+    def look(record: RoundRecord | ClientRecord) -> None:
+        if isinstance(record, ClientRecord):
+            return
         (metrics,) = tmp_path.glob(".run.partial-*/run/metrics.jsonl")
         seen.append(len(metrics.read_text().splitlines()))
         assert not (tmp_path / "run").exists()
@@ -155,6 +160,62 @@ def test_metrics_are_on_the_disk_while_training(tmp_path: Path) -> None:
     train(TinyTask(), "local", out=tmp_path / "run", progress=look)
     assert seen == [3, 6]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_events_lie_in_the_run(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="events need the extra [tensorboard]",
+    )
+    seen = []
+
+    def look(record: RoundRecord | ClientRecord) -> None:
+        (events,) = tmp_path.glob(".run.partial-*/run/events/*")
+        seen.append(events.stat().st_size)
+
+    run = train(
+        *(TinyTask(), "fedkd"),
+        rounds=3,
+        out=tmp_path / "run",
+        tensorboard=True,
+        inference="mean",
+        progress=look,
+    )
+    assert seen == sorted(seen) and seen[0] < seen[-1]
+    read = accumulators.EventAccumulator(str(tmp_path / "run" / "events"))
+    read.Reload()
+    found = {
+        tag: {one.step: one.value for one in read.Scalars(tag)} for tag in read.Tags()["scalars"]
+    }
+    assert found["score_test/mentee"][3] == pytest.approx(run.summary["score_mentee"])
+    assert found["score_test/both"][3] == pytest.approx(run.summary["score_mean"])
+    assert sum(found["bytes/up"].values()) == pytest.approx(run.summary["bytes_up"])
+    assert found["energy"] == pytest.approx({1: 0.95, 2: 0.965, 3: 0.98})
+    assert set(found["loss/mentor"]) == {1, 2, 3}
+    # A run that replaces another one brings its own events only.
+    before = {path.name for path in (tmp_path / "run" / "events").iterdir()}
+    train(TinyTask(), "local", out=tmp_path / "run", tensorboard=True, overwrite=True)
+    after = {path.name for path in (tmp_path / "run" / "events").iterdir()}
+    assert len(after) == 1 and not before & after
+
+
+def test_events_need_a_folder_and_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="tensorboard needs out, .* got None"):
+        train(TinyTask(), tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r'pip install "fedkd-fast\[tensorboard\]"'):
+        train(TinyTask(), tensorboard=True, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_knows_its_environment(tmp_path: Path) -> None:
+    train(TinyTask(), "local", out=tmp_path / "run", threads=1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["environment"]["torch"] == torch.__version__
+    assert config["environment"]["threads"] == 1
+    assert config["task_facts"]["shard_sizes"] == [20, 20, 20]
 
 
 def test_paths_are_kept_as_absolute_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +228,18 @@ def test_paths_are_kept_as_absolute_ones(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_score_that_is_no_number_is_not_written(tmp_path: Path) -> None:
     class Undefined(TinyTask):
-        def evaluate(self, model: nn.Module) -> float:
-            return float("nan")
+        def evaluate(
+            self, model: nn.Module, *, split: str = "test", client: int = 0
+        ) -> dict[str, float]:
+            return {"accuracy": float("nan")}
 
     with pytest.raises(ValueError, match="not JSON compliant"):
         train(Undefined(), "local", out=str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Adapters of fedlora need models with attention.
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "fedlora"])
 def test_a_run_is_read_back(method: str, tmp_path: Path) -> None:
     run = train(TinyTask(), method, out=str(tmp_path / "run"))
     loaded = load_run(tmp_path / "run", TinyTask())
@@ -190,8 +254,8 @@ def test_a_run_is_read_back(method: str, tmp_path: Path) -> None:
         for name, value in model.state_dict().items():
             assert torch.equal(value, copy.state_dict()[name])
     again = evaluate_run(tmp_path / "run", TinyTask())
-    assert again["score_mentee"] == run.summary["score_mentee"]
-    assert again["score_mentor"] == run.summary["score_mentor"]
+    for key in ("score_mentor", "score_mentee", "score_mean", "metrics"):
+        assert again[key] == run.summary[key]
 
 
 def test_reading_what_is_no_run(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 from fedkd_fast.tasks.digits import CLASSES, DigitsTask, read_images
-from fedkd_fast.tasks.text import TextTask, f1_score
+from fedkd_fast.tasks.text import TextTask, classification_metrics
 
 # The mentee must not be so small that its savings are trivial.
 SMALLEST_SHARE = 1 / 6
@@ -148,7 +148,9 @@ def test_digits_models(digits: DigitsTask) -> None:
     assert outputs.hidden_states is not None
     assert len(outputs.hidden_states) == len(outputs.attentions) + 1
     mentor.train()
-    assert 0.0 <= digits.evaluate(mentor) <= 1.0
+    scores = digits.evaluate(mentor)
+    assert [*scores] == [digits.metric]
+    assert 0.0 <= scores[digits.metric] <= 1.0
     assert mentor.training
 
 
@@ -169,6 +171,7 @@ def test_digits_are_augmented_a_little(digits: DigitsTask) -> None:
     [
         ({"data": "x"}, "data must be left out for task digits, .* got 'x'"),
         ({"mentor": "x"}, "mentor must be left out for task digits, .* got 'x'"),
+        ({"mentee": "x"}, "mentee must be left out for task digits, .* got 'x'"),
         ({"mentee_layers": 9}, r"mentee_layers must lie in 1\.\.\d, .* got 9"),
     ],
 )
@@ -286,7 +289,9 @@ def test_text_batches(make_data: DataMaker, encoder: str) -> None:
         assert ids.shape[1] <= 6
         assert bool((mask.sum(1) == (ids != 0).sum(1)).all())
         assert int(mask.sum(1).max()) == ids.shape[1]
-    with pytest.raises(ValueError, match="clients must be at most 50, the training texts, got 51"):
+    with pytest.raises(
+        ValueError, match="clients must be at most 50, the training samples, got 51"
+    ):
         task.shards(51, 0)
 
 
@@ -297,7 +302,20 @@ def test_text_predictions_keep_their_order(make_data: DataMaker, encoder: str) -
     assert [record["text"] for record in records] == [row["text"] for row in sentences(40, 1)]
     found = np.array([int(record["label"]) for record in records])
     truth = np.array([int(record["truth"]) for record in records])
-    assert f1_score(truth, found, 2) == task.evaluate(model)
+    assert classification_metrics(truth, found, 2) == task.evaluate(model)
+
+
+def test_text_dev_data_are_another_split(make_data: DataMaker, encoder: str) -> None:
+    folder = make_data()
+    assert not text_task(folder, encoder).has_dev
+    rows = [{"text": "good", "label": label} for label in (1, 1, 0)]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = text_task(folder, encoder)
+    assert task.has_dev and task.describe()["samples_dev"] == 3
+    # One text, so one guess: the accuracy tells which split was scored.
+    scores = task.evaluate(task.build_mentee(), split="dev")
+    assert scores["accuracy"] in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert set(scores) == {"F1", "precision", "recall", "accuracy"}
 
 
 @pytest.mark.parametrize("method", ["fedkd", "fedavg"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedkd_fast.tasks.text import f1_score, read_texts
-from fedkd_fast.tasks.text_data import read_rows, read_splits
+from fedkd_fast.tasks.text import classification_metrics, read_texts
+from fedkd_fast.tasks.text_data import Columns, read_cells, read_rows, read_splits
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,61 @@ def test_texts_to_label(tmp_path: Path) -> None:
         read_texts(tmp_path / "rows.parquet")
 
 
-def test_f1() -> None:
-    truth, guesses = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
+def test_metrics_are_those_of_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
-    expected = metrics.f1_score
+    cases = [
+        ([1, 1, 0, 0, 1], [1, 0, 1, 0, 1], "binary"),
+        ([0, 1, 2, 2], [0, 2, 2, 1], "macro"),
+        ([0], [0], "binary"),
+    ]
+    for truth, guesses, average in cases:
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+            truth, guesses, average=average, zero_division=0.0
+        )
+        wanted = {
+            "F1": f1,
+            "precision": precision,
+            "recall": recall,
+            "accuracy": metrics.accuracy_score(truth, guesses),
+        }
+        classes = 2 if average == "binary" else 3
+        found = classification_metrics(np.array(truth), np.array(guesses), classes)
+        assert found == pytest.approx(wanted)
 
-    assert f1_score(truth, guesses, 2) == pytest.approx(expected(truth, guesses))
-    truth, guesses = np.array([0, 1, 2, 2]), np.array([0, 2, 2, 1])
-    macro = expected(truth, guesses, average="macro")
-    assert f1_score(truth, guesses, 3) == pytest.approx(macro)
-    assert f1_score(np.array([0]), np.array([0]), 2) == 0.0
+
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("drug,review,side\nx,good day,1\ny,bad,0\n")
+    found = read_splits(str(tmp_path), Columns("review", "side"))["train"]
+    assert (found.texts, found.labels) == (["good day", "bad"], ["1", "0"])
+    assert found.keys == {"drug": ["x", "y"]}
+    with pytest.raises(ValueError, match=r"train.csv, line 2: no column 'text'"):
+        read_splits(str(tmp_path))
+
+
+def test_keys_are_columns_that_every_row_has(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 1, "age": 7, "drug": "x"}, {"text": "b", "label": 0, "age": 8}]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    assert read_splits(str(tmp_path))["train"].keys == {"age": ["7", "8"]}
+
+
+def test_dev_is_read_where_there_is_one(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\na\t1\n")
+    assert set(read_splits(str(tmp_path))) == {"train", "test"}
+    (tmp_path / "dev.tsv").write_text("text\tlabel\nb\t1\n")
+    assert read_splits(str(tmp_path))["dev"].texts == ["b"]
+
+
+def test_tables_without_names(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "cells.tsv.gz", "wt", encoding="utf-8") as file:
+        file.write('1\t2\t"a\r\n\n3\t4\tb')
+    assert [*read_cells(tmp_path / "cells.tsv.gz")] == [
+        (1, ["1", "2", '"a']),
+        (3, ["3", "4", "b"]),
+    ]
+    (tmp_path / "cut.tsv.gz").write_bytes((tmp_path / "cells.tsv.gz").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"cut.tsv.gz cannot be read"):
+        list(read_cells(tmp_path / "cut.tsv.gz"))

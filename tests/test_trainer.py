@@ -11,18 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_task import TinyTask
-from torch import Tensor, nn
+from federation import exchange, federation
+from tiny_task import TinyTask, tiny_task
+from torch import nn
 
 import fedkd_fast
 from fedkd_fast.client import Client
-from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
-from fedkd_fast.methods import METHODS, LocalSettings, Losses, get_method
+from fedkd_fast.methods import METHODS, Losses
 from fedkd_fast.methods.fedkd import MutualLearner
-from fedkd_fast.models import trainable_parameters
-from fedkd_fast.records import RoundRecord
-from fedkd_fast.server import Server
+from fedkd_fast.records import ClientRecord, RoundRecord
 from fedkd_fast.tasks import PredictingTask, Task
 from fedkd_fast.trainer import Run, train
 
@@ -30,31 +28,6 @@ EXCHANGING = [name for name, method in METHODS.items() if method.exchanges]
 SILENT = [name for name, method in METHODS.items() if not method.exchanges]
 # A raw difference, its mean in float64, and the sum with the base are rounded once each.
 ROUNDINGS = 3
-SETTINGS = LocalSettings(
-    lr_mentor=1e-2, lr_mentee=1e-2, weight_decay=0.0, hidden=True, attention=True, seed=1
-)
-
-
-def make_clients(count: int, compressor: dict[str, Any], method: str = "fedkd") -> list[Client]:
-    task = TinyTask()
-    return [
-        Client(
-            index,
-            get_method(method).make_learner(task, SETTINGS),
-            task,
-            shard,
-            Compressor(**compressor),
-            seed=0,
-            local_epochs=1,
-        )
-        for index, shard in enumerate(task.shards(count, 0))
-    ]
-
-
-def shared(client: Client) -> dict[str, Tensor]:
-    model = client.learner.shared
-    assert model is not None
-    return {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -73,7 +46,7 @@ def test_a_plain_class_is_a_task() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_writes_a_run_folder(method: str, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "one"
-    run = train(TinyTask(), method, out=str(out), seed=3)
+    run = train(tiny_task(method), method, out=str(out), seed=3)
     assert run.folder == out
     summary = json.loads((out / "summary.json").read_text())
     assert summary == dict(run.summary)
@@ -96,7 +69,7 @@ def test_every_method_trains_and_writes_a_run_folder(method: str, tmp_path: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_learns(method: str) -> None:
-    run = train(TinyTask(), method, rounds=6, local_epochs=2)
+    run = train(tiny_task(method), method, rounds=6, local_epochs=2, top_share=0.2)
     guessing = 0.5
     found = [run.summary[name] for name in ("score_mentor", "score_mentee")]
     assert all(score > guessing for score in found if score is not None)
@@ -104,7 +77,7 @@ def test_training_learns(method: str) -> None:
 
 @pytest.mark.parametrize("method", EXCHANGING)
 def test_bytes_are_counted_per_client_over_all_rounds(method: str, tmp_path: Path) -> None:
-    run = train(TinyTask(), method, out=str(tmp_path / "run"))
+    run = train(tiny_task(method), method, out=str(tmp_path / "run"))
     rows = [line for line in lines(tmp_path / "run") if line["client"] is not None]
     server = [line for line in lines(tmp_path / "run") if line["client"] is None]
     assert run.summary["bytes_up"] == sum(row["bytes_up"] for row in rows) / 3
@@ -131,6 +104,18 @@ def test_without_exchange_nothing_is_sent(method: str, tmp_path: Path) -> None:
     assert all(line["layers"] == [] for line in lines(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("codecs", "lossy"),
+    [({}, False), ({"codec_down": "wf1"}, True), ({"codec": "wf1", "codec_down": "raw"}, True)],
+)
+def test_the_energy_is_recorded_where_a_leg_heeds_it(
+    codecs: dict[str, str], lossy: bool, tmp_path: Path
+) -> None:
+    train(TinyTask(), "fedavg", out=str(tmp_path / "run"), **codecs)
+    found = {line["energy"] for line in lines(tmp_path / "run")}
+    assert found == ({0.95, 0.98} if lossy else {None})
+
+
 def test_layers_of_a_frame_are_recorded(tmp_path: Path) -> None:
     train(TinyTask(), "fedkd", out=str(tmp_path / "run"), codec="factors-fp32", energy_start=0.5)
     layers = {layer["name"]: layer for layer in lines(tmp_path / "run")[0]["layers"]}
@@ -148,7 +133,7 @@ def test_one_seed_gives_one_run(method: str, tmp_path: Path) -> None:
     def run(name: str, seed: int) -> Run:
         # Global random state and what trained before must not matter.
         torch.rand(seed + len(name))
-        return train(TinyTask(), method, out=str(tmp_path / name), seed=seed)
+        return train(tiny_task(method), method, out=str(tmp_path / name), seed=seed)
 
     first, again, other = run("first", 1), run("the same", 1), run("another", 2)
     records = [[without_times(x) for x in lines(tmp_path / n)] for n in ("first", "the same")]
@@ -162,21 +147,13 @@ def test_one_seed_gives_one_run(method: str, tmp_path: Path) -> None:
         assert losses[0] != losses[1]
 
 
-def test_one_seed_gives_the_same_bytes() -> None:
-    frames = []
+@pytest.mark.parametrize("method", EXCHANGING)
+def test_one_seed_gives_the_same_bytes(method: str) -> None:
+    runs = []
     for _ in range(2):
-        clients = make_clients(2, {})
-        server = Server(shared(clients[0]), Compressor())
-        for number in (1, 2):
-            uploads = []
-            for client in clients:
-                client.train(number)
-                uploads.append(client.upload(0.95))
-            broadcast = server.step(uploads, 0.95)
-            for client in clients:
-                client.apply(broadcast)
-            frames.append((uploads, broadcast))
-    assert frames[:2] == frames[2:]
+        clients, server = federation(method, 2)
+        runs.append([exchange(clients, server, number) for number in (1, 2)])
+    assert runs[0] == runs[1]
 
 
 def test_training_leaves_torch_as_it_was() -> None:
@@ -188,12 +165,11 @@ def test_training_leaves_torch_as_it_was() -> None:
 
 @pytest.mark.parametrize("method", EXCHANGING)
 def test_lossless_exchange_is_the_mean_of_the_clients(method: str) -> None:
-    clients = make_clients(3, {"codec": "raw"}, method)
-    start = shared(clients[0])
-    server = Server(start, Compressor(codec="raw"))
+    clients, server = federation(method, codec="raw")
+    start = clients[0].learner.exchanged()
     for client in clients:
         client.train(1)
-    trained = [shared(client) for client in clients]
+    trained = [client.learner.exchanged() for client in clients]
     broadcast = server.step([client.upload(1.0) for client in clients], 1.0)
     for client in clients:
         client.apply(broadcast)
@@ -202,29 +178,35 @@ def test_lossless_exchange_is_the_mean_of_the_clients(method: str) -> None:
         largest = max(float(t.abs().max()) for t in (value, *(copy[name] for copy in trained)))
         bound = ROUNDINGS * torch.finfo(torch.float32).eps * largest
         for client in clients:
-            assert float((shared(client)[name].double() - mean).abs().max()) <= bound
+            found = client.learner.exchanged()[name]
+            assert float((found.double() - mean).abs().max()) <= bound
 
 
-def test_every_copy_of_the_mentee_is_the_same_bits() -> None:
-    clients = make_clients(3, {})
-    server = Server(shared(clients[0]), Compressor())
+@pytest.mark.parametrize("method", EXCHANGING)
+def test_every_copy_is_the_same_bits(method: str) -> None:
+    clients, server = federation(method)
+    for number in (1, 2, 3):
+        frames, _ = exchange(clients, server, number)
+        assert len(set(frames)) == 3
+        assert {client.digest() for client in clients} == {server.digest()}
+
+
+def test_a_broadcast_leaves_the_mentor_alone() -> None:
+    clients, server = federation("fedkd")
     for client in clients:
         client.train(1)
     assert len({client.digest() for client in clients}) == 3
     mentor = clients[0].learner.mentor
     assert mentor is not None
     private = [parameter.clone() for parameter in mentor.parameters()]
-    broadcast = server.step([client.upload(0.9) for client in clients], 0.9)
-    for client in clients:
-        client.apply(broadcast)
-    assert {client.digest() for client in clients} == {server.digest()}
+    clients[0].apply(server.step([client.upload(0.9) for client in clients], 0.9))
     for before, after in zip(private, mentor.parameters(), strict=True):
         assert torch.equal(before, after)
 
 
 def test_a_copy_that_differs_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def apply(client: Client, broadcast: bytes) -> None:
-        whole(client, broadcast)
+    def apply(client: Client, *frames: bytes) -> None:
+        whole(client, *frames)
         if client.index == 1:
             assert client.learner.shared is not None
             with torch.no_grad():
@@ -236,12 +218,10 @@ def test_a_copy_that_differs_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> N
         train(TinyTask(), "fedkd")
 
 
-def test_a_broadcast_for_other_parameters_is_refused() -> None:
-    clients = make_clients(2, {})
-    server = Server(shared(clients[0]), Compressor())
-    clients[0].train(1)
-    frames = [client.upload(0.9) for client in clients]
-    clients[0].apply(server.step(frames, 0.9))
+@pytest.mark.parametrize("method", EXCHANGING)
+def test_an_update_of_other_parameters_is_refused(method: str) -> None:
+    clients, server = federation(method, 2)
+    frames, _ = exchange(clients, server)
     clients[0].train(2)
     later = clients[0].upload(0.9)
     with pytest.raises(ValueError, match="base"):
@@ -253,13 +233,13 @@ def test_a_broadcast_for_other_parameters_is_refused() -> None:
     + [("fedkd", "lr_mentee"), ("fedavg-mentee", "lr_mentee")]
 )  # fmt: skip
 def test_divergence_names_what_client_and_round(method: str, rate: str) -> None:
-    what = r"training diverged: ('\d\.\w+'|the loss) of the (mentor|mentee) of client 0"
+    what = r"training diverged: ('[\w.]+'|the loss) of the (mentor|mentee) of client 0"
     with pytest.raises(ValueError, match=rf"{what} holds NaN or Inf after round \d; a smaller"):
-        train(TinyTask(), method, rounds=3, **{rate: 1e38})
+        train(tiny_task(method), method, rounds=3, **{rate: 1e38})
 
 
 def test_a_loss_of_infinity_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    (client,) = make_clients(1, {})
+    (client,), _ = federation("fedkd", 1)
     monkeypatch.setattr(MutualLearner, "train", lambda *_: Losses(1.0, math.inf))
     with pytest.raises(ValueError, match="the loss of the mentee of client 0 holds NaN or Inf"):
         client.train(1)
@@ -287,9 +267,12 @@ def test_learning_rates_end_at_their_share() -> None:
     assert all(not torch.equal(one, two) for one, two in pairs)
 
 
-def test_progress_is_told_every_round() -> None:
-    seen: list[RoundRecord] = []
-    run = train(TinyTask(), "fedkd", rounds=3, eval_every=2, progress=seen.append)
+def test_progress_is_told_every_client_and_round() -> None:
+    told: list[RoundRecord | ClientRecord] = []
+    run = train(TinyTask(), "fedkd", rounds=3, eval_every=2, progress=told.append)
+    steps = [(one.client, one.done) if isinstance(one, ClientRecord) else None for one in told]
+    assert steps == 3 * [(0, 1), (1, 2), (2, 3), None]
+    seen = [record for record in told if isinstance(record, RoundRecord)]
     assert [(record.round, record.rounds) for record in seen] == [(1, 3), (2, 3), (3, 3)]
     assert [record.score_mentor is not None for record in seen] == [False, True, True]
     assert math.isclose(sum(record.bytes_up for record in seen), run.summary["bytes_up"])
@@ -308,7 +291,7 @@ def test_given_fields_win_over_those_of_the_task() -> None:
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"clients": 0}, "clients must be at least 1, got 0"),
         ({"clients": 61}, "clients must be at most 60, got 61"),
-        ({"local_epochs": 0}, "local_epochs must be at least 1, got 0"),
+        ({"local_epochs": 0}, "local_epochs must be positive and finite, got 0.0"),
         ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
@@ -348,5 +331,6 @@ def test_values_of_wrong_types(fields: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match="task must be one of digits, text, got 'chess'"):
+    known = "digits, text, adr, ner, mind"
+    with pytest.raises(ValueError, match=f"task must be one of {known}, got 'chess'"):
         train("chess")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedkd_fast.tasks import Batch
 
 CLASSES, FEATURES = 3, 6
+_PROJECTIONS = ("query", "value")
 
 
 class LayeredModel(nn.Module):
@@ -31,6 +32,22 @@ class LayeredModel(nn.Module):
         return SimpleNamespace(
             logits=self.head(states[-1].mean(1)), hidden_states=tuple(states), attentions=None
         )
+
+
+class AttentiveModel(nn.Module):
+    """Two projections with the names that adapters look for, under a head."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({name: nn.Linear(FEATURES, width) for name in _PROJECTIONS})
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, points: Tensor) -> Tensor:
+        query, value = (self.encoder[name](points) for name in _PROJECTIONS)
+        logits: Tensor = self.head(torch.tanh(query) + value)
+        return logits
 
 
 class TinyTask:
@@ -57,10 +74,10 @@ class TinyTask:
                 nn.Linear(FEATURES, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, CLASSES)
             )
 
-    def build_mentor(self) -> nn.Module:
+    def build_mentor(self, client: int = 0) -> nn.Module:
         return self._build(24)
 
-    def build_mentee(self) -> nn.Module:
+    def build_mentee(self, client: int = 0) -> nn.Module:
         return self._build(12)
 
     def shards(self, clients: int, seed: int) -> Sequence[Any]:
@@ -77,18 +94,35 @@ class TinyTask:
             index = torch.from_numpy(order[start : start + 8])
             yield Batch({"points": self.points[index]}, self.labels[index])
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(
+        self, model: nn.Module, *, split: str = "test", client: int = 0
+    ) -> dict[str, float]:
         model.eval()
         with torch.inference_mode():
             outputs = model(points=self.points[self.samples :])
         logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-        return float((logits.argmax(1) == self.labels[self.samples :]).double().mean())
+        hits = logits.argmax(1) == self.labels[self.samples :]
+        return {"accuracy": float(hits.double().mean())}
 
     def describe(self) -> dict[str, Any]:
         return {"samples_train": self.samples}
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self, method: str | None = None) -> dict[str, Any]:
         return {"rounds": 2, "clients": 3, "lr_mentor": 1e-2, "lr_mentee": 1e-2}
+
+
+class AttentiveTask(TinyTask):
+    """The same points for models that adapters fit."""
+
+    def _build(self, width: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + width)
+            return AttentiveModel(width)
+
+
+def tiny_task(method: str) -> TinyTask:
+    """Make a tiny task whose models a method can train."""
+    return AttentiveTask() if method == "fedlora" else TinyTask()
 
 
 class _Points(nn.Sequential):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +26,9 @@ _PIPE_WIDTH = 160
 _INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp"})
 # The key of a safetensors header that is no tensor.
 _RESERVED = "__metadata__"
+
+
+NO_REPORT = 'needs pip install "fedkd-fast[report]"'
 
 
 class UsageError(ValueError):
@@ -136,6 +140,17 @@ def table(*columns: str, left: int = 1) -> Table:
             overflow="ellipsis" if text else "fold",
         )
     return made
+
+
+def page_of(
+    folders: Sequence[Path], out: Path | None = None, names: Sequence[str] | None = None
+) -> Path | None:
+    """Write the report of runs where the extra that draws it is installed, and return its path."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from fedkd_fast.report import write_report
+
+    return write_report(folders, out, names)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

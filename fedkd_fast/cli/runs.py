@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedkd_fast.cli.common import Parser, add_command, check_target, say, stdout, table, visible
+
+if TYPE_CHECKING:
+    from fedkd_fast.report.groups import Group
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -33,8 +37,8 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="samples; digits: .npy, .npz or .csv of 8×8 images; text: .jsonl, .tsv, .csv or .txt "
-        "(default: the task's test data)",
+        help="samples; digits: .npy, .npz or .csv of 8×8 images; text, adr, ner: .jsonl, .tsv, "
+        ".csv or .txt; mind: .tsv like behaviors.tsv (default: the task's test data)",
     )
     parser.add_argument(
         "--client",
@@ -68,16 +72,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     from fedkd_fast.runs import evaluate_run
 
     found = evaluate_run(args.folder)
+    metric, tables = found["metric"], found["metrics"]
+    others = [name for name in next(filter(None, tables.values())) if name != metric]
+    shown = table("model", f"{metric} on {found['task']}", *others)
     scores = found["scores_mentor"]
-    shown = table("model", f"{found['metric']} on {found['task']}")
     if len(scores) > 1:
         for client, score in enumerate(scores):
             shown.add_row(f"mentor of client {client}", percent(score))
-        shown.add_row("mentors, mean", percent(found["score_mentor"]))
-    elif scores:
-        shown.add_row("mentor", percent(scores[0]))
-    if found["score_mentee"] is not None:
-        shown.add_row("mentee", percent(found["score_mentee"]))
+    mentor = "mentors, mean" if len(scores) > 1 else "mentor"
+    for role, name in (("mentor", mentor), ("mentee", "mentee"), ("mean", "both together")):
+        if tables[role]:
+            shown.add_row(name, *(percent(tables[role][one]) for one in (metric, *others)))
     stdout().print(shown)
     return 0
 
@@ -102,11 +107,16 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _print_comparison(folders: Sequence[Path]) -> None:
-    from fedkd_fast.report import read_runs
-    from fedkd_fast.report.text import COMPARISON_COLUMNS, comparison_rows
+    from fedkd_fast.report import group_runs, read_runs
 
-    runs = read_runs(folders)
+    print_comparison(group_runs(read_runs(folders)))
+
+
+def print_comparison(groups: Sequence[Group]) -> None:
+    """Print the table of groups of runs."""
+    from fedkd_fast.report.tables import COMPARISON_COLUMNS, comparison_rows
+
     shown = table("task", *COMPARISON_COLUMNS, left=2)
-    for run, row in zip(runs, comparison_rows(runs), strict=True):
-        shown.add_row(*map(visible, (run.task, *row)))
+    for group, row in zip(groups, comparison_rows(groups), strict=True):
+        shown.add_row(*map(visible, (group.first.task, *row)))
     stdout().print(shown)

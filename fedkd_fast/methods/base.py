@@ -1,17 +1,24 @@
-"""What all methods share: the record of one, and the learner that a client trains."""
+"""What all methods share: the record of one, the learner that a client trains, and its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkd_fast.models import run_model
+from fedkd_fast.adapters import add_adapter
+from fedkd_fast.distillation import DistillationConfig
+from fedkd_fast.models import run_model, trainable_parameters
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, Task
+
+if TYPE_CHECKING:
+    from fedkd_fast.methods.packing import Packing
 
 Role = Literal["mentor", "mentee"]
 
@@ -22,10 +29,21 @@ class LocalSettings:
 
     lr_mentor: float  # larger learns faster, until it diverges
     lr_mentee: float  # likewise
-    weight_decay: float  # of matrices, as in AdamW; larger holds them closer to zero
-    hidden: bool  # distil hidden states, where both models have them
-    attention: bool  # distil attention maps, where both models have them
     seed: int  # of what a client initialises for itself
+    client: int = 0  # whose models these are, for tasks that give each client its own head
+    initial_seed: int = 0  # of what all clients initialise alike: adapters
+    weight_decay: float = 0.0  # of matrices, as in AdamW; larger holds them closer to zero
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    mutual: bool = True  # False: the mentor teaches the mentee and learns from labels alone
+    warmup_steps: int = 0  # the first steps of a client, whose learning rate rises to the full one
+    clip_norm: float | None = None  # longest gradient of a model; longer ones are scaled down
+    bfloat16: bool = False  # forward and backward in bfloat16 where that is safe
+    checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    refresh_steps: int = 0  # after each broadcast, of the mentor alone, taught by the mentee
+    mentor_adapter: str | None = None  # train a low-rank adapter and the head of the mentor alone
+    mentee_adapter: str | None = None  # likewise of the mentee; only these are sent
+    proximal: float = 0.0  # fedprox: pull towards the shared parameters
+    participation: float = 1.0  # scaffold: share of all clients that train in a round
 
 
 class Losses(NamedTuple):
@@ -35,23 +53,96 @@ class Losses(NamedTuple):
     mentee: float | None
 
 
-class Learner(Protocol):
-    """The models of one client and the way they are trained."""
+class Learner:
+    """The models of one client and the way they are trained.
 
-    @property
-    def mentor(self) -> nn.Module | None:
-        """The private model, if there is one."""
+    Args:
+        task: builds the models.
+        settings: how to train.
+        mentor: whether there is a mentor.
+        mentee: whether there is a mentee.
+        shares: which of them is exchanged, if any is.
+    """
 
-    @property
-    def mentee(self) -> nn.Module | None:
-        """The small model, if there is one."""
+    def __init__(
+        self,
+        task: Task,
+        settings: LocalSettings,
+        *,
+        mentor: bool = False,
+        mentee: bool = False,
+        shares: Role | None = None,
+    ) -> None:
+        self.settings = settings
+        self.mentor: nn.Module | None = None
+        self.mentee: nn.Module | None = None
+        if mentor:
+            built = task.build_mentor(settings.client)
+            self.mentor = self._prepared(built, settings.mentor_adapter)
+        if mentee:
+            built = task.build_mentee(settings.client)
+            self.mentee = self._prepared(built, settings.mentee_adapter)
+        self.shared = None if shares is None else self._model(shares)
+        self._private = tuple(getattr(task, "private", ()))
 
-    @property
-    def shared(self) -> nn.Module | None:
-        """The model whose trainable parameters are exchanged, if any is."""
+    def _prepared(self, model: nn.Module, adapter: str | None) -> nn.Module:
+        if adapter is not None:
+            add_adapter(model, adapter, self.settings.initial_seed)
+        if self.settings.checkpoint:
+            if not hasattr(model, "gradient_checkpointing_enable"):
+                raise ValueError(
+                    "gradient_checkpointing needs models of transformers, got "
+                    f"{type(model).__name__}"
+                )
+            # The other kind does not see inputs without gradients: those of frozen embeddings.
+            options: Any = {"use_reentrant": False}
+            pretrained: Any = model
+            pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return model
+
+    def _model(self, role: Role) -> nn.Module:
+        model = self.mentor if role == "mentor" else self.mentee
+        assert model is not None
+        return model
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is exchanged of the shared model: what learns and is not the client's own."""
+        if self.shared is None:
+            return {}
+        return {
+            name: value
+            for name, value in trainable_parameters(self.shared).items()
+            if not name.startswith(self._private)
+        }
+
+    def adapted(self, role: Role) -> bool:
+        """Tell whether only an adapter and the head of a model are trained."""
+        settings = self.settings
+        adapter = settings.mentor_adapter if role == "mentor" else settings.mentee_adapter
+        return adapter is not None
+
+    def exchanged(self) -> dict[str, Tensor]:
+        """Return copies of all that travels, by name."""
+        return {name: value.detach().clone() for name, value in self.shared_parameters().items()}
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what the server holds now."""
+        with torch.no_grad():
+            for name, parameter in self.shared_parameters().items():
+                parameter.copy_(state[name])
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train on all batches in turn, with this share of the learning rates."""
+        raise NotImplementedError
+
+    def refresh(self, batches: Iterable[Batch], lr_share: float = 1.0) -> None:
+        """Let what is private learn from what is shared, where a method has both."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of a forward pass."""
+        if not self.settings.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -62,7 +153,13 @@ class Method:
     make_learner: Callable[[Task, LocalSettings], Learner]
     exchanges: bool  # something travels each round
     pools_data: bool = False  # all data at one place: no federation, the upper bound
-    lossless: bool = False  # what travels is exact, whatever codec is asked for
+    codec: str = "raw"  # unless another one is asked for
+    # A codec of its own, of the configuration and a seed, instead of those of `Compressor`.
+    packing: Callable[[Any, int], Packing] | None = None
+    feedback: str = "none"  # which legs of such a codec send what was left out with the next
+    feedback_decay: float = 1.0  # what is left of that by then
+    # Beginnings of names of what the server only averages, whatever its optimizer.
+    averaged: tuple[str, ...] = ()
 
 
 def make_optimizer(
@@ -83,54 +180,73 @@ def make_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Change the learning rate and keep the state."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+class Steps:
+    """The optimizer of some modules, with warm-up and a bound on the gradient's norm."""
+
+    def __init__(self, modules: Iterable[nn.Module], lr: float, settings: LocalSettings) -> None:
+        self._optimizer = make_optimizer(modules, lr, settings.weight_decay)
+        self._lr, self._settings, self._done = lr, settings, 0
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        self._optimizer.zero_grad()
+
+    def step(self, lr_share: float) -> None:
+        """Take a step with this share of the learning rate."""
+        settings = self._settings
+        self._done += 1
+        if self._done < settings.warmup_steps:
+            lr_share *= self._done / settings.warmup_steps
+        groups = self._optimizer.param_groups
+        for group in groups:
+            group["lr"] = self._lr * lr_share
+        if settings.clip_norm is not None:
+            parameters = itertools.chain.from_iterable(group["params"] for group in groups)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        self._optimizer.step()
 
 
-class SoloLearner:
+class SoloLearner(Learner):
     """One model, trained by cross entropy."""
 
     def __init__(self, task: Task, settings: LocalSettings, role: Role, *, shares: bool) -> None:
         mentor = role == "mentor"
-        self._model = task.build_mentor() if mentor else task.build_mentee()
-        self._role, self._shares = role, shares
-        self._lr = settings.lr_mentor if mentor else settings.lr_mentee
-        self._optimizer = make_optimizer([self._model], self._lr, settings.weight_decay)
-
-    @property
-    def mentor(self) -> nn.Module | None:
-        """The model, if its role is that of the mentor."""
-        return self._model if self._role == "mentor" else None
-
-    @property
-    def mentee(self) -> nn.Module | None:
-        """The model, if its role is that of the mentee."""
-        return self._model if self._role == "mentee" else None
-
-    @property
-    def shared(self) -> nn.Module | None:
-        """The model, if it is exchanged."""
-        return self._model if self._shares else None
+        super().__init__(
+            task, settings, mentor=mentor, mentee=not mentor, shares=role if shares else None
+        )
+        self.model, self._role = self._model(role), role
+        lr = settings.lr_mentor if mentor else settings.lr_mentee
+        self._steps = Steps([self.model], lr, settings)
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train on all batches in turn, with this share of the learning rate."""
-        self._model.train()
-        set_lr(self._optimizer, self._lr * lr_share)
+        self.model.train()
         total, samples = torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
-            logits = run_model(self._model, batch.inputs).logits
-            loss = F.cross_entropy(
-                logits.flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED_LABEL
-            )
-            self._optimizer.zero_grad()
+            with self.autocast():
+                logits = run_model(self.model, batch.inputs).logits
+            loss = task_loss(logits, batch.labels)
+            self._steps.zero_grad()
             torch.autograd.backward(loss)
-            self._optimizer.step()
+            self.correct_gradients()
+            self._steps.step(lr_share)
             total += loss.detach() * len(batch.labels)
             samples += len(batch.labels)
         mean = mean_loss(total, samples)
         return Losses(mean, None) if self._role == "mentor" else Losses(None, mean)
+
+    def correct_gradients(self) -> None:
+        """Change the gradients of a step, for methods that do."""
+
+
+def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross entropy in nats over the labels (...) that count; logits (..., C)."""
+    return F.cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        label_smoothing=label_smoothing,
+    )
 
 
 def mean_loss(total: Tensor, samples: int) -> float:

@@ -18,5 +18,5 @@ def _mentee(task: Task, settings: LocalSettings) -> SoloLearner:
     return SoloLearner(task, settings, "mentee", shares=True)
 
 
-FEDAVG = Method("fedavg", _mentor, exchanges=True, lossless=True)
-FEDAVG_MENTEE = Method("fedavg-mentee", _mentee, exchanges=True, lossless=True)
+FEDAVG = Method("fedavg", _mentor, exchanges=True)
+FEDAVG_MENTEE = Method("fedavg-mentee", _mentee, exchanges=True)

@@ -6,23 +6,28 @@ Communications 13:2032 (2022), Algorithm 1.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkd_fast._seeds import seeded
-from fedkd_fast.losses import (
-    DistillationConfig,
-    ModelOutput,
-    MutualDistillationLoss,
-    map_layers,
+from fedkd_fast.losses import ModelOutput, MutualDistillationLoss, map_layers
+from fedkd_fast.methods.base import (
+    Learner,
+    LocalSettings,
+    Losses,
+    Method,
+    Steps,
+    mean_loss,
+    task_loss,
 )
-from fedkd_fast.methods.base import LocalSettings, Losses, Method, make_optimizer, mean_loss, set_lr
-from fedkd_fast.models import run_model
-from fedkd_fast.tasks import Batch, Task
+from fedkd_fast.models import PlainOutputs, run_model
+from fedkd_fast.tasks import IGNORED_LABEL, Batch, Task
 
 _log = logging.getLogger(__name__)
 # (N, L, H): layers of other models, for instance of convolutions, are not aligned.
@@ -38,49 +43,48 @@ def _has_attentions(outputs: ModelOutput) -> bool:
     return getattr(outputs, "attentions", None) is not None
 
 
+def _each(outputs: ModelOutput, change: Callable[[Tensor], Tensor]) -> ModelOutput:
+    """Return outputs all of whose tensors are changed; there may be no layers."""
+    states, maps = (getattr(outputs, name, None) for name in ("hidden_states", "attentions"))
+    known = maps is not None and all(one is not None for one in maps)
+    return PlainOutputs(
+        change(outputs.logits),
+        None if states is None else tuple(change(state) for state in states),
+        tuple(change(one) for one in maps) if maps is not None and known else None,
+    )
+
+
 class _Distilling(NamedTuple):
     loss: MutualDistillationLoss
-    optimizer: torch.optim.Optimizer  # of the mentee and of the loss's private projections
+    steps: Steps  # of the mentee and of the loss's private projections
 
 
-class MutualLearner:
-    """A mentor and a mentee that learn from the labels and from each other."""
+class MutualLearner(Learner):
+    """A mentor and a mentee that learn from the labels and from each other.
+
+    Without `LocalSettings.mutual` the mentor learns from the labels alone, by the task loss of the
+    configuration, while mentee and W_h learn as they do with it.
+    """
+
+    mentor: nn.Module
+    mentee: nn.Module
 
     def __init__(self, task: Task, settings: LocalSettings) -> None:
-        self._mentor, self._mentee = task.build_mentor(), task.build_mentee()
-        self._settings = settings
-        self._mentor_optimizer = make_optimizer(
-            [self._mentor], settings.lr_mentor, settings.weight_decay
-        )
+        super().__init__(task, settings, mentor=True, mentee=True, shares="mentee")
+        self._mentor_steps = Steps([self.mentor], settings.lr_mentor, settings)
         # Need the widths of the hidden states, which the first batch shows.
         self._distilling: _Distilling | None = None
 
-    @property
-    def mentor(self) -> nn.Module:
-        """The private model."""
-        return self._mentor
-
-    @property
-    def mentee(self) -> nn.Module:
-        """The shared model."""
-        return self._mentee
-
-    @property
-    def shared(self) -> nn.Module:
-        """The mentee."""
-        return self._mentee
-
     def _prepare(self, mentor: ModelOutput, mentee: ModelOutput) -> _Distilling:
         """Make the loss for models with these outputs, and the optimizer of mentee and W_h."""
-        settings = self._settings
+        settings = self.settings
         states = _hidden_states(mentor), _hidden_states(mentee)
         layered = all(states)
-        config = DistillationConfig(
-            hidden=settings.hidden and layered,
-            attention=settings.attention
-            and layered
-            and _has_attentions(mentor)
-            and _has_attentions(mentee),
+        maps = layered and _has_attentions(mentor) and _has_attentions(mentee)
+        config = dataclasses.replace(
+            settings.distillation,
+            hidden=settings.distillation.hidden and layered,
+            attention=settings.distillation.attention and maps,
         )
         _log.info("distilling hidden states: %s, attention: %s", config.hidden, config.attention)
         # The embeddings' output comes first and is no layer.
@@ -92,34 +96,66 @@ class MutualLearner:
                 mentee_hidden=states[1][-1].shape[-1] if layered else 1,
                 layer_pairs=pairs,
             )
-        optimizer = make_optimizer([self._mentee, loss], settings.lr_mentee, settings.weight_decay)
-        self._distilling = _Distilling(loss, optimizer)
+        steps = Steps([self.mentee, loss], settings.lr_mentee, settings)
+        self._distilling = _Distilling(loss, steps)
         return self._distilling
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train both models on all batches in turn, with one backward pass for both."""
-        settings = self._settings
-        self._mentor.train()
-        self._mentee.train()
+        self.mentor.train()
+        self.mentee.train()
         totals, samples = torch.zeros(2, dtype=torch.float64), 0
         for batch in batches:
-            mentor = run_model(self._mentor, batch.inputs, layers=True)
-            mentee = run_model(self._mentee, batch.inputs, layers=True)
-            distilling = self._distilling or self._prepare(mentor, mentee)
-            mask = batch.inputs.get("attention_mask")
-            losses = distilling.loss(mentor, mentee, batch.labels, mask)
-            optimizers = self._mentor_optimizer, distilling.optimizer
-            set_lr(optimizers[0], settings.lr_mentor * lr_share)
-            set_lr(optimizers[1], settings.lr_mentee * lr_share)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            losses.total.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            parts = torch.stack([losses.mentor.detach(), losses.mentee.detach()])
+            mentor, mentee, total = self._losses(batch)
+            assert self._distilling is not None
+            both = self._mentor_steps, self._distilling.steps
+            for steps in both:
+                steps.zero_grad()
+            torch.autograd.backward(total)
+            for steps in both:
+                steps.step(lr_share)
+            parts = torch.stack([mentor, mentee])
             totals += parts * len(batch.labels)
             samples += len(batch.labels)
         return Losses(mean_loss(totals[0], samples), mean_loss(totals[1], samples))
 
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of mentor and mentee, detached, and what to differentiate."""
+        wanted, mutual = self.settings.distillation, self.settings.mutual
+        layers = wanted.hidden or wanted.attention
+        with self.autocast():
+            mentor = run_model(self.mentor, batch.inputs, layers=layers)
+            mentee = run_model(self.mentee, batch.inputs, layers=layers)
+        if self.settings.bfloat16:
+            mentor, mentee = _each(mentor, Tensor.float), _each(mentee, Tensor.float)
+        distilling = self._distilling or self._prepare(mentor, mentee)
+        mask = batch.inputs.get("attention_mask")
+        teacher = mentor if mutual else _each(mentor, Tensor.detach)
+        losses = distilling.loss(teacher, mentee, batch.labels, mask, layer_share=batch.layer_share)
+        if mutual:
+            return losses.mentor, losses.mentee, losses.total
+        own = wanted.task_weight * task_loss(mentor.logits, batch.labels, wanted.label_smoothing)
+        return own.detach(), losses.mentee, own + losses.total
 
-FEDKD = Method("fedkd", MutualLearner, exchanges=True)
+    def refresh(self, batches: Iterable[Batch], lr_share: float = 1.0) -> None:
+        """Let the mentor learn from the labels and from the mentee as it came from the server."""
+        self.mentor.train()
+        self.mentee.eval()
+        for batch in batches:
+            with self.autocast():
+                logits = run_model(self.mentor, batch.inputs).logits
+                with torch.no_grad():
+                    target = run_model(self.mentee, batch.inputs).logits
+            labels = batch.labels.flatten()
+            counts = labels != IGNORED_LABEL
+            scores = logits.float().flatten(0, -2)[counts].log_softmax(1)
+            wanted = target.float().flatten(0, -2)[counts].log_softmax(1)
+            loss = F.nll_loss(scores, labels[counts]) + F.kl_div(
+                scores, wanted, log_target=True, reduction="batchmean"
+            )
+            self._mentor_steps.zero_grad()
+            torch.autograd.backward(loss)
+            self._mentor_steps.step(lr_share)
+
+
+FEDKD = Method("fedkd", MutualLearner, exchanges=True, codec="wf1")

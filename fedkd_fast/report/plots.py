@@ -1,4 +1,4 @@
-"""Plots of the report: scores, traffic, energy, and what each layer cost."""
+"""Plots of the report by round and by traffic: scores, bytes, energy, and the clients' sizes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedkd_fast.report.runs import BYTES_PER_MB, RunFolder, run_labels
-from fedkd_fast.report.svg import HEAT, INK, MUTED, SERIES, SURFACE, as_svg, drawing
+from fedkd_fast.report.groups import Band, Group
+from fedkd_fast.report.runs import BYTES_PER_MB, RunFolder
+from fedkd_fast.report.svg import INK, MUTED, SERIES, SURFACE, as_svg, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-
-# More columns or rows than this are not readable at the page's width.
-MAX_HEAT_ROUNDS = 30
-_MAX_HEAT_TENSORS = 32
+_BAND = 0.16
 _MAX_BAR_ROUNDS = 24
-MAX_BARS = 20
-_MAX_LABEL = 48
+_MAX_BAR_CLIENTS = 40
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -62,88 +59,108 @@ def _legend(axes: Axes) -> None:
         )
 
 
-def _scores(run: RunFolder, model: str) -> tuple[list[int], list[float]]:
-    rounds, values = run.by_round(lambda row: getattr(row, f"score_{model}"))
-    return rounds, _percent(values)
+def score_by_round(groups: Sequence[Group]) -> str | None:
+    """Score by round: of one run mentor, mentee and single clients, else one curve a group.
 
-
-def score_by_round(runs: Sequence[RunFolder]) -> str | None:
-    """Score on the test split by round: mentors solid, mentees dashed when there is one run."""
+    Diamonds are the final scores on the test data.
+    """
     with drawing(5.4, 3.5) as figure:
         axes = figure.add_subplot()
-        if len(runs) == 1:
-            _one_run_scores(axes, runs[0])
+        if len(groups) == 1:
+            _one_group_scores(axes, groups[0])
         else:
-            for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
-                rounds, values = _best_scores(run)
-                if rounds:
-                    axes.plot(rounds, values, label=label, **_look(number), **_marker(len(rounds)))
+            for number, group in enumerate(groups):
+                band = group.curve(RunFolder.best_scores)
+                _band(axes, band.rounds, band, label=group.label, **_look(number))
+                _final(axes, _last_round(group), group.score, number)
         if not axes.lines:
             return None
         _whole_rounds(axes)
-        axes.set_ylabel(f"{runs[0].metric} on the test split (%)")
+        axes.set_ylabel(_score_label(groups))
         _legend(axes)
         return as_svg(figure)
 
 
-def _best_scores(run: RunFolder) -> tuple[list[int], list[float]]:
-    rounds, values = _scores(run, "mentor")
-    return (rounds, values) if rounds else _scores(run, "mentee")
+def _score_label(groups: Sequence[Group]) -> str:
+    splits = dict.fromkeys(run.curve_split for group in groups for run in group.runs)
+    return f"{groups[0].first.metric} on {' or '.join(splits)} data (%)"
 
 
-def _one_run_scores(axes: Axes, run: RunFolder) -> None:
-    clients = run.clients()
-    if len(clients) > 1:
-        for client in clients:
-            rows = [row for row in run.rows if row.client == client]
+def _last_round(group: Group) -> float | None:
+    ends = [run.rounds()[-1] for run in group.runs if run.rounds()]
+    return math.fsum(ends) / len(ends) if ends else None
+
+
+def _band(axes: Axes, places: Sequence[float], band: Band, **look: Any) -> None:
+    """Draw the mean over seeds, and its range where there are several."""
+    if not band.rounds:
+        return
+    axes.plot(places, _percent(band.mean), **look, **_marker(len(places)))
+    if band.low != band.high:
+        low, high = _percent(band.low), _percent(band.high)
+        axes.fill_between(places, low, high, color=look["color"], alpha=_BAND, linewidth=0)
+
+
+def _final(axes: Axes, place: float | None, score: float | None, number: int) -> None:
+    """Mark the final score on the test data."""
+    if place is None or score is None:
+        return
+    colour = SERIES[number % len(SERIES)]
+    look: dict[str, Any] = {"color": colour, "markeredgecolor": SURFACE}
+    axes.plot([place], [100 * score], marker="D", markersize=7, linestyle="", zorder=4, **look)
+
+
+def _one_group_scores(axes: Axes, group: Group) -> None:
+    run, several = group.first, len(group.runs[0].clients()) > 1
+    if len(group.runs) == 1 and several:
+        for client in run.clients():
             points = [
-                (row.round, 100 * row.score_mentor) for row in rows if row.score_mentor is not None
+                (row.round, 100 * row.score_mentor)
+                for row in run.rows
+                if row.client == client
+                and row.score_mentor is not None
+                and (row.split or "test") == run.curve_split
             ]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=SERIES[0],
-                    alpha=0.42,
-                    linewidth=0.9,
-                    **_marker(len(points)),
-                )
+                look: dict[str, Any] = {"color": SERIES[0], "alpha": 0.42, "linewidth": 0.9}
+                axes.plot(*zip(*points, strict=True), **look, **_marker(len(points)))
         if axes.lines:
             axes.lines[0].set_label("mentor of each client")
-    for number, model in enumerate(("mentor", "mentee")):
-        rounds, values = _scores(run, model)
-        if rounds:
-            label = f"{model}, mean" if model == "mentor" and len(clients) > 1 else model
-            axes.plot(rounds, values, color=SERIES[number], label=label, **_marker(len(rounds)))
+    for number, role in enumerate(("mentor", "mentee")):
+        band = group.curve(lambda run, role=role: run.scores(role))  # type: ignore[misc]
+        label = f"{role}, mean" if role == "mentor" and several else role
+        _band(axes, band.rounds, band, label=label, color=SERIES[number])
+        _final(axes, _last_round(group), group.mean(f"score_{role}"), number)
 
 
-def score_by_traffic(runs: Sequence[RunFolder]) -> str | None:
-    """Score by megabytes a client has sent and received so far; runs without traffic as lines."""
-    if not any(run.has_traffic for run in runs):
+def score_by_traffic(groups: Sequence[Group]) -> str | None:
+    """Score by megabytes a client has sent and received so far; level lines without traffic."""
+    if not any(group.has_traffic for group in groups):
         return None
     with drawing(5.4, 3.5) as figure:
         axes = figure.add_subplot()
-        for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
-            if not run.has_traffic:
-                score = run.score
-                if score is not None:
-                    label = f"{label} (no traffic)"
+        for number, group in enumerate(groups):
+            if not group.has_traffic:
+                if group.score is not None:
+                    label = f"{group.label} (no traffic)"
                     look = {**_look(number), "linestyle": (0, (2, 2)), "linewidth": 1.4}
-                    axes.axhline(100 * score, label=label, **look)
+                    axes.axhline(100 * group.score, label=label, **look)
                 continue
-            megabytes = dict(_cumulative_megabytes(run))
-            points = [
-                (megabytes[at], score)
-                for at, score in zip(*_best_scores(run), strict=True)
-                if megabytes.get(at, 0.0) > 0
-            ]
-            if points:
-                marker = _marker(len(points))
-                axes.plot(*zip(*points, strict=True), label=label, **_look(number), **marker)
+            band, sent = group.curve(RunFolder.best_scores), group.curve(RunFolder.megabytes_so_far)
+            megabytes = dict(zip(sent.rounds, sent.mean, strict=True))
+            _band(
+                axes,
+                [megabytes[at] for at in band.rounds],
+                band,
+                label=group.label,
+                **_look(number),
+            )
+            _final(axes, sent.mean[-1], group.score, number)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _log_ticks(axes)
         axes.set_xlabel("MB sent and received by a client so far (log scale)")
-        axes.set_ylabel(f"{runs[0].metric} on the test split (%)")
+        axes.set_ylabel(_score_label(groups))
         _legend(axes)
         return as_svg(figure)
 
@@ -157,17 +174,6 @@ def _log_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
-
-
-def _cumulative_megabytes(run: RunFolder) -> list[tuple[int, float]]:
-    up = dict(zip(*run.traffic_by_round("bytes_up"), strict=True))
-    down = dict(zip(*run.traffic_by_round("bytes_down"), strict=True))
-    total = 0.0
-    points = []
-    for at in run.rounds():
-        total += (up.get(at, 0.0) + down.get(at, 0.0)) / BYTES_PER_MB
-        points.append((at, total))
-    return points
 
 
 def energy_by_round(run: RunFolder) -> str | None:
@@ -188,7 +194,7 @@ def traffic_by_round(run: RunFolder) -> str | None:
     """Bytes a client sent and received, by round."""
     if not run.has_traffic:
         return None
-    scale, unit = _byte_unit(
+    scale, unit = byte_unit(
         max(*run.traffic_by_round("bytes_up")[1], *run.traffic_by_round("bytes_down")[1])
     )
     with drawing(5.4, 2.7) as figure:
@@ -208,104 +214,27 @@ def traffic_by_round(run: RunFolder) -> str | None:
         return as_svg(figure)
 
 
-def bytes_by_layer(run: RunFolder) -> str | None:
-    """The tensors that cost most: bytes sent, and their share of the dense size."""
-    totals = run.layer_totals()[:MAX_BARS]
-    if not totals:
+def client_sizes(run: RunFolder) -> str | None:
+    """Training samples of each client."""
+    sizes = run.shard_sizes
+    if len(sizes) < 2:
         return None
-    scale, unit = _byte_unit(totals[0].bytes)
-    sent = [total.bytes / scale for total in totals]
-    shares = [
-        100 * total.bytes / total.dense_bytes if total.dense_bytes else 0.0 for total in totals
-    ]
-    with drawing(10.6, 0.7 + 0.26 * len(totals)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        _bars(left, sent, [_three_digits(value) for value in sent], SERIES[0])
-        _bars(right, shares, [f"{_three_digits(value)}%" for value in shares], SERIES[2])
-        left.set_yticks(range(len(totals)), [_short(total.name) for total in totals])
-        left.invert_yaxis()
-        left.tick_params(axis="y", labelcolor=INK)
-        left.set_xlabel(f"{unit} uploaded per client over all rounds")
-        right.set_xlabel("bytes sent over dense bytes (%)")
-        return as_svg(figure)
-
-
-def _bars(axes: Axes, values: Sequence[float], labels: Sequence[str], colour: str) -> None:
-    bars = axes.barh(range(len(values)), values, 0.7, color=colour)
-    axes.bar_label(bars, labels, padding=4, color=MUTED, fontsize=8)
-    axes.margins(x=0.12, y=0.02)
-    axes.grid(visible=False, axis="y")
-
-
-def rank_heat_map(run: RunFolder) -> str | None:
-    """Kept rank over full rank, matrix by round, mean over the clients' uploads."""
-    shares = run.kept_rank()
-    if not shares:
-        return None
-    rounds = heat_rounds(run)
-    cost = {total.name: total.bytes for total in run.layer_totals()}
-    dearest = sorted(shares, key=lambda name: -cost.get(name, 0.0))[:_MAX_HEAT_TENSORS]
-    names = [name for name in shares if name in set(dearest)]
-    highest = max(shares[name].get(at, 0.0) for name in names for at in rounds)
-    top = max(0.1, math.ceil(highest * 10) / 10)
-    with drawing(10.6, 1.0 + 0.27 * len(names)) as figure:
+    with drawing(5.4, 2.7) as figure:
         axes = figure.add_subplot()
-        for row, name in enumerate(names):
-            for column, at in enumerate(rounds):
-                share = shares[name].get(at)
-                if share is not None:
-                    _heat_cell(axes, column, row, share, share / top, len(rounds))
-        axes.set_xlim(-0.5, len(rounds) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xticks(range(len(rounds)), [str(at) for at in rounds])
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.tick_params(axis="x", length=0)
-        axes.grid(visible=False)
-        axes.spines["bottom"].set_visible(False)
-        axes.set_xlabel("round")
+        few = len(sizes) <= _MAX_BAR_CLIENTS
+        bars = axes.bar(range(len(sizes)), sizes, 0.7 if few else 1.0, color=SERIES[0])
+        if len(sizes) <= 12:
+            axes.bar_label(
+                bars, [f"{size:,}" for size in sizes], padding=2, color=MUTED, fontsize=8
+            )
+        _whole_rounds(axes)
+        axes.set_xlabel("client")
+        axes.set_ylabel("training samples")
         return as_svg(figure)
 
 
-def heat_rounds(run: RunFolder) -> list[int]:
-    """The rounds that the heat map shows: all, or evenly spaced ones including the last."""
-    rounds = run.rounds()
-    step = math.ceil(len(rounds) / MAX_HEAT_ROUNDS)
-    return rounds[::-1][::step][::-1]
-
-
-def _heat_cell(
-    axes: Axes, column: int, row: int, share: float, strength: float, columns: int
-) -> None:
-    from matplotlib.patches import Rectangle
-
-    corner = (column - 0.5, row - 0.5)
-    alpha = 0.06 + 0.94 * strength
-    axes.add_patch(
-        Rectangle(corner, 1, 1, facecolor=HEAT, alpha=alpha, edgecolor=SURFACE, linewidth=1.2)
-    )
-    narrow = columns > 15
-    digits = 1 if share < 0.1 and not narrow else 0
-    text = f"{100 * share:.{digits}f}" + ("" if narrow else "%")
-    shown = axes.text(column, row, text, ha="center", va="center", color=INK, fontsize=7.5)
-    # It lies inside the axes; measuring hundreds of texts would take longer than drawing them.
-    shown.set_in_layout(False)
-
-
-def _byte_unit(largest: float) -> tuple[float, str]:
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Bytes of the unit that suits up to this many, and its name."""
     if largest >= BYTES_PER_MB:
         return BYTES_PER_MB, "MB"
     return (1e3, "kB") if largest >= 1e3 else (1.0, "bytes")
-
-
-def _short(name: str) -> str:
-    """The name's last dotted parts that fit a label."""
-    if len(name) <= _MAX_LABEL:
-        return name
-    tail = name[1 - _MAX_LABEL :]
-    dot = tail.find(".")
-    return "…" + (tail[dot + 1 :] if 0 <= dot < len(tail) // 2 else tail)
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"

@@ -4,59 +4,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedkd_fast._files import parse_json, read_json_object, read_text
+from fedkd_fast.report.rows import Layer, RoundRow, Spectrum, number, round_row
 
 # A megabyte of traffic is 10^6 bytes, the unit in which the FedKD paper counts.
 BYTES_PER_MB = 1_000_000
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One tensor of a frame: how it was sent and what it cost."""
-
-    name: str
-    shape: tuple[int, ...]
-    mode: str
-    rank: int
-    full_rank: int
-    bytes: int
-    dense_bytes: int
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """One line of ``metrics.jsonl``: a client's round, or the server's when ``client`` is None."""
-
-    round: int
-    client: int | None
-    energy: float | None
-    loss_mentor: float | None
-    loss_mentee: float | None
-    score_mentor: float | None
-    score_mentee: float | None
-    bytes_up: float
-    bytes_down: float
-    seconds: float | None
-    seconds_codec: float | None
-    layers: tuple[Layer, ...]
+# Models that are scored: their names in a summary, and here.
+ROLES = {"mentor": "mentor", "mentee": "mentee", "mean": "both together"}
 
 
 @dataclass(frozen=True)
 class LayerTotal:
-    """One tensor over a whole run: bytes per client, summed over rounds, uploads only."""
+    """One tensor over a whole run: bytes per client, summed over rounds."""
 
     name: str
     shape: tuple[int, ...]
     mode: str  # of the last round
     rank: float  # of the last round, mean over clients
     full_rank: int
-    bytes: float
-    dense_bytes: float
+    up: float  # in all uploads
+    down: float  # in one broadcast a round; catching up is not told apart by tensor
+    dense_up: float  # what the uploads would take as they are in memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +41,7 @@ class RunFolder:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: tuple[RoundRow, ...]
+    name: str | None = None  # what to call it, instead of its method
 
     @property
     def method(self) -> str:
@@ -85,13 +60,49 @@ class RunFolder:
 
     def number(self, key: str) -> float | None:
         """A number of the summary, None where the run has none."""
-        return _number(self.summary, key, str(self.path / "summary.json"))
+        return number(self.summary, key, str(self.path / "summary.json"))
+
+    @property
+    def client_count(self) -> int:
+        """Number of clients, whether or not all took part in each round; one for central."""
+        count = 1 if self.method == "central" else self.config.get("clients")
+        return count if isinstance(count, int) and count > 0 else max(1, len(self.clients()))
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Training samples of each client, empty where the run does not tell."""
+        facts = self.config.get("task_facts")
+        sizes = facts.get("shard_sizes") if isinstance(facts, dict) else None
+        if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
+            return []
+        return sizes
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Means of all metrics on the test data, by role; empty roles are left out."""
+        found = self.summary.get("metrics")
+        if not isinstance(found, dict):
+            scores = {role: self.number(f"score_{role}") for role in ROLES}
+            return {role: {self.metric: one} for role, one in scores.items() if one is not None}
+        where = f"{self.path / 'summary.json'}, metrics"
+        tables = {}
+        for role in ROLES:
+            table = found.get(role) or {}
+            if not isinstance(table, dict):
+                raise ValueError(f"{where}: {role} must be an object, got {table!r}")
+            values = {name: number(table, name, f"{where}, {role}") for name in table}
+            known = {name: value for name, value in values.items() if value is not None}
+            if known:
+                tables[role] = known
+        return tables
 
     @property
     def score(self) -> float | None:
-        """The score a user of the run gets: the mentor's, or the mentee's where it is alone."""
-        mentor = self.number("score_mentor")
-        return mentor if mentor is not None else self.number("score_mentee")
+        """The score a user of the run gets: that of the model it was told to infer with.
+
+        Runs that do not tell have the mentor's, or the mentee's where it is alone.
+        """
+        found = map(self.number, ("score", "score_mentor", "score_mentee"))
+        return next((score for score in found if score is not None), None)
 
     @property
     def has_traffic(self) -> bool:
@@ -100,30 +111,71 @@ class RunFolder:
             self.traffic_by_round("bytes_down")[1]
         )
 
+    @cached_property
     def _rows_by_round(self) -> list[tuple[int, list[RoundRow]]]:
-        """The clients' rows of each round; the server's where a round has no client row."""
         rounds: dict[int, list[RoundRow]] = {}
         for row in self.rows:
             rounds.setdefault(row.round, []).append(row)
-        return [
-            (number, [row for row in rows if row.client is not None] or rows)
-            for number, rows in sorted(rounds.items())
-        ]
+        return sorted(rounds.items())
 
     def by_round(self, value: Callable[[RoundRow], float | None]) -> tuple[list[int], list[float]]:
         """Mean over clients of ``value`` by round; rounds without a value are left out."""
         rounds: list[int] = []
         means: list[float] = []
-        for number, rows in self._rows_by_round():
-            values = [found for row in rows if (found := value(row)) is not None]
+        for at, rows in self._rows_by_round:
+            clients = [row for row in rows if row.client is not None] or rows
+            values = [found for row in clients if (found := value(row)) is not None]
             if values:
-                rounds.append(number)
+                rounds.append(at)
                 means.append(math.fsum(values) / len(values))
         return rounds, means
 
     def traffic_by_round(self, key: str) -> tuple[list[int], list[float]]:
-        """Mean bytes per client by round, ``key`` being ``bytes_up`` or ``bytes_down``."""
-        return self.by_round(lambda row: float(getattr(row, key)))
+        """Bytes per client by round, ``key`` being ``bytes_up`` or ``bytes_down``.
+
+        All clients count, also those that did not take part.
+        """
+        sums = [
+            (at, math.fsum(float(getattr(row, key)) for row in rows if row.client is not None))
+            for at, rows in self._rows_by_round
+        ]
+        return [at for at, _ in sums], [total / self.client_count for _, total in sums]
+
+    def megabytes_so_far(self) -> dict[int, float]:
+        """Megabytes that a client has sent and received by the end of each round."""
+        up, down = self.traffic_by_round("bytes_up"), self.traffic_by_round("bytes_down")[1]
+        total, found = 0.0, {}
+        for at, sent, received in zip(*up, down, strict=True):
+            total += (sent + received) / BYTES_PER_MB
+            found[at] = total
+        return found
+
+    @property
+    def curve_split(self) -> str:
+        """The data on which rounds were scored: dev where there are such, else test."""
+        return "dev" if any(row.split == "dev" for row in self.rows) else "test"
+
+    def scores(self, role: str) -> dict[int, float]:
+        """Mean score over clients by round, of mentor or mentee, on the data of `curve_split`."""
+        found = {}
+        for at, rows in self._rows_by_round:
+            values = {
+                row.client: value
+                for row in rows
+                if (row.split or "test") == self.curve_split
+                and (value := getattr(row, f"score_{role}")) is not None
+            }
+            # The server's row knows also those that did not take part.
+            chosen = [values[None]] if None in values else list(values.values())
+            if chosen:
+                found[at] = math.fsum(chosen) / len(chosen)
+        return found
+
+    def best_scores(self) -> dict[int, float]:
+        """Scores of the mentors, or of the mentee where it is alone or what infers."""
+        roles = ("mentor", "mentee")
+        first, second = roles[::-1] if self.summary.get("inference") == "mentee" else roles
+        return self.scores(first) or self.scores(second)
 
     def clients(self) -> list[int]:
         """Numbers of the clients that reported."""
@@ -134,32 +186,40 @@ class RunFolder:
         return sorted({row.round for row in self.rows})
 
     def layer_totals(self) -> list[LayerTotal]:
-        """Every tensor that was uploaded, the most expensive first."""
-        uploads = [row for row in self.rows if row.client is not None and row.layers]
-        if not uploads:
-            return []
-        clients = len({row.client for row in uploads})
-        last_round = max(row.round for row in uploads)
+        """Every tensor that was sent, the most expensive first."""
         found: dict[str, list[tuple[int, Layer]]] = {}
-        for row in uploads:
+        down: dict[str, int] = Counter()
+        for row in self.rows:
             for layer in row.layers:
-                found.setdefault(layer.name, []).append((row.round, layer))
+                if row.client is None:
+                    down[layer.name] += layer.bytes
+                else:
+                    found.setdefault(layer.name, []).append((row.round, layer))
         totals = []
         for name, layers in found.items():
-            last = [layer for number, layer in layers if number == last_round]
-            newest = (last or [layer for _, layer in layers])[-1]
+            last_round = max(at for at, _ in layers)
+            last = [layer for at, layer in layers if at == last_round]
             totals.append(
                 LayerTotal(
                     name=name,
-                    shape=newest.shape,
-                    mode=newest.mode,
-                    rank=sum(layer.rank for layer in last) / len(last) if last else newest.rank,
-                    full_rank=newest.full_rank,
-                    bytes=sum(layer.bytes for _, layer in layers) / clients,
-                    dense_bytes=sum(layer.dense_bytes for _, layer in layers) / clients,
+                    shape=last[-1].shape,
+                    mode=last[-1].mode,
+                    rank=sum(layer.rank for layer in last) / len(last),
+                    full_rank=last[-1].full_rank,
+                    up=sum(layer.bytes for _, layer in layers) / self.client_count,
+                    down=float(down[name]),
+                    dense_up=sum(layer.dense_bytes for _, layer in layers) / self.client_count,
                 )
             )
-        return sorted(totals, key=lambda total: (-total.bytes, total.name))
+        return sorted(totals, key=lambda total: (-total.up - total.down, total.name))
+
+    def spectra(self) -> dict[str, dict[int, Spectrum]]:
+        """Spectra of the server's mean updates, matrix by round; empty if not recorded."""
+        found: dict[str, dict[int, Spectrum]] = {}
+        for row in self.rows:
+            for spectrum in row.spectra:
+                found.setdefault(spectrum.name, {})[row.round] = spectrum
+        return found
 
     def kept_rank(self) -> dict[str, dict[int, float]]:
         """Share of the full rank that was kept, tensor by round: mean over the clients' uploads.
@@ -189,62 +249,6 @@ class RunFolder:
         }
 
 
-def _number(record: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = record.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: {key} must be a number or null, got {value!r}")
-    return float(value)
-
-
-def _whole(record: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = record.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: {key} must be a whole number, got {value!r}")
-    return value
-
-
-def _layer(record: object, where: str) -> Layer:
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-        raise ValueError(f"{where}: an entry of layers must be an object with a name")
-    shape = record.get("shape", [])
-    if not isinstance(shape, list) or not all(isinstance(extent, int) for extent in shape):
-        raise ValueError(f"{where}: shape of {record['name']} must be a list of whole numbers")
-    return Layer(
-        name=record["name"],
-        shape=tuple(shape),
-        mode=str(record.get("mode", "")),
-        rank=_whole(record, "rank", where, 0),
-        full_rank=_whole(record, "full_rank", where, 0),
-        bytes=_whole(record, "bytes", where, 0),
-        dense_bytes=_whole(record, "dense_bytes", where, 0),
-    )
-
-
-def _round_row(record: object, where: str) -> RoundRow:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
-    layers = record.get("layers") or []
-    if not isinstance(layers, list):
-        raise ValueError(f"{where}: layers must be a list")
-    client = record.get("client")
-    return RoundRow(
-        round=_whole(record, "round", where),
-        client=None if client is None else _whole(record, "client", where),
-        energy=_number(record, "energy", where),
-        loss_mentor=_number(record, "loss_mentor", where),
-        loss_mentee=_number(record, "loss_mentee", where),
-        score_mentor=_number(record, "score_mentor", where),
-        score_mentee=_number(record, "score_mentee", where),
-        bytes_up=_number(record, "bytes_up", where) or 0.0,
-        bytes_down=_number(record, "bytes_down", where) or 0.0,
-        seconds=_number(record, "seconds", where),
-        seconds_codec=_number(record, "seconds_codec", where),
-        layers=tuple(_layer(layer, where) for layer in layers),
-    )
-
-
 def _present(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(
@@ -254,17 +258,18 @@ def _present(path: Path) -> Path:
 
 
 def _rows(path: Path) -> Iterable[RoundRow]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for at, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
-            where = f"{path}:{number}"
-            yield _round_row(parse_json(line, where), where)
+            where = f"{path}:{at}"
+            yield round_row(parse_json(line, where), where)
 
 
-def read_run(folder: str | Path) -> RunFolder:
+def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     """Read and check one run folder.
 
     Args:
         folder: a folder with ``config.json``, ``summary.json`` and ``metrics.jsonl``.
+        name: what to call the run, whatever its seed; None lets its method tell.
 
     Returns:
         The run.
@@ -281,20 +286,4 @@ def read_run(folder: str | Path) -> RunFolder:
     for key in ("method", "task"):
         if not isinstance(summary.get(key), str) or not summary[key]:
             raise ValueError(f"{path / 'summary.json'}: {key} must be a name")
-    return RunFolder(path, config, summary, tuple(_rows(_present(path / "metrics.jsonl"))))
-
-
-def run_labels(runs: Sequence[RunFolder]) -> list[str]:
-    """Shortest labels that tell a task's runs apart: method, then seed, then the folder's name."""
-    labels = [run.method for run in runs]
-    for details in (
-        [f"seed {run.summary.get('seed', '?')}" for run in runs],
-        [run.path.name for run in runs],
-        [str(run.path) for run in runs],
-    ):
-        seen = Counter((run.task, label) for run, label in zip(runs, labels, strict=True))
-        labels = [
-            f"{run.method}, {detail}" if seen[run.task, label] > 1 else label
-            for run, label, detail in zip(runs, labels, details, strict=True)
-        ]
-    return labels
+    return RunFolder(path, config, summary, tuple(_rows(_present(path / "metrics.jsonl"))), name)

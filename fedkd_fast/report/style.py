@@ -33,16 +33,19 @@ h1 {
 .lead { margin: 0 0 26px; max-width: 72ch; color: var(--muted); }
 h2 { margin: 44px 0 14px; font-size: 22px; line-height: 1.3; font-weight: 620; }
 h3 { margin: 0 0 2px; font-size: 16px; line-height: 1.35; font-weight: 600; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)); gap: 14px; }
 .tile, figure, .card, details {
   background: var(--surface); border: 1px solid var(--line); border-radius: 10px;
 }
-.tile { padding: 14px 18px 15px; }
+.tile { padding: 14px 16px 15px; }
 .tile b { display: block; font-size: 27px; line-height: 1.25; font-weight: 640;
   letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
 .tile span { display: block; font-size: 14px; color: var(--ink); }
 .tile small { display: block; font-size: 13px; line-height: 1.4; color: var(--muted); }
 .card { padding: 6px 18px 10px; overflow-x: auto; }
+* + .card { margin-top: 16px; }
+h2 + .card { margin-top: 0; }
+.metrics td:nth-child(2), .metrics th:nth-child(2) { text-align: left; }
 .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(430px, 100%), 1fr));
   gap: 16px; margin-top: 16px; }
 figure { margin: 0; padding: 16px 18px 12px; min-width: 0; }
@@ -50,11 +53,12 @@ figure.wide { margin-top: 16px; }
 figcaption { margin-bottom: 8px; }
 figcaption p { margin: 0; font-size: 13.5px; line-height: 1.45; color: var(--muted); }
 figure svg { display: block; width: 100%; height: auto; }
+.plot { overflow-x: auto; }
 figure svg text { font-family: inherit !important; }
 table { border-collapse: collapse; width: 100%; font-size: 15px;
   font-variant-numeric: tabular-nums; }
 th { padding: 10px 12px 8px; font-size: 13px; font-weight: 550; color: var(--muted);
-  text-align: right; vertical-align: bottom; white-space: nowrap; }
+  text-align: right; vertical-align: bottom; }
 td { padding: 8px 12px; border-top: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
@@ -80,5 +84,15 @@ code { font: 0.93em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono"
 footer { margin-top: 40px; padding-top: 16px; border-top: 1px solid var(--line);
   font-size: 13.5px; color: var(--muted); }
 footer p { margin: 0 0 6px; max-width: 84ch; }
+/* Text of a picture that is shrunk to a phone's width cannot be read: it scrolls instead. */
+@media (max-width: 620px) {
+  main { padding: 24px 14px 40px; }
+  figure { padding: 14px 14px 10px; }
+  .card { padding: 4px 14px 8px; }
+  details { padding: 0 14px; }
+  details.run { padding: 0 10px; }
+  .plot svg { min-width: 300px; }
+  .wide .plot svg { width: 860px; }
+}
 @media print { body { background: none; } figure, .tile { break-inside: avoid; } }
 """

@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedkd_fast.report.runs import BYTES_PER_MB, RunFolder, run_labels
+from fedkd_fast.report.runs import BYTES_PER_MB
 
 NONE = "–"
-
-COMPARISON_COLUMNS = (
-    "method",
-    "mentor",
-    "mentee",
-    "MB up",
-    "MB down",
-    "saving",
-    "seconds",
-)
-
-
-def comparison_rows(runs: Sequence[RunFolder]) -> list[tuple[str, ...]]:
-    """One row of text for each run, under `COMPARISON_COLUMNS`."""
-    rows: list[tuple[str, ...]] = []
-    for run, label in zip(runs, run_labels(runs), strict=True):
-        traffic = run.has_traffic
-        rows.append(
-            (
-                label,
-                percent(run.number("score_mentor")),
-                percent(run.number("score_mentee")),
-                megabytes(run.number("bytes_up")) if traffic else NONE,
-                megabytes(run.number("bytes_down")) if traffic else NONE,
-                percent(run.number("saving")),
-                seconds(run.number("seconds")),
-            )
-        )
-    return rows
 
 
 def percent(value: float | None) -> str:

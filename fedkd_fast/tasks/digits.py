@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fedkd_fast._files import read_text
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.models import build_vit, run_model
-from fedkd_fast.tasks import Batch, TaskOptions
+from fedkd_fast.tasks import Batch, TaskOptions, recipe
+from fedkd_fast.tasks.partition import Indices, deal
 
 CLASSES = 10
 SIDE = 8
@@ -38,8 +39,6 @@ PATCH_SIZE = (1, SIDE)
 LARGEST_TURN = math.radians(10)
 LARGEST_SCALING = 0.1
 LARGEST_MOVE = 0.5  # pixels
-
-Indices = npt.NDArray[np.int64]
 
 
 class DigitsTask:
@@ -75,7 +74,7 @@ class DigitsTask:
 
     def __init__(self, options: TaskOptions | None = None, *, concentration: float = 3.0) -> None:
         options = options or TaskOptions()
-        for field in ("data", "mentor"):
+        for field in ("data", "mentor", "mentee"):
             if getattr(options, field) is not None:
                 raise ValueError(
                     f"{field} must be left out for task digits, which brings its own, "
@@ -90,7 +89,7 @@ class DigitsTask:
         if not concentration > 0:
             raise ValueError(f"concentration must be positive, got {concentration}")
         self._options, self._mentee_layers = options, layers
-        self._concentration = concentration
+        self._partition = options.partition or f"dirichlet:{concentration:g}"
         images, labels = _load()
         self._test = _test_indices(labels)
         self._train: Indices = np.setdiff1d(np.arange(len(labels)), self._test)
@@ -117,11 +116,11 @@ class DigitsTask:
             keep=keep,
         )
 
-    def build_mentor(self) -> nn.Module:
+    def build_mentor(self, client: int = 0) -> nn.Module:
         """Make a vision transformer of three layers, 64 wide."""
         return self._build(None)
 
-    def build_mentee(self) -> nn.Module:
+    def build_mentee(self, client: int = 0) -> nn.Module:
         """Make the first layer of the mentor, or as many layers as asked for.
 
         It starts from the mentor's own weights, as the paper's mentee does: the hidden states and
@@ -133,28 +132,11 @@ class DigitsTask:
         """Deal the training images to clients.
 
         Raises:
-            ValueError: fewer images than clients.
+            ValueError: fewer images than clients, or a partition by a key: there are none.
         """
-        if clients > len(self._train):
-            raise ValueError(
-                f"clients must be at most {len(self._train)}, the training images, got {clients}"
-            )
-        generator = np.random.default_rng(seed)
-        labels = self._labels.numpy()
-        parts: list[list[Indices]] = [[] for _ in range(clients)]
-        for digit in range(CLASSES):
-            members = generator.permutation(self._train[labels[self._train] == digit])
-            shares = generator.dirichlet([self._concentration] * clients)
-            cuts = np.floor(shares.cumsum()[:-1] * len(members)).astype(np.int64)
-            for part, piece in zip(parts, np.split(members, cuts), strict=True):
-                part.append(piece)
-        shards = [np.concatenate(part) for part in parts]
-        # With very many clients some get nothing: the largest shards then give one image each.
-        for index, shard in enumerate(shards):
-            if not len(shard):
-                donor = max(range(clients), key=lambda other: len(shards[other]))
-                shards[index], shards[donor] = shards[donor][:1], shards[donor][1:]
-        return shards
+        labels = self._labels.numpy()[self._train]
+        parts = deal(*(self._partition, clients, seed), samples=len(labels), labels=labels, keys={})
+        return [self._train[part] for part in parts]
 
     def merge(self, shards: Sequence[Indices]) -> Indices:
         """Put shards together."""
@@ -169,11 +151,13 @@ class DigitsTask:
             images = _jitter(self._images[index], generator)
             yield Batch({"pixel_values": images}, self._labels[index])
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(
+        self, model: nn.Module, *, split: str = "test", client: int = 0
+    ) -> dict[str, float]:
         """Return the share of the 359 test images that are recognised."""
         index = torch.from_numpy(self._test)
         guesses = self._probabilities(model, self._images[index]).argmax(1)
-        return float((guesses == self._labels[index]).double().mean())
+        return {self.metric: float((guesses == self._labels[index]).double().mean())}
 
     @torch.inference_mode()
     def _probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -189,23 +173,26 @@ class DigitsTask:
             "samples_train": len(self._train),
             "samples_test": len(self._test),
             "classes": CLASSES,
-            "shards": f"Dirichlet({self._concentration:g}) shares of each class",
+            "shards": self._partition,
             "mentor_layers": self.MENTOR_LAYERS,
             "mentee_layers": self._mentee_layers,
         }
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the recipe of this task."""
-        return dict(self.DEFAULTS)
+    def defaults(self, method: str | None = None) -> dict[str, Any]:
+        """Return the recipe of this task, for one method or for all."""
+        return recipe(self.DEFAULTS, {}, method)
 
     def save_assets(self, folder: Path) -> None:
         """Write nothing: the weights are all that prediction needs."""
 
-    def predict(self, model: nn.Module, data: str | None) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, data: str | None, *, client: int = 0
+    ) -> Iterator[dict[str, Any]]:
         """Label images.
 
         Args:
             model: a trained model.
+            client: has no meaning here: all have the same labels.
             data: a .npy, .npz or .csv file of 8×8 images with pixels 0 to 16, one image a row; None
                 takes the test images.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -10,22 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fedkd_fast._files import read_text
-from fedkd_fast._seeds import derived_seed
-from fedkd_fast.models import build_text_classifier, load_config, load_tokenizer, run_model
-from fedkd_fast.tasks import Batch, TaskOptions
-from fedkd_fast.tasks.text_data import TEXT, Rows, check_text, read_rows, read_splits
-
-# Batches are made of texts of similar length: texts are sorted by length within pools of this many
-# batches, drawn at random. Larger pools pad less and mix less.
-POOL_BATCHES = 20
-EVALUATION_BATCH = 64
-
-Indices = npt.NDArray[np.int64]
+from fedkd_fast.models import build_text_classifier, run_model
+from fedkd_fast.tasks import Batch, TaskOptions, recipe
+from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length
+from fedkd_fast.tasks.encoder import Encoder
+from fedkd_fast.tasks.partition import Indices, deal
+from fedkd_fast.tasks.text_data import TEXT, Columns, Rows, check_text, read_rows, read_splits
 
 
 class _Split(NamedTuple):
@@ -36,13 +29,14 @@ class _Split(NamedTuple):
 class TextTask:
     """Classification of texts; the score is F1.
 
-    F1 is that of the second class for two classes (in sorted order: 1 of 0 and 1), else the mean
-    over the classes. The embeddings of both models are frozen and never sent. The training texts
-    are dealt to clients at random, in shards of nearly equal size.
+    F1, precision and recall are those of the second class for two classes (in sorted order: 1 of 0
+    and 1), else means over the classes. The embeddings of both models are frozen and never sent.
+    The training texts are dealt to clients at random, in shards of nearly equal size, unless
+    another partition is asked for; columns beside text and label are keys.
 
     Args:
         options: all of them are heeded; ``data`` and ``mentor`` must be given, ``mentee_layers``
-            defaults to a third of the mentor's.
+            defaults to a third of the mentor's, ``mentee`` must have the mentor's vocabulary.
 
     Raises:
         ValueError: options or data that make no sense.
@@ -66,34 +60,40 @@ class TextTask:
         "hidden": False,
         "attention": False,
     }
+    METHOD_DEFAULTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # A mentee as deep as the mentor that trains and sends adapters alone: a thousandth of the
+        # bytes of FedAvg, so that there can be more rounds. What a message leaves out comes with
+        # the next, so each can be coarse. bench/results/adr.json has what this is worth.
+        "fedkd": {
+            "mentee_adapter": "lora:8",
+            "lr_mentee": 1e-3,
+            "rounds": 6,
+            "energy_start": 0.9,
+            "energy_end": 0.95,
+            "feedback": "both",
+        },
+        "fedlora": {"lr_mentor": 1e-3},
+    }
 
     def __init__(self, options: TaskOptions) -> None:
-        for field, what in (("data", "a folder of texts"), ("mentor", "a pretrained encoder")):
-            if getattr(options, field) is None:
-                raise ValueError(f"{field} must name {what} for task text, got None")
-        if options.max_length < 3:
-            raise ValueError(f"max_length must be at least 3, got {options.max_length}")
-        self._options, self._source = options, str(options.mentor)
-
-    @cached_property
-    def _config(self) -> Any:
-        config = load_config(self._source)
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and self._options.max_length > positions:
-            raise ValueError(
-                f"max_length must be at most {positions}, the positions that {self._source} "
-                f"knows, got {self._options.max_length}"
-            )
-        return config
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        _ = self._config  # checks the length that texts are cut to
-        return load_tokenizer(self._source)
+        if options.data is None:
+            raise ValueError(f"data must name a folder of texts for task {self.name}, got None")
+        self._options = options
+        self._encoder = Encoder(options, self.name, build_text_classifier)
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:
-        return read_splits(str(self._options.data))
+        return self._read(str(self._options.data))
+
+    def _read(self, data: str) -> dict[str, Rows]:
+        """Read all splits."""
+        columns = Columns(self._options.text_column, self._options.label_column)
+        return read_splits(data, columns)
+
+    @property
+    def has_dev(self) -> bool:
+        """Whether there are data to choose by."""
+        return "dev" in self._rows
 
     @cached_property
     def labels(self) -> list[str]:
@@ -106,12 +106,8 @@ class TextTask:
         return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
     @cached_property
-    def _train(self) -> _Split:
-        return self._encode("train")
-
-    @cached_property
-    def _test(self) -> _Split:
-        return self._encode("test")
+    def _splits(self) -> dict[str, _Split]:
+        return {split: self._encode(split) for split in self._rows}
 
     def _encode(self, split: str) -> _Split:
         rows = self._rows[split]
@@ -123,45 +119,30 @@ class TextTask:
         return _Split(self._tokenise(rows.texts), labels)
 
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=self._options.max_length)
-        tokens: list[list[int]] = encoded["input_ids"]
+        tokens: list[list[int]] = self._encoder.tokenise(texts)["input_ids"]
         return tokens
 
-    def _pad(self, tokens: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Pad to the longest text: ``input_ids`` and ``attention_mask``, both (N, L)."""
-        longest = max(map(len, tokens))
-        ids = torch.full((len(tokens), longest), self._tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(tokens):
-            ids[row, : len(text)] = torch.tensor(text)
-            mask[row, : len(text)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def build_mentor(self) -> nn.Module:
+    def build_mentor(self, client: int = 0) -> nn.Module:
         """Load the whole encoder, with a head whose weights the seed decides."""
-        return self._build(None)
+        return self._encoder.build_mentor(self.labels)
 
-    def build_mentee(self) -> nn.Module:
-        """Load the first layers of the encoder, with the same head."""
-        if self._options.mentee_layers is not None:
-            return self._build(self._options.mentee_layers)
-        return self._build(max(1, self._config.num_hidden_layers // 3))
-
-    def _build(self, layers: int | None) -> nn.Module:
-        _ = self._config  # checks the length of texts before anything is trained
-        seed = derived_seed(self._options.seed)
-        return build_text_classifier(self._source, self.labels, layers=layers, seed=seed)
+    def build_mentee(self, client: int = 0) -> nn.Module:
+        """Load the first layers of the encoder, or another one, with a head of the same seed."""
+        return self._encoder.build_mentee(self.labels)
 
     def shards(self, clients: int, seed: int) -> list[Indices]:
-        """Deal the training texts to clients at random.
+        """Deal the training texts to clients.
 
         Raises:
-            ValueError: fewer texts than clients.
+            ValueError: fewer texts than clients, or a partition that the data do not allow.
         """
-        count = len(self._rows["train"].texts)
-        if clients > count:
-            raise ValueError(f"clients must be at most {count}, the training texts, got {clients}")
-        return np.array_split(np.random.default_rng(seed).permutation(count), clients)
+        rows = self._rows["train"]
+        return deal(
+            *(self._options.partition or "iid", clients, seed),
+            samples=len(rows.texts),
+            labels=[self.labels.index(label) for label in rows.labels],
+            keys=rows.keys,
+        )
 
     def merge(self, shards: Sequence[Indices]) -> Indices:
         """Put shards together."""
@@ -169,34 +150,29 @@ class TextTask:
 
     def batches(self, shard: Indices, seed: int) -> Iterable[Batch]:
         """Go through a shard once, texts of similar length together, batches in random order."""
-        generator = np.random.default_rng(seed)
-        size = self._options.batch_size
-        order = generator.permutation(shard)
-        parts: list[Indices] = []
-        for start in range(0, len(order), size * POOL_BATCHES):
-            pool = order[start : start + size * POOL_BATCHES]
-            lengths = [len(self._train.tokens[index]) for index in pool]
-            pool = pool[np.argsort(lengths, kind="stable")]
-            parts += np.array_split(pool, math.ceil(len(pool) / size))
-        for position in generator.permutation(len(parts)):
-            index = parts[position]
-            inputs = self._pad([self._train.tokens[sample] for sample in index])
-            yield Batch(inputs, torch.from_numpy(self._train.labels[index]))
+        tokens, labels = self._splits["train"]
+        for index in bucketed(shard, tokens, self._options.batch_size, seed):
+            inputs = self._encoder.inputs([tokens[sample] for sample in index])
+            yield Batch(inputs, torch.from_numpy(labels[index]))
 
-    def evaluate(self, model: nn.Module) -> float:
-        """Return F1 on the test texts."""
-        guesses = self._probabilities(model, self._test.tokens).argmax(1).numpy()
-        return f1_score(self._test.labels, guesses, len(self.labels))
+    def evaluate(
+        self, model: nn.Module, *, split: str = "test", client: int = 0
+    ) -> dict[str, float]:
+        """Return F1, precision, recall and accuracy on the texts of a split."""
+        found = self._splits[split]
+        guesses = self._probabilities(model, found.tokens).argmax(1).numpy()
+        return classification_metrics(found.labels, guesses, len(self.labels))
 
     @torch.inference_mode()
     def _probabilities(self, model: nn.Module, tokens: Sequence[list[int]]) -> Tensor:
         was_training = model.training
         model.eval()
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        order: list[int] = []
         found: list[Tensor] = []
-        for start in range(0, len(order), EVALUATION_BATCH):
-            part = [tokens[index] for index in order[start : start + EVALUATION_BATCH]]
-            found.append(run_model(model, self._pad(part)).logits.softmax(1))
+        for part in by_length(tokens):
+            inputs = self._encoder.inputs([tokens[index] for index in part])
+            found.append(run_model(model, inputs).logits.softmax(1))
+            order += part
         model.train(was_training)
         probabilities = torch.cat(found)  # (samples, C), sorted by length
         probabilities[torch.tensor(order)] = probabilities.clone()
@@ -209,23 +185,27 @@ class TextTask:
             "samples_test": len(self._rows["test"].texts),
             "classes": len(self.labels),
             "labels": self.labels,
-            "shards": "random, nearly equal",
+            "samples_dev": len(self._rows["dev"].texts) if self.has_dev else 0,
+            "shards": self._options.partition or "iid",
             "score_of": self.labels[1] if len(self.labels) == 2 else "mean over classes",
         }
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the recipe of this task."""
-        return dict(self.DEFAULTS)
+    def defaults(self, method: str | None = None) -> dict[str, Any]:
+        """Return the recipe of this task, for one method or for all."""
+        return recipe(self.DEFAULTS, self.METHOD_DEFAULTS, method)
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer beside the weights."""
-        self._tokenizer.save_pretrained(folder)
+        self._encoder.tokenizer.save_pretrained(folder)
 
-    def predict(self, model: nn.Module, data: str | None) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, data: str | None, *, client: int = 0
+    ) -> Iterator[dict[str, Any]]:
         """Label texts.
 
         Args:
             model: a trained model.
+            client: has no meaning here: all have the same labels.
             data: a .jsonl, .tsv or .csv file with a column ``text``, or .txt with one text a line;
                 None takes the test texts.
 
@@ -271,20 +251,27 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def f1_score(truth: Indices, guesses: Indices, classes: int) -> float:
-    """Return F1: of class 1 for two classes, else the mean over classes.
+def classification_metrics(truth: Indices, guesses: Indices, classes: int) -> dict[str, float]:
+    """Return F1, precision, recall and accuracy.
 
-    ``F1_c = 2·TP_c / (2·TP_c + FP_c + FN_c)``, and 0 for a class that neither occurs nor is
-    guessed.
+    ``P_c = TP_c / (TP_c + FP_c)``, ``R_c = TP_c / (TP_c + FN_c)``, ``F1_c = 2·TP_c / (2·TP_c + FP_c
+    + FN_c)``, each 0 where its denominator is: of class 1 for two classes, else means over classes.
 
     Args:
         truth: (samples,) class indices.
         guesses: (samples,) class indices.
         classes: number of classes.
     """
-    scores = []
+    f1, precision, recall = [], [], []
     for label in [1] if classes == 2 else range(classes):
         hits = int(((truth == label) & (guesses == label)).sum())
-        total = int((truth == label).sum() + (guesses == label).sum())
-        scores.append(2 * hits / total if total else 0.0)
-    return float(np.mean(scores))
+        real, guessed = int((truth == label).sum()), int((guesses == label).sum())
+        f1.append(2 * hits / (real + guessed) if real + guessed else 0.0)
+        precision.append(hits / guessed if guessed else 0.0)
+        recall.append(hits / real if real else 0.0)
+    return {
+        "F1": float(np.mean(f1)),
+        "precision": float(np.mean(precision)),
+        "recall": float(np.mean(recall)),
+        "accuracy": float((truth == guesses).mean()),
+    }

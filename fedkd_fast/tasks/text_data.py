@@ -7,7 +7,7 @@ import gzip
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,50 +27,96 @@ class Rows(NamedTuple):
     texts: list[str]
     labels: list[str]
     places: list[str]  # where each row came from, for error messages
+    keys: dict[str, list[str]]  # the columns that every row has beside these two, as text
 
 
-def read_splits(data: str) -> dict[str, Rows]:
-    """Read the splits ``train`` and ``test``.
+class Columns(NamedTuple):
+    """What the two columns are called."""
 
-    A folder holds ``train`` and ``test`` (and perhaps ``dev``, which is not needed here) as .jsonl,
-    .tsv or .csv, each perhaps with .gz behind. Every row has ``text`` and ``label``; in tsv and csv
-    the first line names the columns, and tsv knows no quotes. Anything that is no folder is taken
-    as the name of a dataset of the datasets library, and so is a folder of its ``save_to_disk``.
+    text: str = TEXT
+    label: str = LABEL
+
+
+def read_splits(data: str, columns: Columns | None = None) -> dict[str, Rows]:
+    """Read the splits ``train``, ``test`` and, where there is one, ``dev``.
+
+    A folder holds ``train``, ``test`` and perhaps ``dev`` as .jsonl, .tsv or .csv, each perhaps
+    with .gz behind. Every row has a text and a label; in tsv and csv the first line names the
+    columns, and tsv knows no quotes. Anything that is no folder is taken as the name of a dataset
+    of the datasets library, whose ``validation`` is ``dev``, and so is a folder of its
+    ``save_to_disk``.
 
     Raises:
         ValueError: no such data, a missing split, a malformed row; names file and line.
     """
+    columns = columns or Columns()
     folder = Path(data)
     if (folder / "dataset_dict.json").is_file():
-        return _from_datasets(data, saved=True)
+        return _from_datasets(data, columns, saved=True)
     if folder.is_dir():
-        return {split: _read_split(folder, split) for split in ("train", "test")}
+        splits = {split: _read_split(folder, split, columns) for split in ("train", "test")}
+        if any((folder / name).is_file() for name in split_files("dev")):
+            splits["dev"] = _read_split(folder, "dev", columns)
+        return splits
     if folder.exists() or names_folder(data):
         what = "no folder" if folder.exists() else "no such folder"
         raise ValueError(f"data must be a folder or the name of a dataset, got {data!r}: {what}")
-    return _from_datasets(data, saved=False)
+    return _from_datasets(data, columns, saved=False)
 
 
-def _read_split(folder: Path, split: str) -> Rows:
-    names = [f"{split}{suffix}{packed}" for suffix in FORMATS for packed in ("", ".gz")]
+def split_files(split: str) -> list[str]:
+    """Return the names that the file of a split may have."""
+    return [f"{split}{suffix}{packed}" for suffix in FORMATS for packed in ("", ".gz")]
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """Find the file of a split.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    names = split_files(split)
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         what = "no" if not found else "more than one"
         raise ValueError(
             f"data folder {folder} holds {what} {split} file: one of {', '.join(names)}"
         )
-    texts, labels, places = [], [], []
-    for line, row in read_rows(found[0], (TEXT, LABEL)):
-        place = f"{found[0]}, line {line}"
-        texts.append(check_text(row[TEXT], place))
-        labels.append(_label(row[LABEL], place))
-        places.append(place)
-    if not texts:
-        raise ValueError(f"{found[0]} holds no rows")
-    return Rows(texts, labels, places)
+    return found[0]
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_split(folder: Path, split: str, columns: Columns) -> Rows:
+    path = split_file(folder, split)
+    rows = [(f"{path}, line {line}", row) for line, row in read_rows(path, columns)]
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return as_rows(rows, columns)
+
+
+def as_rows(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Columns) -> Rows:
+    """Check rows and turn them into columns.
+
+    Args:
+        rows: place, and values by column, of at least one row.
+        columns: which of them are text and label.
+
+    Raises:
+        ValueError: a text or label of a wrong kind; names its place.
+    """
+    names = [
+        name
+        for name in rows[0][1]
+        if name not in columns and all(isinstance(row.get(name), (str, int)) for _, row in rows)
+    ]
+    return Rows(
+        [check_text(row[columns.text], place) for place, row in rows],
+        [_label(row[columns.label], place) for place, row in rows],
+        [place for place, _ in rows],
+        {name: [str(row[name]) for _, row in rows] for name in names},
+    )
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read a jsonl, tsv or csv file row by row, each with at least the named columns.
 
     Yields:
@@ -92,6 +138,39 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
                 if missing:
                     raise ValueError(f"{path}, line {line}: no column {missing[0]!r}")
                 yield line, row
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Read a tsv file without a line of names, perhaps with .gz behind.
+
+    Yields:
+        Line number and cells; empty lines are left out.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, line.split("\t")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read a file of text, perhaps with .gz behind.
+
+    Yields:
+        Line number, and the line without its end.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(_lines(path, file), 1):
+                yield number, line.rstrip("\r\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -168,7 +247,33 @@ def _label(value: object, place: str) -> str:
     raise ValueError(f"{place}: {LABEL} must be a string or an integer, got {value!r}")
 
 
-def _from_datasets(data: str, *, saved: bool) -> dict[str, Rows]:
+def _from_datasets(data: str, columns: Columns, *, saved: bool) -> dict[str, Rows]:
+    splits = {}
+    for split, part, place in dataset_splits(data, columns, saved=saved):
+        names = getattr(part.features[columns.label], "names", None)
+        rows = []
+        for index, row in enumerate(part):
+            value = row[columns.label]
+            row = {**row, columns.label: names[value]} if names else row
+            rows.append((f"{place}, row {index}", row))
+        splits[split] = as_rows(rows, columns)
+    return splits
+
+
+def dataset_splits(data: str, columns: Columns, *, saved: bool) -> Iterator[tuple[str, Any, str]]:
+    """Load a dataset of the datasets library.
+
+    Args:
+        data: its name, or the folder of its ``save_to_disk``.
+        columns: which it must have.
+        saved: whether it is such a folder.
+
+    Yields:
+        ``train``, ``test`` and perhaps ``dev``; the part of the dataset; what to call it.
+
+    Raises:
+        ValueError: no such dataset, split or column.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -183,20 +288,13 @@ def _from_datasets(data: str, *, saved: bool) -> dict[str, Rows]:
         raise ValueError(
             f"data must be a folder or a dataset that datasets can load, got {data!r}: {reason}"
         ) from error
-    splits = {}
-    for split in ("train", "test"):
-        if split not in loaded:
-            raise ValueError(f"dataset {data!r} has no split {split!r}, only {', '.join(loaded)}")
-        rows = loaded[split]
-        for column in (TEXT, LABEL):
-            if column not in rows.column_names:
-                raise ValueError(f"dataset {data!r}, split {split}: no column {column!r}")
-        names = getattr(rows.features[LABEL], "names", None)
-        places = [f"dataset {data!r}, split {split}, row {index}" for index in range(len(rows))]
-        values = [names[value] if names else value for value in rows[LABEL]]
-        splits[split] = Rows(
-            [check_text(text, place) for text, place in zip(rows[TEXT], places, strict=True)],
-            [_label(value, place) for value, place in zip(values, places, strict=True)],
-            places,
-        )
-    return splits
+    for split, name in (("train", "train"), ("test", "test"), ("dev", "validation")):
+        if name not in loaded:
+            if split == "dev":
+                continue
+            raise ValueError(f"dataset {data!r} has no split {name!r}, only {', '.join(loaded)}")
+        part, place = loaded[name], f"dataset {data!r}, split {name}"
+        for column in columns:
+            if column not in part.column_names:
+                raise ValueError(f"{place}: no column {column!r}")
+        yield split, part, place

@@ -1,0 +1,130 @@
+"""From a configuration to clients and a server: learners, codecs of both legs, who takes part."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedkd_fast._seeds import derived_seed
+from fedkd_fast.client import Client
+from fedkd_fast.compress import Compressor
+from fedkd_fast.config import TrainConfig
+from fedkd_fast.feedback import ErrorFeedback
+from fedkd_fast.legs import CompressorLeg, Leg, PackedLeg
+from fedkd_fast.methods import LocalSettings, Method
+from fedkd_fast.server import Server, ServerOptimizer
+from fedkd_fast.tasks import Task
+
+# Uses of the run's seed apart from the clients' own, which start at 0: keys of `derived_seed`.
+_SHARDS, _PRIVATE, _PARTICIPANTS, _ADAPTERS = 1_000_001, 1_000_002, 1_000_003, 1_000_004
+_CODECS = 1_000_005
+
+
+def make_clients(config: TrainConfig, task: Task, method: Method) -> list[Client]:
+    """Make the clients with their models, or the one that has all data.
+
+    Raises:
+        ValueError: data that cannot be shared out so, put together, counted or chosen by.
+    """
+    if config.patience is not None and not getattr(task, "has_dev", False):
+        raise ValueError(f"patience needs data to choose by: task {task.name} has no dev split")
+    shards = task.shards(config.clients, derived_seed(config.seed, _SHARDS))
+    if method.pools_data:
+        if not getattr(task, "poolable", True):
+            raise ValueError(
+                f"method {method.name} puts all data together, which those of task {task.name} "
+                "do not allow: each client has labels of its own"
+            )
+        shards = [task.merge(shards)]
+    clients = [
+        Client(
+            index,
+            method.make_learner(task, _settings(config, index)),
+            task,
+            shard,
+            _leg(config, method, "up", 1 + index),
+            _leg(config, method, "down", 1 + index),
+            seed=config.seed,
+            local_epochs=config.local_epochs,
+            local_steps=config.local_steps,
+        )
+        for index, shard in enumerate(shards)
+    ]
+    if config.weighting == "samples" and shard_sizes(clients) is None:
+        raise ValueError("weighting by samples needs shards with a length")
+    return clients
+
+
+def _settings(config: TrainConfig, index: int) -> LocalSettings:
+    return LocalSettings(
+        lr_mentor=config.lr_mentor,
+        lr_mentee=config.lr_mentee,
+        seed=derived_seed(config.seed, _PRIVATE, index),
+        client=index,
+        initial_seed=derived_seed(config.seed, _ADAPTERS),
+        weight_decay=config.weight_decay,
+        distillation=config.distillation_config(),
+        mutual=config.mutual,
+        warmup_steps=config.warmup_steps,
+        clip_norm=config.clip_norm,
+        bfloat16=config.precision == "bf16",
+        checkpoint=config.gradient_checkpointing,
+        refresh_steps=config.refresh_steps,
+        mentor_adapter=config.mentor_adapter,
+        mentee_adapter=config.mentee_adapter,
+        proximal=config.proximal,
+        participation=_participant_count(config, config.clients) / config.clients,
+    )
+
+
+def _leg(config: TrainConfig, method: Method, direction: str, owner: int) -> Leg:
+    """Make the codec of a direction for one end of it: the server, 0, or a client, from 1 on."""
+    wanted = config.feedback or method.feedback
+    feedback = wanted in (direction, "both")
+    codec = config.codec
+    if direction == "down":
+        codec = config.codec_down or codec
+    if codec is None and method.packing is not None:
+        # What senders round at random must not go the same way: their mean would not settle it.
+        packing = method.packing(config, derived_seed(config.seed, _CODECS, owner))
+        return PackedLeg(packing, feedback=feedback, decay=method.feedback_decay)
+    # Everyone has the shared model: its names and shapes need not travel.
+    codec = codec or method.codec
+    residual = ErrorFeedback() if feedback and codec != "raw" else None
+    compressor = Compressor(codec=codec, feedback=residual or False, schema=False)
+    return CompressorLeg(compressor, residual)
+
+
+def make_server(config: TrainConfig, client: Client, method: Method) -> Server | None:
+    """Make the server that has what this client shares, if it shares anything."""
+    if not method.exchanges:
+        return None
+    optimizer = ServerOptimizer(
+        config.server_optimizer,  # type: ignore[arg-type]
+        lr=config.server_lr,
+        momentum=config.server_momentum,
+        averaged=method.averaged,
+    )
+    up, down = _leg(config, method, "up", 0), _leg(config, method, "down", 0)
+    return Server(client.learner.exchanged(), up, down, optimizer)
+
+
+def _participant_count(config: TrainConfig, clients: int) -> int:
+    return max(1, round(config.participation * clients))
+
+
+def participants(config: TrainConfig, clients: int, round_number: int) -> list[int]:
+    """Draw the clients that take part in a round, at least one, in ascending order."""
+    count = _participant_count(config, clients)
+    if count == clients:
+        return list(range(clients))
+    seed = derived_seed(config.seed, _PARTICIPANTS, round_number)
+    chosen = np.random.default_rng(seed).choice(clients, count, replace=False)
+    return sorted(int(index) for index in chosen)
+
+
+def shard_sizes(clients: list[Client]) -> list[int] | None:
+    """Return the samples of each client, where shards tell."""
+    try:
+        return [len(client.shard) for client in clients]
+    except TypeError:
+        return None
