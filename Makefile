@@ -123,6 +123,8 @@ $(VENV)/.ready: $(VENV)/.native
 
 $(VENV)/.dev: $(VENV)/.ready pyproject.toml
 	@echo "installing test and lint tools"
+	@# It comes as source, whose build needs a tool that only an isolated one gets.
+	@$(PIP) install seqeval -c constraints.txt
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.packages $(VENV)/.native $(VENV)/.ready $@
 

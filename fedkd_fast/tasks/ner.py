@@ -96,7 +96,7 @@ class NerTask:
         if options.data is None:
             raise ValueError(f"data must name tagged sentences for task {self.name}, got None")
         if importlib.util.find_spec("seqeval") is None:
-            raise ImportError("task ner needs seqeval: pip install 'fedkd-fast[train]'")
+            raise ImportError("task ner needs seqeval: pip install seqeval")
         self._options = options
         self._encoder = Encoder(options, self.name, build_token_classifier, prefix_space=True)
         self._tests: dict[tuple[int, str], _Encoded] = {}
