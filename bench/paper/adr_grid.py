@@ -11,6 +11,7 @@ What follows ``--`` goes to every run. Test data are scored once, when a run end
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -122,17 +123,17 @@ def differences(records: list[dict[str, Any]], against: str) -> list[dict[str, A
     """Return what each model of one name gains over those of all others, by paired bootstrap.
 
     Test texts are drawn with replacement, the same for both sides; F1 is the mean over seeds and
-    clients of each draw.
+    clients of each draw, over the seeds that both have.
     """
     truth = unbits(records[0]["truth"])
     generator = np.random.default_rng(0)
     draws = generator.integers(len(truth), size=(RESAMPLES, len(truth)))
 
-    def scores(name: str, role: str) -> np.ndarray[Any, Any] | None:
+    def scores(name: str, role: str, seeds: set[int]) -> np.ndarray[Any, Any] | None:
         models = [
             unbits(one)
             for record in records
-            if record["name"] == name
+            if record["name"] == name and record["seed"] in seeds
             for one in record["predictions"][role]
         ]
         if not models:
@@ -140,12 +141,15 @@ def differences(records: list[dict[str, Any]], against: str) -> list[dict[str, A
         whole = [np.append(f1(truth[draws], one[draws]), f1(truth, one)) for one in models]
         return np.mean(whole, axis=0)
 
+    def seeds_of(name: str) -> set[int]:
+        return {record["seed"] for record in records if record["name"] == name}
+
     found = []
-    names = dict.fromkeys(record["name"] for record in records)
-    known = {(name, role): scores(name, role) for name in names for role in ROLES}
-    for role in ROLES:
-        mine = known[against, role]
-        for (name, other_role), other in known.items():
+    for name in dict.fromkeys(record["name"] for record in records):
+        # The seed also deals the data: only equal seeds compare.
+        seeds = seeds_of(against) & seeds_of(name)
+        for role, other_role in itertools.product(ROLES, ROLES):
+            mine, other = scores(against, role, seeds), scores(name, other_role, seeds)
             if mine is None or other is None or name == against:
                 continue
             gain = mine - other
@@ -154,6 +158,7 @@ def differences(records: list[dict[str, Any]], against: str) -> list[dict[str, A
                 {
                     "model": f"{against}, {role}",
                     "over": f"{name}, {other_role}",
+                    "seeds": sorted(seeds),
                     "gain": float(gain[-1]),
                     "interval": [float(low), float(high)],
                 }
