@@ -99,7 +99,7 @@ def make_server(config: TrainConfig, client: Client, method: Method) -> Server |
     if not method.exchanges:
         return None
     optimizer = ServerOptimizer(
-        config.server_optimizer,  # type: ignore[arg-type]
+        config.server_optimizer,
         lr=config.server_lr,
         momentum=config.server_momentum,
         averaged=method.averaged,

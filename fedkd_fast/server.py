@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +27,17 @@ class ServerOptimizer:
     Integers and booleans are passed on as they are, and so is what is no parameter (`averaged`).
     """
 
-    kind: Literal["none", "momentum", "adam"] = "none"
+    kind: str = "none"  # none, momentum or adam
     lr: float = 1.0  # η: more moves the shared model further than the clients' mean did
     momentum: float = 0.9  # β: more remembers earlier rounds longer
     epsilon: float = 1e-3  # ε: more damps entries with small updates
     averaged: tuple[str, ...] = ()  # beginnings of names of means that are broadcast as they are
     _first: dict[str, Tensor] = field(default_factory=dict)
     _second: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "momentum", "adam"):
+            raise ValueError(f"kind must be none, momentum or adam, got {self.kind!r}")
 
     @property
     def identity(self) -> bool:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_encoder import SPECIAL, make_encoder
+from tiny_encoder import SPECIAL
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -23,9 +23,11 @@ from tiny_ner import (
     PLAIN,
     POSITIONS,
     VOCABULARY,
-    make_dataset,
+    data,
+    encoder,
     make_rows,
     ner_task,
+    single,
     spans,
     write_conll,
 )
@@ -35,23 +37,7 @@ from fedkd_fast.tasks import IGNORED_LABEL, PredictingTask
 from fedkd_fast.tasks.ner import entity_metrics
 from fedkd_fast.tasks.ner_data import read_conll
 
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_encoder(tmp_path_factory.mktemp("encoder"), VOCABULARY, POSITIONS)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three datasets with different tags, of which two have equally many."""
-    for seed, (name, types) in enumerate(DATASETS.items()):
-        make_dataset(tmp_path / "data" / name, types, 10 * seed)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def single(tmp_path: Path) -> Path:
-    return make_dataset(tmp_path / "single", ("Drug", "Reaction"), 7, dev=True)
+__all__ = ["data", "encoder", "single"]
 
 
 def f1_of(truth: Sequence[Sequence[str]], guesses: Sequence[Sequence[str]]) -> tuple[float, ...]:

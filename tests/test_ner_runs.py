@@ -15,13 +15,15 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("seqeval", reason="seqeval is not installed")
 
 from tiny_ner import (
-    DATASETS,
     DRUGS,
     ILLNESSES,
     POSITIONS,
     VOCABULARY,
+    data,
+    encoder,
     make_dataset,
     ner_task,
+    single,
     write_conll,
 )
 
@@ -31,27 +33,10 @@ from fedkd_fast.runs import evaluate_run, load_run, predict_run
 from fedkd_fast.sweep import plan_sweep
 from fedkd_fast.trainer import Run, train
 
+__all__ = ["data", "encoder", "single"]
 POOLED = [method for method in METHODS if METHODS[method].pools_data]
 FEDERATED = [method for method in METHODS if method not in POOLED]
 FAST: dict[str, Any] = {"max_length": 16, "rounds": 2, "batch_size": 8, "threads": 1}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_encoder(tmp_path_factory.mktemp("encoder"), VOCABULARY, POSITIONS)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three datasets with different tags, of which two have equally many."""
-    for seed, (name, types) in enumerate(DATASETS.items()):
-        make_dataset(tmp_path / "data" / name, types, 10 * seed)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def single(tmp_path: Path) -> Path:
-    return make_dataset(tmp_path / "single", ("Drug", "Reaction"), 7, dev=True)
 
 
 def run_of(data: Path | str, encoder: str, method: str, **fields: Any) -> Run:

@@ -309,3 +309,8 @@ def test_presets_run() -> None:
         summary = train(task, "fedkd", preset=preset).summary
         assert summary["codec"] == "factors-fp32"
         assert summary["preset"] == preset
+
+
+def test_an_unknown_server_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind must be none, momentum or adam, got 'sgd'"):
+        ServerOptimizer("sgd")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_encoder import make_encoder
 
 from fedkd_fast.models import load_model, parameter_count, run_model, trainable_parameters
 from fedkd_fast.runs import evaluate_run, load_run, predict_run
@@ -44,24 +45,7 @@ def digits() -> DigitsTask:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BERT of three tiny layers with random weights and a vocabulary of ten words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=POSITIONS,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    return str(folder)
+    return make_encoder(tmp_path_factory.mktemp("encoder"), WORDS, POSITIONS)
 
 
 def sentences(count: int, seed: int) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from tiny_encoder import make_encoder
 
 from fedkd_fast.tasks import TaskOptions
 from fedkd_fast.tasks.ner import NerTask
@@ -70,3 +72,21 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
         if tag != "O" and not goes_on:
             start = index
     return found
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_encoder(tmp_path_factory.mktemp("encoder"), VOCABULARY, POSITIONS)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three datasets with different tags, of which two have equally many."""
+    for seed, (name, types) in enumerate(DATASETS.items()):
+        make_dataset(tmp_path / "data" / name, types, 10 * seed)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path / "single", ("Drug", "Reaction"), 7, dev=True)
