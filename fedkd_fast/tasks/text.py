@@ -54,9 +54,9 @@ class TextTask:
         "lr_mentee": 2e-4,
         "lr_end": 0.2,
         "weight_decay": 0.01,
-        # Matching hidden states and attention maps ties the deep mentor to the shallow mentee: on
-        # sentences about side effects of drugs, one seed, the mentors reached F1 0.722 with both
-        # and 0.757 with neither. They were not tried one by one.
+        # Matching hidden states and attention maps ties the deep mentor to a shallow mentee: with
+        # two of six layers, mentors scored lower with both than with neither. They were not tried
+        # one by one, nor with a mentee as deep as the mentor.
         "hidden": False,
         "attention": False,
     }
