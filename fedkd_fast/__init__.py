@@ -45,7 +45,7 @@ _HOMES = {
     "WireError": "wire",
     "inspect": "wire",
 }
-_MODULES = ("ops", "reference", "wire")
+_MODULES = ("ops", "reference", "sealing", "wire")
 
 __all__ = [*_HOMES, *_MODULES]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,21 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def parse_json(text: str, place: str) -> Any:
+def parse_json(
+    text: str, place: str, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """Parse JSON from outside.
 
     Args:
         text: one JSON value.
         place: where it stands, for the message.
+        pairs: makes an object of its names and values, and may refuse them with a ValueError.
 
     Raises:
-        ValueError: it is no JSON; names the place.
+        ValueError: it is no JSON, or refused; names the place.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON: {error.msg} at character {error.pos}") from error
     except RecursionError as error:
