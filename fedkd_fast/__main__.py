@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fedkd_fast import __version__
-from fedkd_fast.cli import frames, runs, sweep, train
+from fedkd_fast.cli import frames, keys, runs, sweep, train
 from fedkd_fast.cli.common import HelpFormatter, Parser, UsageError, add_command, say
 
 PROG = "fedkd-fast"
@@ -52,6 +52,7 @@ def build_parser() -> Parser:
     sweep.add_commands(commands)
     runs.add_commands(commands)
     frames.add_commands(commands)
+    keys.add_commands(commands)
     add_command(commands, "info", _info, "show the version, the build and this machine", "")
     parser.set_defaults(run=None, commands=tuple(commands.choices), verbose=None)
     return parser

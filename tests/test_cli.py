@@ -22,7 +22,7 @@ from fedkd_fast.compress import DEFAULT_ENERGY, Compressor
 __all__ = ["refused"]
 COMMANDS = (
     *("train", "sweep", "evaluate", "predict", "report"),
-    *("compress", "decompress", "inspect", "info"),
+    *("compress", "decompress", "inspect", "keygen", "info"),
 )
 
 
