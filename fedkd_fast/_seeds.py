@@ -25,9 +25,9 @@ def derived_seed(seed: int, *path: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run the body with torch's CPU generator at ``seed``, and put the generator back after it.
+    """Run the body with torch's generators at ``seed``, and put that of the CPU back after it.
 
-    Initialisers and dropout know no other generator than the global one.
+    Initialisers and dropout know no other generators than the global ones, one a device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -72,6 +72,7 @@ def _settings(config: TrainConfig, index: int) -> LocalSettings:
         mentor_adapter=config.mentor_adapter,
         mentee_adapter=config.mentee_adapter,
         proximal=config.proximal,
+        device=config.device,
         participation=_participant_count(config, config.clients) / config.clients,
     )
 

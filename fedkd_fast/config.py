@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedkd_fast._device import check_device
 from fedkd_fast.adapters import check_adapter
 from fedkd_fast.codec.message import CODECS
 from fedkd_fast.distillation import DistillationConfig
@@ -63,13 +64,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides a run; with equal configurations, bytes and weights are equal too."""
+    """All that decides a run; with equal configurations, bytes and weights are equal too.
+
+    So it is on the CPU of one type of machine. A GPU's results differ from these in their last
+    bits, and from one run to the next where its kernels add up in any order.
+    """
 
     task: str = "digits"  # digits, text, adr, ner, mind, or the name of a task of your own
     method: str = "fedkd"  # one of `fedkd_fast.methods.METHODS`
     preset: str | None = None  # paper or public_code instead of the task's own recipe for fedkd
     clients: int = 4  # more: smaller shards, and more knowledge that only the others have
     partition: str | None = None  # iid, dirichlet:α, key:COLUMN, file; None: the task's own
+    # Digits: each client draws so many images, so that there may be thousands; None: dealt.
+    samples_per_client: int | None = None
     rounds: int = 10  # more: more exchanges, more bytes
     participation: float = 1.0  # share of the clients in each round; less: fewer bytes, slower
     local_epochs: float = 1.0  # also 0.5; more: fewer exchanges for the same work, more drift
@@ -112,6 +119,7 @@ class TrainConfig:
     eval_every: int = 1  # larger: scores in fewer rounds, faster; the last round always has them
     seed: int = 0  # of everything random
     threads: int = 0  # of torch's operators; 0 leaves torch's own choice
+    device: str = "cpu"  # cuda, cuda:N: models are trained and scored there; codecs stay on the CPU
     mentor: str | None = None  # folder or name of the pretrained mentor, for tasks that take one
     mentee: str | None = None  # the same for the mentee; None: the first layers of the mentor
     mentee_layers: int | None = None  # more: a better and costlier mentee; None: the task's choice
@@ -141,6 +149,7 @@ class TrainConfig:
                 check(name, value, rule, words)
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+        check_device(self.device)
         if self.bits not in (2, 4, 8, 16):
             raise ValueError(f"bits must be 2, 4, 8 or 16, got {self.bits}")
         for name in ("mentor_adapter", "mentee_adapter"):
@@ -243,6 +252,7 @@ _AMOUNT: _Rule = (_check_positive, 0.0, "finite and at least 0")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("clients", "rounds", "local_steps", "batch_size"), _COUNT),
     **dict.fromkeys(("eval_every", "max_length", "mentee_layers", "rank", "patience"), _COUNT),
+    "samples_per_client": _COUNT,
     **dict.fromkeys(("seed", "threads", "warmup_steps", "refresh_steps", "bits"), _NUMBER),
     **dict.fromkeys(("energy_start", "energy_end", "lr_end"), _SHARE),
     **dict.fromkeys(("participation", "top_share"), _SHARE),
@@ -253,7 +263,7 @@ _RULES: dict[str, _Rule] = {
 }
 _OPTIONAL = {
     *("codec", "codec_down", "feedback"),
-    *("local_steps", "clip_norm", "patience", "mentee_layers"),
+    *("local_steps", "clip_norm", "patience", "mentee_layers", "samples_per_client"),
 }
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedkd_fast._device import device_of, on_device
 from fedkd_fast._files import names_folder, read_json_object, replacing
 from fedkd_fast._seeds import seeded
 
@@ -63,18 +64,19 @@ def is_pretrained_model(model: nn.Module) -> bool:
 def run_model(
     model: nn.Module, inputs: Mapping[str, Tensor], *, layers: bool = False
 ) -> ModelOutput:
-    """Call a model on a batch.
+    """Call a model on a batch, where the model lies.
 
     Args:
-        model: any module of the kind described above.
-        inputs: tensors by name of the model's argument.
-        layers: ask the model for hidden states and attention maps; collecting them costs time, so
-            it is not the default.
+        model: any module of the kind described above, all of it on one device.
+        inputs: tensors by name of the model's argument, on any device.
+        layers: also ask the model for hidden states and attention maps, which takes time.
     """
     options: dict[str, bool] = {}
     if is_pretrained_model(model) or getattr(model, "layers_on_request", False):
         options = {"output_hidden_states": layers, "output_attentions": layers}
-    outputs = model(**inputs, **options)
+    device = device_of(model)
+    placed = {name: on_device(value, device) for name, value in inputs.items()}
+    outputs = model(**placed, **options)
     return PlainOutputs(outputs) if isinstance(outputs, Tensor) else cast("ModelOutput", outputs)
 
 
@@ -360,7 +362,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
             cast(Any, model).save_pretrained(folder)
         return
     # Tied tensors share their memory, which the format cannot say.
-    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    state = {name: value.cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as part:
         save_file(state, part, metadata={"format": "pt"})
 

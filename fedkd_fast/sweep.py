@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._device import require_device
 from fedkd_fast._files import read_json_object, read_text
 from fedkd_fast.config import TrainConfig, task_options
 from fedkd_fast.runs import CONFIG, SUMMARY, absolute
@@ -214,9 +215,12 @@ def _planned(name: str, fields: dict[str, Any], place: str) -> PlannedRun:
     task, method = fields.get("task", general.task), fields.get("method", general.method)
     try:
         config = configure(task, method, fields)
+        finished = Path(fields["out"]).exists()
+        if not finished:
+            require_device(config.device)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{place}: {error}") from error
-    run = PlannedRun(name, config, fields, Path(fields["out"]).exists())
+    run = PlannedRun(name, config, fields, finished)
     if run.finished:
         _check_finished(run)
     return run

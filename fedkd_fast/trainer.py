@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fedkd_fast import __version__
+from fedkd_fast._device import require_device
 from fedkd_fast.adapters import merge_adapter
 from fedkd_fast.assembly import make_clients, make_server, participants, shard_sizes
 from fedkd_fast.client import Client
@@ -73,6 +74,7 @@ def train(
         OSError: ``out`` cannot be written.
     """
     config = configure(task, method, fields)
+    require_device(config.device)
     writer = None
     if config.out is not None:
         writer = RunWriter(config.out, overwrite=config.overwrite, tensorboard=config.tensorboard)

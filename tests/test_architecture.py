@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 FLOORS = {
     0: {
         *("ops", "reference", "reference_rans", "distillation", "wire"),
-        *("_C", "_driver", "_files", "_seeds"),
+        *("_C", "_device", "_driver", "_files", "_seeds"),
     },
     1: {"codec", "tensors", "compress", "decompression", "feedback", "aggregation"},
     2: {"losses", "models", "adapters", "sealing"},

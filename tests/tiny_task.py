@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkd_fast.models import run_model
 from fedkd_fast.tasks import Batch
 
 CLASSES, FEATURES = 3, 6
@@ -99,9 +100,8 @@ class TinyTask:
     ) -> dict[str, float]:
         model.eval()
         with torch.inference_mode():
-            outputs = model(points=self.points[self.samples :])
-        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-        hits = logits.argmax(1) == self.labels[self.samples :]
+            logits = run_model(model, {"points": self.points[self.samples :]}).logits
+        hits = logits.argmax(1).cpu() == self.labels[self.samples :]
         return {"accuracy": float(hits.double().mean())}
 
     def describe(self) -> dict[str, Any]:

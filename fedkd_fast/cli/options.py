@@ -39,6 +39,12 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
             "KIND",
             "how data are dealt: iid, dirichlet:CONCENTRATION, key:COLUMN; datasets: file",
         ),
+        (
+            "--samples-per-client",
+            int,
+            "N",
+            "digits: each client draws so many images instead, so that there may be thousands",
+        ),
         ("--rounds", int, "N", "exchanges with the server; more: more bytes"),
         ("--participation", float, "SHARE", "share of the clients that take part in a round"),
         (
@@ -83,6 +89,7 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
         ("--precision", str, "NAME", "of forward and backward: fp32 or bf16"),
         ("--seed", int, "N", "of everything random; equal seeds give equal runs"),
         ("--threads", int, "N", "of torch's operators; 0: torch's own choice"),
+        ("--device", str, "NAME", "of models and their training: cpu, cuda or cuda:N"),
     ),
     "baselines": (
         ("--proximal", float, "MU", "fedprox: pull of clients towards the shared model"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -44,6 +44,7 @@ class LocalSettings:
     mentee_adapter: str | None = None  # likewise of the mentee; only these are sent
     proximal: float = 0.0  # fedprox: pull towards the shared parameters
     participation: float = 1.0  # scaffold: share of all clients that train in a round
+    device: str = "cpu"  # where the models lie and learn
 
 
 class Losses(NamedTuple):
@@ -55,6 +56,8 @@ class Losses(NamedTuple):
 
 class Learner:
     """The models of one client and the way they are trained.
+
+    Models, optimizers and batches lie on `device`. What travels is on the CPU, as codecs are.
 
     Args:
         task: builds the models.
@@ -73,7 +76,7 @@ class Learner:
         mentee: bool = False,
         shares: Role | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.device = settings, torch.device(settings.device)
         self.mentor: nn.Module | None = None
         self.mentee: nn.Module | None = None
         if mentor:
@@ -98,7 +101,8 @@ class Learner:
             options: Any = {"use_reentrant": False}
             pretrained: Any = model
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        return model
+        # Built on the CPU, so that initial weights are the same on every device.
+        return model.to(self.device)
 
     def _model(self, role: Role) -> nn.Module:
         model = self.mentor if role == "mentor" else self.mentee
@@ -122,11 +126,14 @@ class Learner:
         return adapter is not None
 
     def exchanged(self) -> dict[str, Tensor]:
-        """Return copies of all that travels, by name."""
-        return {name: value.detach().clone() for name, value in self.shared_parameters().items()}
+        """Return copies of all that travels, by name, on the CPU."""
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.shared_parameters().items()
+        }
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what the server holds now."""
+        """Take over what the server holds now, from whatever device."""
         with torch.no_grad():
             for name, parameter in self.shared_parameters().items():
                 parameter.copy_(state[name])
@@ -138,11 +145,16 @@ class Learner:
     def refresh(self, batches: Iterable[Batch], lr_share: float = 1.0) -> None:
         """Let what is private learn from what is shared, where a method has both."""
 
+    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Go through batches, each brought to where the models lie."""
+        for batch in batches:
+            yield batch.to(self.device)
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of a forward pass."""
         if not self.settings.bfloat16:
             return contextlib.nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -221,8 +233,9 @@ class SoloLearner(Learner):
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train on all batches in turn, with this share of the learning rate."""
         self.model.train()
-        total, samples = torch.zeros((), dtype=torch.float64), 0
-        for batch in batches:
+        # Added up on the device, and looked at once: each look waits for all that is queued.
+        total, samples = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self.placed(batches):
             with self.autocast():
                 logits = run_model(self.model, batch.inputs).logits
             loss = task_loss(logits, batch.labels)

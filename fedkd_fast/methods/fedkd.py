@@ -95,7 +95,7 @@ class MutualLearner(Learner):
                 mentor_hidden=states[0][-1].shape[-1] if layered else 1,
                 mentee_hidden=states[1][-1].shape[-1] if layered else 1,
                 layer_pairs=pairs,
-            )
+            ).to(self.device)
         steps = Steps([self.mentee, loss], settings.lr_mentee, settings)
         self._distilling = _Distilling(loss, steps)
         return self._distilling
@@ -104,8 +104,8 @@ class MutualLearner(Learner):
         """Train both models on all batches in turn, with one backward pass for both."""
         self.mentor.train()
         self.mentee.train()
-        totals, samples = torch.zeros(2, dtype=torch.float64), 0
-        for batch in batches:
+        totals, samples = torch.zeros(2, dtype=torch.float64, device=self.device), 0
+        for batch in self.placed(batches):
             mentor, mentee, total = self._losses(batch)
             assert self._distilling is not None
             both = self._mentor_steps, self._distilling.steps
@@ -141,7 +141,7 @@ class MutualLearner(Learner):
         """Let the mentor learn from the labels and from the mentee as it came from the server."""
         self.mentor.train()
         self.mentee.eval()
-        for batch in batches:
+        for batch in self.placed(batches):
             with self.autocast():
                 logits = run_model(self.mentor, batch.inputs).logits
                 with torch.no_grad():

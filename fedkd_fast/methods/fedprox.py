@@ -20,12 +20,15 @@ class ProximalLearner(SoloLearner):
 
     def __init__(self, task: Task, settings: LocalSettings) -> None:
         super().__init__(task, settings, "mentor", shares=True)
-        self._start: Mapping[str, Tensor] = self.exchanged()
+        self._start = self._shared_copies()
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
         """Take over what the server holds now, which is what the next round is held near to."""
         super().adopt(state)
-        self._start = self.exchanged()
+        self._start = self._shared_copies()
+
+    def _shared_copies(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.shared_parameters().items()}
 
     def correct_gradients(self) -> None:
         """Add ``μ·(w - w_global)``."""

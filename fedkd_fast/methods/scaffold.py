@@ -44,14 +44,17 @@ class ControlledLearner(SoloLearner):
         clients take part: each has scaled its change by their share of all.
         """
         controls = {
-            PREFIX + name: value + self._change[name] for name, value in self._server.items()
+            PREFIX + name: (value + self._change[name]).cpu()
+            for name, value in self._server.items()
         }
         return {**super().exchanged(), **controls}
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
         """Take over the parameters and c as the server holds them now."""
         super().adopt(state)
-        self._server = {name: state[PREFIX + name].clone() for name in self._server}
+        self._server = {
+            name: state[PREFIX + name].to(self.device, copy=True) for name in self._server
+        }
         self._change = self._zeros()
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:

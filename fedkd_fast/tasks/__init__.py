@@ -8,7 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from fedkd_fast._device import on_device
 
 # Label of positions that belong to no class and cost no loss, as in torch's cross entropy.
 IGNORED_LABEL = -100
@@ -30,6 +33,14 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,) int64, or (N, L) with IGNORED_LABEL where there is nothing to learn
     # (N, U) share of each of U texts in each sample, where the model's layers are of such texts.
     layer_share: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, itself where it lies there."""
+        return Batch(
+            {name: on_device(value, device) for name, value in self.inputs.items()},
+            on_device(self.labels, device),
+            None if self.layer_share is None else on_device(self.layer_share, device),
+        )
 
 
 @runtime_checkable
@@ -77,7 +88,10 @@ class Task(Protocol):
     def evaluate(
         self, model: nn.Module, *, split: str = "test", client: int = 0
     ) -> Mapping[str, float]:
-        """Score a model on data that nobody trains on: values within [0, 1] by metric."""
+        """Score a model on data that nobody trains on: values within [0, 1] by metric.
+
+        The model may lie on a GPU: `fedkd_fast.models.run_model` takes the inputs there.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return facts for the record of a run, ready for JSON."""
@@ -127,6 +141,7 @@ class TaskOptions:
     mentee_adapter: str | None = None  # a mentee that sends little can be as deep as the mentor
     max_length: int = 48  # tokens a text; more is slower and cuts less
     partition: str | None = None  # how samples are dealt to clients; None: the task's own way
+    samples_per_client: int | None = None  # each draws so many instead, of digits; None: dealt
     text_column: str = "text"  # of tables
     label_column: str = "label"  # of tables
 
@@ -162,4 +177,10 @@ def build_task(name: str, options: TaskOptions) -> PredictingTask:
         ValueError: no such task, or options that it cannot follow.
         ImportError: a package that the task needs is missing.
     """
-    return cast(PredictingTask, _task_class(name)(options))
+    task = _task_class(name)
+    if options.samples_per_client is not None and not getattr(task, "draws", False):
+        raise ValueError(
+            f"samples_per_client must be left out for task {name}, whose samples are dealt to "
+            f"clients and not drawn, got {options.samples_per_client}"
+        )
+    return cast(PredictingTask, task(options))

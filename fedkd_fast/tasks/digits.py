@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from fedkd_fast._files import read_text
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.models import build_vit, run_model
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
+from fedkd_fast.tasks.drawn import DrawnShard, DrawnShards, put_together
 from fedkd_fast.tasks.partition import Indices, deal
 
 CLASSES = 10
@@ -35,10 +36,12 @@ INITIALIZER_RANGE = 0.1
 # A row of pixels is a token: eight tokens and the class token.
 PATCH_SIZE = (1, SIDE)
 # Training images are turned, scaled and moved a little at random, by at most this much, for every
-# method alike: a shard has some 360 images, and what a model is shown twice teaches it little.
+# method alike: a shard has some 360 images, and what a model is shown twice teaches it little. What
+# clients draw is moved as much once and for all: it is what tells their data apart.
 LARGEST_TURN = math.radians(10)
 LARGEST_SCALING = 0.1
 LARGEST_MOVE = 0.5  # pixels
+MOVES = 4  # turn, scaling, right, down
 
 
 class DigitsTask:
@@ -47,8 +50,13 @@ class DigitsTask:
     The test split is fixed: 20 % of each class. The training images are dealt to clients class by
     class in shares drawn from a Dirichlet distribution, so clients differ mildly in size and mix.
 
+    With ``samples_per_client``, there may be any number of clients: each draws so many of the
+    training images with replacement, turned by at most 10°, scaled by 10 % and moved by half a
+    pixel each way, the same each time it trains. Seed and client decide; nothing is kept of it.
+
     Args:
-        options: ``batch_size``, ``mentee_layers`` (None: 1) and ``seed`` are heeded.
+        options: ``batch_size``, ``mentee_layers`` (None: 1), ``partition``, ``samples_per_client``
+            and ``seed`` are heeded.
         concentration: of the Dirichlet distribution; larger makes the clients more alike.
 
     Raises:
@@ -71,6 +79,7 @@ class DigitsTask:
     }
     MENTOR_LAYERS = 3
     WIDTH = 64
+    draws = True  # knows samples_per_client
 
     def __init__(self, options: TaskOptions | None = None, *, concentration: float = 3.0) -> None:
         options = options or TaskOptions()
@@ -88,6 +97,14 @@ class DigitsTask:
             )
         if not concentration > 0:
             raise ValueError(f"concentration must be positive, got {concentration}")
+        drawn = options.samples_per_client
+        if drawn is not None and drawn < 1:
+            raise ValueError(f"samples_per_client must be at least 1, got {drawn}")
+        if drawn is not None and options.partition not in (None, "iid"):
+            raise ValueError(
+                "partition must be left out, or iid, with samples_per_client: every client draws "
+                f"from all images alike, got {options.partition!r}"
+            )
         self._options, self._mentee_layers = options, layers
         self._partition = options.partition or f"dirichlet:{concentration:g}"
         images, labels = _load()
@@ -128,27 +145,38 @@ class DigitsTask:
         """
         return self._build(self._mentee_layers)
 
-    def shards(self, clients: int, seed: int) -> list[Indices]:
-        """Deal the training images to clients.
+    def shards(self, clients: int, seed: int) -> Sequence[Indices | DrawnShard]:
+        """Deal the training images to clients, or let each draw its own.
 
         Raises:
             ValueError: fewer images than clients, or a partition by a key: there are none.
         """
+        if self._options.samples_per_client is not None:
+            return DrawnShards(clients, seed, self._options.samples_per_client)
         labels = self._labels.numpy()[self._train]
         parts = deal(*(self._partition, clients, seed), samples=len(labels), labels=labels, keys={})
         return [self._train[part] for part in parts]
 
-    def merge(self, shards: Sequence[Indices]) -> Indices:
+    def merge(self, shards: Sequence[Indices | DrawnShard]) -> Indices | DrawnShard:
         """Put shards together."""
-        return np.concatenate(list(shards))
+        drawn = [shard for shard in shards if isinstance(shard, DrawnShard)]
+        if drawn:
+            return put_together(drawn)
+        return np.concatenate(cast(Sequence[Indices], shards))
 
-    def batches(self, shard: Indices, seed: int) -> Iterable[Batch]:
-        """Go through a shard once in random order, in batches of nearly equal size, augmented."""
+    def batches(self, shard: Indices | DrawnShard, seed: int) -> Iterable[Batch]:
+        """Go through a shard once in random order, in batches of nearly equal size.
+
+        Dealt images are augmented, anew each time; drawn ones were moved when they were drawn.
+        """
         generator = np.random.default_rng(seed)
-        order = generator.permutation(shard)
+        drawn = shard.draw(len(self._train), MOVES) if isinstance(shard, DrawnShard) else None
+        samples = self._train[drawn.indices] if drawn else cast(Indices, shard)
+        order = generator.permutation(len(samples))
         for part in np.array_split(order, math.ceil(len(order) / self._options.batch_size)):
-            index = torch.from_numpy(part)
-            images = _jitter(self._images[index], generator)
+            index = torch.from_numpy(samples[part])
+            moves = drawn.moves[:, part] if drawn else generator.uniform(-1, 1, (MOVES, len(part)))
+            images = _moved(self._images[index], torch.from_numpy(moves).float())
             yield Batch({"pixel_values": images}, self._labels[index])
 
     def evaluate(
@@ -165,7 +193,7 @@ class DigitsTask:
         model.eval()
         logits = run_model(model, {"pixel_values": images}).logits
         model.train(was_training)
-        return logits.softmax(1)
+        return logits.softmax(1).cpu()
 
     def describe(self) -> dict[str, Any]:
         """Return sizes and how the shards were made."""
@@ -173,10 +201,19 @@ class DigitsTask:
             "samples_train": len(self._train),
             "samples_test": len(self._test),
             "classes": CLASSES,
-            "shards": self._partition,
+            "shards": self._shards_text(),
             "mentor_layers": self.MENTOR_LAYERS,
             "mentee_layers": self._mentee_layers,
         }
+
+    def _shards_text(self) -> str:
+        size = self._options.samples_per_client
+        if size is None:
+            return self._partition
+        return (
+            f"{size} draws with replacement, each turned by up to {math.degrees(LARGEST_TURN):g}°, "
+            f"scaled by up to {LARGEST_SCALING:.0%} and moved by up to {LARGEST_MOVE:g} pixels"
+        )
 
     def defaults(self, method: str | None = None) -> dict[str, Any]:
         """Return the recipe of this task, for one method or for all."""
@@ -230,15 +267,14 @@ def _test_indices(labels: Indices) -> Indices:
     return np.sort(np.concatenate(chosen))
 
 
-def _jitter(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Turn, scale and move each image at random; what comes in from outside is background.
+def _moved(images: Tensor, moves: Tensor) -> Tensor:
+    """Turn, scale and move each image; what comes in from outside is background.
 
     Args:
         images: (N, 1, 8, 8) float32.
-        generator: decides by how much.
+        moves: (4, N) within [-1, 1], of the largest turn, scaling and move right and down.
     """
-    draws = torch.from_numpy(generator.uniform(-1.0, 1.0, size=(4, len(images)))).float()
-    turn, scaling, right, down = draws  # (N,) each
+    turn, scaling, right, down = moves  # (N,) each
     scale = 1.0 + LARGEST_SCALING * scaling
     cosine, sine = scale * torch.cos(LARGEST_TURN * turn), scale * torch.sin(LARGEST_TURN * turn)
     # Coordinates run from -1 to 1 over the side of an image.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkd_fast._device import device_of, on_device
 from fedkd_fast._seeds import seeded
 from fedkd_fast.models import CONFIG_FILE, MeanOfModels
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
@@ -215,24 +216,32 @@ class MindTask:
         for first in range(0, len(shown.users), EVALUATION_IMPRESSIONS):
             rows = np.arange(first, min(first + EVALUATION_IMPRESSIONS, len(shown.users)))
             history, mask = shown.history.last(rows, HISTORY)
-            users = model.users(news[torch.from_numpy(history)], torch.from_numpy(mask))
-            sizes = torch.from_numpy(np.diff(starts[first : rows[-1] + 2]))
+            sizes = np.diff(starts[first : rows[-1] + 2])
             candidates = shown.candidates.values[starts[first] : starts[rows[-1] + 1]]
-            shown_to = users.repeat_interleave(sizes, 0)  # (candidates, 64)
-            found.append((shown_to * news[torch.from_numpy(candidates)]).sum(1))
-        return torch.cat(found).double().numpy()
+            clicked, counts, repeats, places = (
+                on_device(torch.from_numpy(one), news.device)
+                for one in (history, mask, sizes, candidates)
+            )
+            users = model.users(news[clicked], counts)
+            shown_to = users.repeat_interleave(repeats, 0)  # (candidates, 64)
+            found.append((shown_to * news[places]).sum(1))
+        return torch.cat(found).cpu().double().numpy()
 
     def _news(self, model: NewsModel, shown: Behaviors, tokens: Sequence[list[int]]) -> Tensor:
         """Encode each news that occurs once; rows as in the table of news."""
         used = np.union1d(shown.candidates.values, shown.history.values)
         order = sorted(used.tolist(), key=lambda row: len(tokens[row]))
+        device = device_of(model)
         news: Tensor | None = None
         for start in range(0, len(order), EVALUATION_TITLES):
             part = order[start : start + EVALUATION_TITLES]
-            vectors = model.news(**self._encoder.inputs([tokens[row] for row in part]))
+            inputs = self._encoder.inputs([tokens[row] for row in part])
+            vectors = model.news(
+                **{name: on_device(value, device) for name, value in inputs.items()}
+            )
             if news is None:
                 news = vectors.new_zeros(len(tokens), vectors.shape[1])
-            news[torch.tensor(part)] = vectors
+            news[torch.tensor(part, device=device)] = vectors
         assert news is not None
         return news
 

@@ -174,7 +174,7 @@ class TextTask:
             found.append(run_model(model, inputs).logits.softmax(1))
             order += part
         model.train(was_training)
-        probabilities = torch.cat(found)  # (samples, C), sorted by length
+        probabilities = torch.cat(found).cpu()  # (samples, C), sorted by length
         probabilities[torch.tensor(order)] = probabilities.clone()
         return probabilities
 
