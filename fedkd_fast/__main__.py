@@ -27,6 +27,7 @@ _EXTRAS = {
     "yaml": "train",
     "matplotlib": "report",
     "tensorboard": "tensorboard",
+    "dp_accounting": "privacy",
 }
 
 _EXAMPLES = f"""examples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TypeAlias
@@ -17,13 +16,12 @@ from fedkd_fast.codec.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decode_frame_parts
 from fedkd_fast.tensors import Shaped
+from fedkd_fast.updates import cast, check_weights, exact_integers
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 _log = logging.getLogger(__name__)
 
-# Sums run in float64, which holds integers up to here.
-_EXACT_INTEGERS = 2**53
 # What frames hold of these has been rounded, as a rule; others are added in float64 in any mode.
 _QUANTISED = ("float32", "float16", "bfloat16")
 
@@ -127,21 +125,12 @@ class _Sum:
 
     def mean(self, total: float) -> Tensor | LowRank:
         if self._dense is not None:
-            return _cast(self._dense.div_(total), self._dtype)
+            return cast(self._dense.div_(total), self._dtype)
         if not self._pairs:
             return torch.zeros(self._shape, dtype=self._dtype)
         whole = stacked(self._pairs, self._shape, self._dtype)
         whole.left.div_(total)
         return whole
-
-
-def _check_weights(weights: Sequence[float]) -> list[float]:
-    for index, weight in enumerate(weights):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weights must be finite and >= 0, got {weight} at {index}")
-    if max(weights, default=0.0) <= 0:
-        raise ValueError("weights must not all be zero")
-    return [float(weight) for weight in weights]
 
 
 def _weighted(
@@ -154,7 +143,7 @@ def _weighted(
     if weights is None:
         yield from ((name, frame, 1.0) for name, frame in named)
         return
-    checked, count = _check_weights(weights), 0
+    checked, count = check_weights(dict(enumerate(weights))), 0
     for count, (name, frame) in enumerate(named, 1):
         if count <= len(checked):
             yield name, frame, checked[count - 1]
@@ -235,7 +224,7 @@ class _Mean:
         if not self._any_base and made_against != self._relative_to:
             raise ValueError(f"frame {name} was made against another base than is wanted")
         for entry, parts in found:
-            if entry.dtype == "int64" and isinstance(parts, Tensor) and not _exact(parts):
+            if entry.dtype == "int64" and isinstance(parts, Tensor) and not exact_integers(parts):
                 raise ValueError(f"frame {name}: {entry.name!r} holds integers beyond 2^53")
         if weight == 0.0:
             return
@@ -277,13 +266,3 @@ class _Mean:
         means = {name: one.mean(self._total) for name, one in self._sums.items()}
         values = {name: means[self._ties.get(name, name)] for name in means}
         return Aggregate(values, self._relative_to, refused)
-
-
-def _exact(integers: Tensor) -> bool:
-    return bool(((integers <= _EXACT_INTEGERS) & (integers >= -_EXACT_INTEGERS)).all())
-
-
-def _cast(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bool:
-        return mean >= 0.5
-    return mean.to(dtype) if dtype.is_floating_point else mean.round().to(dtype)

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from fedkd_fast import wire
-from fedkd_fast.codec.common import DTYPES, all_finite
+from fedkd_fast.codec.common import DTYPES, TORCH_DTYPES, all_finite
 from fedkd_fast.codec.decode import Parts, backend_named, decode_parts, written_out
 from fedkd_fast.tensors import (
     Shaped,
@@ -23,6 +22,7 @@ from fedkd_fast.tensors import (
     specs_of,
     tied_names,
 )
+from fedkd_fast.updates import surely_finite
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode, WireError
 
 
@@ -72,7 +72,7 @@ def decode_frame_parts(
             continue
         with _naming(entry):
             parts = decode_parts(entry, module)
-        if not _surely_finite(parts):
+        if not surely_finite(parts, TORCH_DTYPES[entry.dtype]):
             _written(entry, parts, module)
         found.append((entry, parts))
     return found, parsed.base
@@ -90,15 +90,6 @@ def _naming(entry: Entry) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
-
-
-def _surely_finite(parts: Parts) -> bool:
-    """Tell whether what parts stand for is finite, as far as that can be seen without a product."""
-    if isinstance(parts, Tensor):
-        return not parts.is_floating_point() or all_finite(parts)
-    largest = [max((abs(float(end)) for end in side.aminmax()), default=0.0) for side in parts]
-    # Not so where one is NaN.
-    return len(parts[0]) * largest[0] * largest[1] < torch.finfo(torch.float32).max
 
 
 def _written(entry: Entry, parts: Parts, module: ModuleType) -> Tensor:

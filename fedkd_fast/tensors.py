@@ -105,11 +105,16 @@ def as_mapping(values: Mapping[str, object], argument: str) -> Mapping[str, obje
 
 
 def _memory(value: object) -> tuple[object, ...] | None:
-    """Identify the memory that a value shows and how; None for values without elements."""
+    """Identify the memory that a value shows and how; None for values without any."""
     if isinstance(value, np.ndarray) and value.size:
         pointer = value.__array_interface__["data"][0]
         return (pointer, value.shape, value.strides, value.dtype)
-    if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+    if (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+        and value.numel()
+    ):
         view = value.shape, value.stride(), value.dtype, value.is_neg()
         return (value.device, value.data_ptr(), *view)
     return None

@@ -18,8 +18,8 @@ FLOORS = {
         *("ops", "reference", "reference_rans", "distillation", "wire"),
         *("_C", "_device", "_driver", "_files", "_seeds"),
     },
-    1: {"codec", "tensors", "compress", "decompression", "feedback", "aggregation"},
-    2: {"losses", "models", "adapters", "sealing"},
+    1: {"codec", "tensors", "updates", "compress", "decompression", "feedback", "aggregation"},
+    2: {"losses", "models", "adapters", "sealing", "robust", "privacy"},
     3: {"methods", "tasks", "client", "server", "legs"},
     4: {
         "trainer",
