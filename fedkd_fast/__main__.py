@@ -1,6 +1,7 @@
 """The command line: `fedkd-fast`, also `python -m fedkd_fast`.
 
-Exit codes: 0; 2 with one line on stderr for anything that the user can mend; 130 on Ctrl-C.
+Exit codes: 0; 2 with one line on stderr for anything that the user can mend; 3 where a round had
+too few replies; 130 on Ctrl-C or SIGTERM. After 3 and 130 `train --resume` goes on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from fedkd_fast import __version__
+from fedkd_fast._errors import QuorumError, Stopped
 from fedkd_fast.cli import frames, keys, runs, sweep, train
 from fedkd_fast.cli.common import HelpFormatter, Parser, UsageError, add_command, say
 
 PROG = "fedkd-fast"
 _MENDABLE = 2
+_NO_QUORUM = 3
 _INTERRUPTED = 130
 # What a shell reports of a program whose reader went away.
 _BROKEN_PIPE = 141
@@ -27,6 +30,7 @@ _EXTRAS = {
     "yaml": "train",
     "matplotlib": "report",
     "tensorboard": "tensorboard",
+    "cryptography": "crypto",
     "dp_accounting": "privacy",
 }
 
@@ -79,9 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"{PROG}: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
         return _INTERRUPTED
+    except QuorumError as error:
+        print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
+        return _NO_QUORUM
     except BrokenPipeError:
         # The reader of stdout went away (`| head`); what is left in the buffer has no taker.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` and rename it to ``target`` on success.
 
     A reader never sees a half-written file: the rename is atomic because both names lie in the
@@ -20,6 +20,8 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Args:
         target: the file to write; its folder must exist.
+        durable: return only when the file and its name are on the disk, whatever happens to the
+            machine after that.
 
     Yields:
         The path the body has to write.
@@ -30,7 +32,11 @@ def replacing(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
+        if durable:
+            sync(part)
         os.replace(part, target)
+        if durable:
+            sync(target.parent)
     except OSError as error:
         # The reader of the message knows the target, not the temporary name.
         if error.filename == str(part):
@@ -39,6 +45,21 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: the disk is full or broken; names the path.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path) -> str:
@@ -104,3 +125,11 @@ def names_folder(value: str) -> bool:
         or "/" in rest
         or (bool(slash) and (not rest or Path(first).exists()))
     )
+
+
+def absolute(path: str) -> str:
+    """Return a path, or several joined by commas, as absolute ones; names of others stay."""
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    first, comma, rest = path.partition(",")
+    return absolute(first.strip()) + comma + absolute(rest.strip()) if comma else path

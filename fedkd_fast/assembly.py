@@ -2,56 +2,141 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import numpy as np
 
 from fedkd_fast._seeds import derived_seed
-from fedkd_fast.client import Client
+from fedkd_fast.client import Client, Decoded
 from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.legs import CompressorLeg, Leg, PackedLeg
-from fedkd_fast.methods import LocalSettings, Method
+from fedkd_fast.methods import Learner, LocalSettings, Method
+from fedkd_fast.privacy import GaussianMean
 from fedkd_fast.server import Server, ServerOptimizer
 from fedkd_fast.tasks import Task
+from fedkd_fast.tensors import digest_of
+from fedkd_fast.trees import Tree, copied
 
 # Uses of the run's seed apart from the clients' own, which start at 0: keys of `derived_seed`.
 _SHARDS, _PRIVATE, _PARTICIPANTS, _ADAPTERS = 1_000_001, 1_000_002, 1_000_003, 1_000_004
 _CODECS = 1_000_005
 
 
-def make_clients(config: TrainConfig, task: Task, method: Method) -> list[Client]:
-    """Make the clients with their models, or the one that has all data.
+class Shards:
+    """The training data of all clients."""
+
+    def __init__(self, shards: Sequence[Any]) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        """Return how many clients have data."""
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return the data of a client."""
+        return self._shards[index]
+
+    def size(self, index: int) -> int:
+        """Return the samples of a client.
+
+        Raises:
+            TypeError: the task's shards do not tell.
+        """
+        return len(self._shards[index])
+
+    def sample(self, task: Task) -> bytes:
+        """Return a digest of the first batch of the first client: other data have another one."""
+        batch = next(iter(task.batches(self[0], 0)), None)
+        if batch is None:
+            return b""
+        return digest_of({"labels": batch.labels, **{f"x/{k}": v for k, v in batch.inputs.items()}})
+
+    def sizes(self) -> list[int] | None:
+        """Return the samples of each client, where shards tell."""
+        try:
+            return [self.size(index) for index in range(len(self))]
+        except TypeError:
+            return None
+
+
+class Maker(Protocol):
+    """Makes a client with its models."""
+
+    def __call__(self, index: int, spare: Learner | None = None) -> Client:
+        """Make the client of an index as it is before its first round.
+
+        Args:
+            index: of the client.
+            spare: a learner that no client has any more, to be used again where that is possible:
+                building models takes longer than setting them back.
+        """
+
+
+def client_maker(config: TrainConfig, task: Task, method: Method) -> tuple[Maker, Shards]:
+    """Return what makes clients, and the data of all.
+
+    Where all data are put together, there is one client.
 
     Raises:
         ValueError: data that cannot be shared out so, put together, counted or chosen by.
     """
     if config.patience is not None and not getattr(task, "has_dev", False):
         raise ValueError(f"patience needs data to choose by: task {task.name} has no dev split")
-    shards = task.shards(config.clients, derived_seed(config.seed, _SHARDS))
+    dealt = task.shards(config.clients, derived_seed(config.seed, _SHARDS))
     if method.pools_data:
         if not getattr(task, "poolable", True):
             raise ValueError(
                 f"method {method.name} puts all data together, which those of task {task.name} "
                 "do not allow: each client has labels of its own"
             )
-        shards = [task.merge(shards)]
-    clients = [
-        Client(
+        dealt = [task.merge(dealt)]
+    shards = Shards(dealt)
+    if config.weighting == "samples" and shards.sizes() is None:
+        raise ValueError("weighting by samples needs shards with a length")
+
+    # Of a learner before its first round; those of all clients are equal but for private parts.
+    first: list[Tree] = []
+    alike = not getattr(task, "private", ())
+    decoded = Decoded()
+
+    def learner(index: int, spare: Learner | None) -> Learner:
+        settings = _settings(config, index)
+        if spare is not None and first:
+            # All else is the same at every client, and methods may have changed it.
+            own: dict[str, Any] = {"seed": settings.seed, "client": settings.client}
+            spare.settings = dataclasses.replace(spare.settings, **own)
+            spare.load(copied(first[0]))
+            return spare
+        made = method.make_learner(task, settings)
+        if alike and not first and len(shards) > 1:
+            first.append(copied(made.state()))
+        return made
+
+    def make(index: int, spare: Learner | None = None) -> Client:
+        return Client(
             index,
-            method.make_learner(task, _settings(config, index)),
+            learner(index, spare),
             task,
-            shard,
+            shards[index],
             _leg(config, method, "up", 1 + index),
             _leg(config, method, "down", 1 + index),
             seed=config.seed,
             local_epochs=config.local_epochs,
             local_steps=config.local_steps,
+            decoded=decoded,
         )
-        for index, shard in enumerate(shards)
-    ]
-    if config.weighting == "samples" and shard_sizes(clients) is None:
-        raise ValueError("weighting by samples needs shards with a length")
-    return clients
+
+    return make, shards
+
+
+def make_clients(config: TrainConfig, task: Task, method: Method) -> list[Client]:
+    """Make all clients at once, as `client_maker` says."""
+    make, shards = client_maker(config, task, method)
+    return [make(index) for index in range(len(shards))]
 
 
 def _settings(config: TrainConfig, index: int) -> LocalSettings:
@@ -106,7 +191,18 @@ def make_server(config: TrainConfig, client: Client, method: Method) -> Server |
         averaged=method.averaged,
     )
     up, down = _leg(config, method, "up", 0), _leg(config, method, "down", 0)
-    return Server(client.learner.exchanged(), up, down, optimizer)
+    private = None
+    if config.dp_clip is not None:
+        private = GaussianMean(
+            config.dp_clip,
+            config.dp_noise,
+            sampling=config.participation,
+            clients=config.clients,
+            delta=config.dp_delta,
+            seed=config.dp_seed,
+        )
+    parameters = client.learner.exchanged()
+    return Server(parameters, up, down, optimizer, config.aggregation, private)
 
 
 def _participant_count(config: TrainConfig, clients: int) -> int:
@@ -121,11 +217,3 @@ def participants(config: TrainConfig, clients: int, round_number: int) -> list[i
     seed = derived_seed(config.seed, _PARTICIPANTS, round_number)
     chosen = np.random.default_rng(seed).choice(clients, count, replace=False)
     return sorted(int(index) for index in chosen)
-
-
-def shard_sizes(clients: list[Client]) -> list[int] | None:
-    """Return the samples of each client, where shards tell."""
-    try:
-        return [len(client.shard) for client in clients]
-    except TypeError:
-        return None

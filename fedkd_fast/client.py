@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,9 +20,80 @@ from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.tasks import Batch, Task
 from fedkd_fast.tensors import digest_of
+from fedkd_fast.trees import Tree
 
 # Where the batches of refreshing come from, among the epochs of a round.
 _REFRESHING = 1_000_000
+
+
+class _Stream(Iterator[Batch]):
+    """Batches of one pass after the other, without an end; an empty pass ends it at once.
+
+    Args:
+        epoch: makes the batches of a pass, given its number.
+        first: number of the first pass.
+    """
+
+    def __init__(self, epoch: Callable[[int], Iterable[Batch]], first: int = 0) -> None:
+        self._make, self._epoch, self._done = epoch, first, 0
+        self._batches: Iterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            # After `load`, what was used of the pass is made again.
+            self._batches = itertools.islice(self._make(self._epoch), self._done, None)
+        batch = next(self._batches, None)
+        if batch is None and self._done:
+            self._epoch, self._done = self._epoch + 1, 0
+            self._batches = iter(self._make(self._epoch))
+            batch = next(self._batches, None)
+        if batch is None:
+            raise StopIteration
+        self._done += 1
+        return batch
+
+    def state(self) -> Tree:
+        return [self._epoch, self._done]
+
+    def load(self, state: Tree) -> None:
+        (self._epoch, self._done), self._batches = state, None
+
+
+class Decoded:
+    """What broadcasts turn shared parameters into, for clients of one process that hold the same.
+
+    Many clients decode the same frame against the same parameters, and get the same bits.
+
+    Args:
+        limit: bytes of parameters that are kept; those that were asked for longest ago go first.
+    """
+
+    def __init__(self, limit: int = 1 << 24) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[tuple[bytes, bytes], tuple[Mapping[str, Tensor], bytes]]
+        self._kept = OrderedDict()
+
+    def get(
+        self, frame: bytes, base: bytes, decode: Callable[[], Mapping[str, Tensor]]
+    ) -> tuple[Mapping[str, Tensor], bytes]:
+        """Return parameters, not to be changed, and their digest.
+
+        Args:
+            frame: a broadcast.
+            base: digest of the parameters that it is applied to.
+            decode: does so.
+        """
+        key = frame, base
+        if key not in self._kept:
+            state = decode()
+            self._kept[key] = state, digest_of(state)
+            while len(self._kept) > 1 and sum(map(self._nbytes, self._kept)) > self._limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _nbytes(self, key: tuple[bytes, bytes]) -> int:
+        return len(key[0]) + sum(value.nbytes for value in self._kept[key][0].values())
 
 
 class Client:
@@ -37,6 +109,7 @@ class Client:
         seed: of the run.
         local_epochs: passes over the shard each round; also a part of one.
         local_steps: batches of each round instead.
+        decoded: shared by clients of one process, so that each broadcast is decoded once.
     """
 
     def __init__(
@@ -51,16 +124,19 @@ class Client:
         seed: int,
         local_epochs: float = 1,
         local_steps: int | None = None,
+        decoded: Decoded | None = None,
     ) -> None:
         self.index, self.learner, self.shard = index, learner, shard
         self._task, self._up, self._down = task, up, down
         self._seed, self._local_epochs, self._local_steps = seed, local_epochs, local_steps
+        self._decoded = decoded or Decoded()
         self._round = 0
         # Rounds that are no whole passes go on where the last one stopped.
-        self._stream = self._endless(0, 0)
+        self._stream = _Stream(partial(self._epoch, 0))
         self.version = 0  # of the shared parameters that the client holds
         # What every client holds: the shared parameters at the start of the round.
         self._base: Mapping[str, Tensor] = learner.exchanged()
+        self._at_base = True  # nothing was trained since
 
     def train(self, round_number: int, lr_share: float = 1.0) -> Losses:
         """Train for one round on the client's own data, with this share of the learning rates.
@@ -68,7 +144,7 @@ class Client:
         Raises:
             ValueError: a loss or a parameter became NaN or Inf; names client and round.
         """
-        self._round = round_number
+        self._round, self._at_base = round_number, False
         # Dropout must not depend on who trained before.
         with seeded(derived_seed(self._seed, self.index, round_number)):
             losses = self.learner.train(self._batches(), lr_share)
@@ -115,16 +191,6 @@ class Client:
         seed = derived_seed(self._seed, self.index, round_number, epoch)
         return self._task.batches(self.shard, seed)
 
-    def _endless(self, round_number: int, first: int) -> Iterator[Batch]:
-        """Go through the shard again and again; an empty one ends at once."""
-        for epoch in itertools.count(first):
-            batches = iter(self._epoch(round_number, epoch))
-            first_batch = next(batches, None)
-            if first_batch is None:
-                return
-            yield first_batch
-            yield from batches
-
     def refresh(self, lr_share: float = 1.0) -> None:
         """Let the private model learn from the shared one as it came from the server.
 
@@ -137,7 +203,8 @@ class Client:
         if not steps:
             return
         with seeded(derived_seed(self._seed, self.index, self._round, _REFRESHING)):
-            batches = itertools.islice(self._endless(self._round, _REFRESHING), steps)
+            endless = _Stream(partial(self._epoch, self._round), _REFRESHING)
+            batches = itertools.islice(endless, steps)
             self.learner.refresh(batches, lr_share)
         self._check(Losses(None, None))
 
@@ -145,16 +212,31 @@ class Client:
         """Let what the client has still to send fade, where it missed rounds."""
         self._up.absent(rounds)
 
-    def upload(self, energy: float) -> bytes:
+    def upload(self, energy: float, *, factor: float = 1.0) -> bytes:
         """Encode the update of the round: what is shared now minus the same at its start.
 
         Args:
             energy: share of the squared norm of the update to keep.
+            factor: of the update. An honest client sends it as it is; -10 is an attack.
 
         Raises:
             ValueError: a parameter is NaN or Inf.
         """
-        return self._up.encode(self.learner.exchanged(), self._base, energy)
+        state: Mapping[str, Tensor] = self.learner.exchanged()
+        if factor != 1.0:
+            base = self._base
+            state = {
+                name: base[name] + factor * (value - base[name]) for name, value in state.items()
+            }
+        return self._up.encode(state, self._base, energy)
+
+    def lost(self, frame: bytes) -> None:
+        """Send what this round's frame held with the next one, if there is error feedback.
+
+        Args:
+            frame: what `upload` returned, and the server did not get.
+        """
+        self._up.lost(frame, self._base)
 
     def apply(self, *frames: bytes) -> None:
         """Roll the shared model back to the round's start and apply what the server sent.
@@ -166,12 +248,45 @@ class Client:
             WireError: the bytes are damaged.
             ValueError: an update is meant for other parameters.
         """
-        base = self._base
+        base, digest = self._base, digest_of(self._base)
         for frame in frames:
-            whole = wire.header(frame).base is None
-            base = decompress(frame, schema=base) if whole else self._down.decode(frame, base)
-        self._base = base
+            # Whole parameters are the same whatever they are applied to.
+            onto = b"" if wire.header(frame).base is None else digest
+            base, digest = self._decoded.get(frame, onto, partial(self._applied, frame, base))
+        self._base, self._at_base = base, True
         self.learner.adopt(base)
+
+    def _applied(self, frame: bytes, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if wire.header(frame).base is None:
+            return decompress(frame, schema=base)
+        return self._down.decode(frame, base)
+
+    def state(self) -> Tree:
+        """Return all that another client of the same index needs to go on; nothing is copied."""
+        return {
+            "round": self._round,
+            "version": self.version,
+            "stream": self._stream.state(),
+            "learner": self.learner.state(),
+            "up": self._up.state(),
+            "down": self._down.state(),
+            # As a rule the shared parameters are the base.
+            "base": None if self._at_base else dict(self._base),
+        }
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: the state is of other models.
+        """
+        self._round, self.version = state["round"], state["version"]
+        self._stream.load(state["stream"])
+        self.learner.load(state["learner"])
+        self._up.load(state["up"])
+        self._down.load(state["down"])
+        self._at_base = state["base"] is None
+        self._base = self.learner.exchanged() if self._at_base else state["base"]
 
     def digest(self) -> bytes:
         """Return 16 bytes that identify what is shared."""

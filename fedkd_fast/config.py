@@ -13,6 +13,7 @@ from fedkd_fast.adapters import check_adapter
 from fedkd_fast.codec.message import CODECS
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.methods import get_method
+from fedkd_fast.robust import check_rule
 from fedkd_fast.tasks import TaskOptions
 from fedkd_fast.tasks.partition import check_partition
 
@@ -30,7 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
 }
 _SWITCHES = (
-    *("gradient_checkpointing", "hidden", "attention", "mutual"),
+    *("gradient_checkpointing", "hidden", "attention", "mutual", "encrypt"),
     *("overwrite", "tensorboard", "spectra"),
 )
 # What both presets undo of a task's own recipe for FedKD.
@@ -92,6 +93,11 @@ class TrainConfig:
     weighting: str = "equal"  # samples: clients with more data count more
     server_optimizer: str = "none"  # of the mean update: momentum, adam; smoother over rounds
     server_lr: float = 1.0  # larger moves the shared model further than the clients' mean
+    aggregation: str = "mean"  # or a robust mean: clip[:NORM], median, trimmed:SHARE, krum:FAULTY
+    dp_clip: float | None = None  # C: differential privacy, each update's norm is at most this
+    dp_noise: float = 1.0  # z: noise of z·C on the sum of updates; more: more private, worse
+    dp_delta: float = 1e-5  # δ: well below one over the number of clients
+    dp_seed: int | None = None  # of noise and participants; None: secret, from the system
     server_momentum: float = 0.9  # larger remembers earlier rounds longer
     lr_mentor: float = 1e-3  # larger learns faster, until it diverges
     lr_mentee: float = 1e-3  # likewise
@@ -127,6 +133,17 @@ class TrainConfig:
     data: str | None = None  # where a task's data lie, for tasks that take some
     text_column: str = "text"  # of the data, for tasks that read tables
     label_column: str = "label"  # likewise
+    encrypt: bool = False  # True: seal what travels, 46 bytes a frame, also within this process
+    quorum: float = 0.5  # share of the asked clients whose replies must count; 1: any fault ends it
+    norm_limit: float | None = 100.0  # refuse updates of more than this times the median norm
+    client_timeout: float | None = None  # seconds after which a client's reply is not waited for
+    retries: int = 1  # how often a client is asked again for a reply that arrives damaged
+    checkpoint_every: int = 1  # rounds between checkpoints in the run folder; 0: none
+    memory_gb: float = 4.0  # of the clients in memory; the others lie in files
+    scored_clients: int = 100  # the first so many clients' own models are scored and saved
+    faults: float = 0.0  # share of the replies that go wrong on purpose, to see what comes of it
+    attackers: float = 0.0  # share of the clients that send attack_factor times their update
+    attack_factor: float = -10.0
     out: str | None = None  # run folder to write; None writes nothing
     overwrite: bool = False  # True: replace a run folder that exists
     tensorboard: bool = False  # True: write events for TensorBoard into the run folder
@@ -157,6 +174,7 @@ class TrainConfig:
                 check_adapter(name, getattr(self, name))
         if self.partition is not None:
             check_partition(self.partition)
+        self._check_aggregation()
         if self.tensorboard and self.out is None:
             raise ValueError("tensorboard needs out, the run folder that events go to, got None")
         loss = self.distillation_config().loss
@@ -167,6 +185,49 @@ class TrainConfig:
                 "mutual=False leaves the mentor to the labels, so refresh_steps must be 0, got "
                 f"{self.refresh_steps}"
             )
+
+    def _check_aggregation(self) -> None:
+        """Refuse what the mean of a round cannot be."""
+        rule = check_rule(self.aggregation, "aggregation")
+        exchanges = get_method(self.method).exchanges
+        asked = max(1, round(self.participation * self.clients))
+        if exchanges and rule.least > asked:
+            raise ValueError(
+                f"aggregation {rule.text} needs at least {rule.least} clients a round, got {asked}"
+            )
+        if rule.kind in ("median", "trimmed") and self.weighting != "equal":
+            raise ValueError(
+                f"aggregation {rule.text} needs weighting to be equal, got {self.weighting!r}"
+            )
+        if self.norm_limit is not None and self.norm_limit <= 1.0:
+            raise ValueError(f"norm_limit must be more than 1, got {self.norm_limit}")
+        if self.dp_clip is None:
+            return
+        # Anything else that depends on the updates gives away more than is accounted for.
+        without = {"aggregation": "mean", "weighting": "equal", "patience": None}
+        if self.quorum == 1.0:
+            raise ValueError(
+                "dp_clip needs quorum to be below 1: a run that ends where a client fails depends "
+                "on that client's data"
+            )
+        for name, value in without.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"dp_clip needs {name} to be {value}: differential privacy does not cover "
+                    f"{getattr(self, name)!r}"
+                )
+        if not exchanges:
+            raise ValueError(f"dp_clip needs a method that exchanges updates, got {self.method}")
+
+    def needed(self, asked: int) -> int:
+        """Return how many replies of a round must count.
+
+        With differential privacy none has to: what waits for a quorum depends on the data.
+        """
+        if self.dp_clip is not None:
+            return 0
+        least = check_rule(self.aggregation, "aggregation").least
+        return max(1, least, math.ceil(self.quorum * asked - 1e-9))
 
     def energy(self, round_number: int) -> float:
         """Return the energy threshold of a round, equation (9) of the paper.
@@ -252,10 +313,18 @@ _AMOUNT: _Rule = (_check_positive, 0.0, "finite and at least 0")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("clients", "rounds", "local_steps", "batch_size"), _COUNT),
     **dict.fromkeys(("eval_every", "max_length", "mentee_layers", "rank", "patience"), _COUNT),
+    "scored_clients": _COUNT,
+    **dict.fromkeys(("checkpoint_every", "retries"), _NUMBER),
     "samples_per_client": _COUNT,
     **dict.fromkeys(("seed", "threads", "warmup_steps", "refresh_steps", "bits"), _NUMBER),
     **dict.fromkeys(("energy_start", "energy_end", "lr_end"), _SHARE),
-    **dict.fromkeys(("participation", "top_share"), _SHARE),
+    **dict.fromkeys(("participation", "top_share", "quorum"), _SHARE),
+    **dict.fromkeys(("faults", "attackers"), (_check_share, 0.0, "[0, 1]")),
+    **dict.fromkeys(("norm_limit", "client_timeout", "memory_gb"), _RATE),
+    "dp_clip": _RATE,
+    "dp_noise": _AMOUNT,
+    "dp_seed": _NUMBER,
+    "dp_delta": (_check_share, 1.0, "(0, 1]"),
     "server_momentum": (_check_share, 0.0, "[0, 1]"),
     **dict.fromkeys(("local_epochs", "lr_mentor", "lr_mentee"), _RATE),
     **dict.fromkeys(("server_lr", "clip_norm"), _RATE),
@@ -263,6 +332,7 @@ _RULES: dict[str, _Rule] = {
 }
 _OPTIONAL = {
     *("codec", "codec_down", "feedback"),
+    *("norm_limit", "client_timeout", "dp_clip", "dp_seed"),
     *("local_steps", "clip_norm", "patience", "mentee_layers", "samples_per_client"),
 }
 

@@ -26,6 +26,10 @@ from fedkd_fast.updates import surely_finite
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode, WireError
 
 
+class NotFiniteError(WireError):
+    """A frame holds NaN or Inf: no honest sender sends these, and one would poison a mean."""
+
+
 def decode_frame(
     frame: bytes | bytearray | memoryview,
     schema: Mapping[str, Shaped] | None = None,
@@ -96,9 +100,8 @@ def _written(entry: Entry, parts: Parts, module: ModuleType) -> Tensor:
     """Return the tensor that parts stand for."""
     with _naming(entry):
         tensor = written_out(entry, parts, module)
-    # No honest sender sends these, and one of them would poison a mean.
     if tensor.is_floating_point() and not all_finite(tensor):
-        raise WireError(f"tensor {entry.name!r} decodes to NaN or Inf")
+        raise NotFiniteError(f"tensor {entry.name!r} decodes to NaN or Inf")
     return tensor
 
 

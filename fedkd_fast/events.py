@@ -26,16 +26,17 @@ class Events:
 
     Args:
         folder: where their file goes.
+        first: the first round that is added; older events of it and of later rounds do not count.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: int) -> None:
         require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first)
 
     def add(self, record: RoundRecord) -> None:
         """Write what a round was like; it is on its way to the disk when this returns."""

@@ -77,7 +77,9 @@ class _ByName(State):
                 raise TypeError(f"residual {name!r} must be a floating tensor, got {kept!r}")
             if not bool(torch.isfinite(kept).all()):
                 raise ValueError(f"residual {name!r} holds NaN or Inf")
-        self._kept = {name: kept.detach().clone() for name, kept in state.items()}
+        # What one tensor was kept for several names stays so: it says that they are tied.
+        copies = {id(kept): kept.detach().clone() for kept in state.values()}
+        self._kept = {name: copies[id(kept)] for name, kept in state.items()}
 
     def _matching(self, name: str, update: Tensor) -> Tensor | None:
         kept = self._kept.get(name)
@@ -115,6 +117,18 @@ class ErrorFeedback(_ByName):
     def keep(self, name: str, sent: Tensor, decoded: Tensor) -> None:
         """Store ``sent - decoded`` for the next message."""
         self._kept[name] = sent - decoded.to(sent.dtype)
+
+    def lost(self, update: Mapping[str, Tensor]) -> None:
+        """Take back what a message held that did not arrive, so that the next one brings it.
+
+        Args:
+            update: what the message decodes to.
+        """
+        taken: dict[int, Tensor] = {}
+        for name, kept in self._kept.items():
+            if id(kept) not in taken:
+                taken[id(kept)] = kept + update[name].to(kept.dtype)
+        self._kept = {name: taken[id(kept)] for name, kept in self._kept.items()}
 
     def absent(self, rounds: int = 1) -> None:
         """Let the residuals decay, where the client missed rounds.

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from fedkd_fast.aggregation import Aggregate, aggregate
 from fedkd_fast.codec.common import all_finite
+from fedkd_fast.codec.decode import Parts, backend_named
 from fedkd_fast.compress import Compressor
-from fedkd_fast.decompression import decode_frame, decompress
+from fedkd_fast.decompression import (
+    NotFiniteError,
+    decode_frame,
+    decode_frame_parts,
+    decompress,
+)
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.methods.packing import Packing
 from fedkd_fast.tensors import digest_of
-from fedkd_fast.wire import Base, WireError
+from fedkd_fast.trees import Tree
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base
 
 State = Mapping[str, Tensor]
 
@@ -45,8 +52,26 @@ class Leg(Protocol):
     def schema(self, base: State) -> State:
         """Return what names, shapes and dtypes the frames have."""
 
+    def update(self, frame: bytes, base: State) -> dict[str, Parts]:
+        """Return the update in a frame, of small rank as factors (left (R, P), right (R, Q)).
+
+        Raises:
+            NotFiniteError: it holds NaN or Inf.
+            WireError: the bytes are damaged.
+            ValueError: the frame was made against another base, or for other tensors.
+        """
+
     def absent(self, rounds: int) -> None:
         """Let what is still to be sent fade, where the sender missed rounds."""
+
+    def lost(self, frame: bytes, base: State) -> None:
+        """Send with the next message, too, what this one held: it did not arrive."""
+
+    def state(self) -> Tree:
+        """Return what the sender keeps between messages; the tensors are shared, not copied."""
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` of such a leg was taken."""
 
 
 class CompressorLeg:
@@ -79,10 +104,36 @@ class CompressorLeg:
         """Return the tensors themselves."""
         return base
 
+    def update(self, frame: bytes, base: State) -> dict[str, Parts]:
+        """Decode a frame but for its base and the products of factors."""
+        found, made_against = decode_frame_parts(
+            frame,
+            base,
+            schema_name="base",
+            max_bytes=DEFAULT_MAX_BYTES,
+            module=backend_named("native"),
+        )
+        _check_made_against(made_against, Base(digest=digest_of(base)))
+        return {entry.name: parts for entry, parts in found}
+
     def absent(self, rounds: int) -> None:
         """Let the residuals decay."""
         if self._feedback is not None:
             self._feedback.absent(rounds)
+
+    def lost(self, frame: bytes, base: State) -> None:
+        """Add what the frame held to the residuals, where there are any."""
+        if self._feedback is not None:
+            self._feedback.lost(decode_frame(frame, base)[0])
+
+    def state(self) -> Tree:
+        """Return the residuals."""
+        return None if self._feedback is None else self._feedback.state_dict()
+
+    def load(self, state: Tree) -> None:
+        """Take the residuals over."""
+        if self._feedback is not None:
+            self._feedback.load_state_dict(state)
 
 
 class PackedLeg:
@@ -122,16 +173,12 @@ class PackedLeg:
     def _update(self, frame: bytes, base: State, relative_to: Base) -> dict[str, Tensor]:
         """Decode a frame without its base, which must be this one."""
         packed, made_against = decode_frame(frame, self.schema(base))
-        if made_against != relative_to:
-            raise ValueError(
-                f"base does not match: the frame was made against {made_against}, "
-                f"the receiver has {relative_to}"
-            )
+        _check_made_against(made_against, relative_to)
         update = self._packing.unpack(packed, base)
         for name, value in update.items():
             # Products of finite parts may overflow, and one of them would poison a mean.
             if not all_finite(value):
-                raise WireError(f"tensor {name!r} decodes to NaN or Inf")
+                raise NotFiniteError(f"tensor {name!r} decodes to NaN or Inf")
         return update
 
     def decode(self, frame: bytes, base: State) -> dict[str, Tensor]:
@@ -156,7 +203,34 @@ class PackedLeg:
         """Return what the packing makes of nothing."""
         return self._packing.layout(base)
 
+    def update(self, frame: bytes, base: State) -> dict[str, Parts]:
+        """Decode a frame but for its base."""
+        return dict(self._update(frame, base, Base(digest=digest_of(base))))
+
+    def lost(self, frame: bytes, base: State) -> None:
+        """Add what the frame held to the residuals, where there are any."""
+        if self._feedback is not None:
+            self._feedback.lost(self._update(frame, base, Base(digest=digest_of(base))))
+
+    def state(self) -> Tree:
+        """Return the residuals and what the packing keeps."""
+        residuals = None if self._feedback is None else self._feedback.state_dict()
+        return {"residuals": residuals, "packing": self._packing.state()}
+
+    def load(self, state: Tree) -> None:
+        """Take both over."""
+        if self._feedback is not None:
+            self._feedback.load_state_dict(state["residuals"])
+        self._packing.load(state["packing"])
+
     def absent(self, rounds: int) -> None:
         """Let the residuals decay."""
         if self._feedback is not None:
             self._feedback.absent(rounds)
+
+
+def _check_made_against(found: Base | None, wanted: Base) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"base does not match: the frame was made against {found}, the receiver has {wanted}"
+        )

@@ -14,6 +14,8 @@ import torch
 
 from fedkd_fast import wire
 from fedkd_fast.methods import Losses
+from fedkd_fast.replies import Replies
+from fedkd_fast.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,27 @@ class ClientRow:
         self.losses = Losses(None, None)
         self.spectra: list[dict[str, Any]] | None = None
         self.frame = b""
-        self.bytes_down = 0
+        self.bytes_up = self.bytes_down = self.messages = 0
         self.seconds = self.seconds_codec = 0.0
+        self.refused: str | None = None  # why the reply does not count, if it does not
+        self.lost = False  # it did not arrive: the client has still to send what it held
+        self.gone = False  # the client failed, and is as it was before the round
+        self.error: Exception | None = None  # with which
+
+    def state(self) -> Tree:
+        """Return all but the error, for `restored`."""
+        return {
+            name: list(value) if name == "losses" else value
+            for name, value in vars(self).items()
+            if name != "error"
+        }
+
+    @classmethod
+    def restored(cls, state: Tree) -> ClientRow:
+        """Return the row that `state` is of."""
+        row = cls(state["client"])
+        vars(row).update(state, losses=Losses(*state["losses"]))
+        return row
 
     @contextlib.contextmanager
     def timed(self, *, codec: bool = False) -> Iterator[None]:
@@ -77,13 +98,33 @@ class ClientRow:
             "client": self.client,
             "loss_mentor": self.losses.mentor,
             "loss_mentee": self.losses.mentee,
-            "bytes_up": len(self.frame),
+            "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "seconds_codec": self.seconds_codec,
             "layers": frame_layers(self.frame, schema),
             **spectra,
         }
+
+
+@dataclass
+class OpenRound:
+    """A round that is under way."""
+
+    number: int
+    asked: list[int]
+    rows: list[ClientRow]  # of those that had their turn
+    replies: Replies
+
+    def state(self) -> Tree:
+        """Return what happened so far."""
+        rows = [row.state() for row in self.rows]
+        return {"asked": self.asked, "rows": rows, "replies": self.replies.state()}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
+        self.rows = [ClientRow.restored(row) for row in state["rows"]]
+        self.replies.load(state["replies"])
 
 
 def environment() -> dict[str, Any]:

@@ -1,18 +1,8 @@
-"""Run folders: written while training, read again to evaluate and predict.
-
-While training, the run lies in a hidden temporary folder beside its place: ``metrics.jsonl`` grows
-there line by line. Its place is taken when all is written, so a folder of that name is of a
-finished run, and an older run that it replaces is whole until then.
-"""
+"""Run folders, read again to evaluate and predict; `writer` writes them."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,158 +12,14 @@ from torch import nn
 
 from fedkd_fast._files import read_json_object
 from fedkd_fast.config import TrainConfig, task_options
-from fedkd_fast.events import Events, require_tensorboard
-from fedkd_fast.models import load_model, save_model
-from fedkd_fast.records import RoundRecord
+from fedkd_fast.models import load_model
 from fedkd_fast.scores import evaluate, test_sets
 from fedkd_fast.tasks import TASKS, PredictingTask, Task, build_task
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-PARTITION, EVENTS = "partition.json", "events"
+PARTITION, JOURNAL, EVENTS = "partition.json", "journal.jsonl", "events"
 # Models of clients lie in numbered folders; of a mentee that is the same everywhere there is one.
 MENTEE, MENTEES, MENTORS = "mentee", "mentees", "mentors"
-# All that may lie in a run folder. What makes a run a finished one leaves first and comes last.
-_CONTENT = (SUMMARY, METRICS, CONFIG, PARTITION, "report.html", EVENTS, MENTEE, MENTEES, MENTORS)
-
-
-class RunWriter:
-    """Writes one run folder.
-
-    Args:
-        folder: where to; it is not touched before `finish`.
-        overwrite: replace a run folder that exists.
-        tensorboard: write events for TensorBoard, too.
-
-    Raises:
-        ValueError: ``folder`` exists and must be kept, or is no run folder.
-        ImportError: tensorboard is wanted and not installed.
-        OSError: it cannot be written.
-    """
-
-    def __init__(
-        self, folder: str | Path, *, overwrite: bool = False, tensorboard: bool = False
-    ) -> None:
-        self.folder, self._overwrite, self._tensorboard = Path(folder), overwrite, tensorboard
-        if tensorboard:
-            require_tensorboard()
-        if self.folder.exists():
-            if not overwrite:
-                raise ValueError(f"out must not exist without overwrite, got {self.folder}")
-            entries = {entry.name for entry in _entries(self.folder)}
-            if entries and CONFIG not in entries:
-                raise ValueError(
-                    f"out must be a run folder or empty to be overwritten, got {self.folder}"
-                )
-        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(f"out cannot be made: {existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(f"out cannot be written: no permission for {existing}")
-        # On the file system of the place, so that a rename suffices.
-        self._parent = existing
-        self._temporary: Path | None = None
-        self._events: Events | None = None
-
-    @property
-    def _part(self) -> Path:
-        """The run until it is finished."""
-        assert self._temporary is not None, "start comes first"
-        return self._temporary / "run"
-
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Make the temporary folder and write the configuration, its paths as absolute ones."""
-        prefix = f".{self.folder.name}.partial-"
-        self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self._parent))
-        self._part.mkdir()
-        paths = {name: config.get(name) for name in ("data", "mentor", "mentee")}
-        resolved = {name: absolute(path) for name, path in paths.items() if path is not None}
-        _write_json(self._part / CONFIG, {**config, **resolved})
-        (self._part / METRICS).touch()
-        if self._tensorboard:
-            self._events = Events(self._part / EVENTS)
-
-    def write_partition(self, shards: Sequence[Any]) -> None:
-        """Write which samples each client has, where shards are arrays of indices."""
-        lists = [shard.tolist() for shard in shards if hasattr(shard, "tolist")]
-        if len(lists) == len(shards):
-            text = ",\n".join(json.dumps(one) for one in lists)
-            (self._part / PARTITION).write_text(f"[{text}]\n", encoding="utf-8")
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line to the metrics; it is on its way to the disk when this returns."""
-        with (self._part / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def add_events(self, record: RoundRecord) -> None:
-        """Add a round to the events, if there are any."""
-        if self._events is not None:
-            self._events.add(record)
-
-    def finish(
-        self,
-        task: Task,
-        mentors: Sequence[nn.Module],
-        mentees: Sequence[nn.Module],
-        summary: Mapping[str, Any],
-    ) -> None:
-        """Write models and summary, and put the run into its place."""
-        models = [(self._part / MENTORS / str(n), model) for n, model in enumerate(mentors)]
-        if len(mentees) == 1:
-            models.append((self._part / MENTEE, mentees[0]))
-        else:
-            models += [(self._part / MENTEES / str(n), model) for n, model in enumerate(mentees)]
-        for folder, model in models:
-            save_model(model, folder)
-            if isinstance(task, PredictingTask):
-                task.save_assets(folder)
-        _write_json(self._part / SUMMARY, summary)
-        self._close_events()
-        if self._overwrite and self.folder.exists():
-            self._replace()
-        else:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(self._part, self.folder)
-
-    def _replace(self) -> None:
-        """Exchange an older run for this one; other files in its folder stay."""
-        old = self._part.with_name("old")
-        old.mkdir()
-        moves = [(self.folder, old, name) for name in _CONTENT]
-        moves += [(self._part, self.folder, name) for name in reversed(_CONTENT)]
-        with contextlib.ExitStack() as undo:
-            for source, target, name in moves:
-                if (source / name).exists():
-                    os.rename(source / name, target / name)
-                    undo.callback(os.rename, target / name, source / name)
-            undo.pop_all()
-
-    def close(self) -> None:
-        """Remove the temporary folder, with all that is not finished by now."""
-        self._close_events()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
-
-
-def absolute(path: str) -> str:
-    """Return a path, or several joined by commas, as absolute ones; names of others stay."""
-    if os.path.exists(path):
-        return os.path.abspath(path)
-    first, comma, rest = path.partition(",")
-    return absolute(first.strip()) + comma + absolute(rest.strip()) if comma else path
-
-
-def _entries(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise NotADirectoryError(f"out must be a folder, got the file {folder}")
-    return list(folder.iterdir())
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

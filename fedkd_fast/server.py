@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +13,12 @@ from torch import Tensor
 from fedkd_fast.aggregation import Aggregate
 from fedkd_fast.compress import Compressor
 from fedkd_fast.legs import Leg
+from fedkd_fast.privacy import GaussianMean
+from fedkd_fast.robust import Rule, check_rule, robust_mean
 from fedkd_fast.tensors import digest_of, specs_of
-from fedkd_fast.wire import TensorSpec
+from fedkd_fast.trees import Tree
+from fedkd_fast.updates import Client, Update, squared_norm
+from fedkd_fast.wire import Base, TensorSpec
 
 
 @dataclass
@@ -51,6 +57,14 @@ class ServerOptimizer:
             for name, value in mean.items()
         }
 
+    def state(self) -> Tree:
+        """Return the moments; the tensors are shared, not copied."""
+        return {"first": dict(self._first), "second": dict(self._second)}
+
+    def load(self, state: Tree) -> None:
+        """Go on with these moments."""
+        self._first, self._second = dict(state["first"]), dict(state["second"])
+
     def _concerns(self, name: str, mean: Tensor) -> bool:
         return mean.is_floating_point() and not name.startswith(self.averaged)
 
@@ -75,6 +89,9 @@ class Server:
         up: decodes and averages updates.
         down: encodes the broadcast; its own, because it may keep state.
         optimizer: what becomes of the mean; None changes nothing.
+        rule: which mean of decoded updates it is, see `robust`; ``mean`` adds up factors as they
+            come.
+        private: takes the mean instead, with clipping and noise.
     """
 
     def __init__(
@@ -83,23 +100,46 @@ class Server:
         up: Leg,
         down: Leg,
         optimizer: ServerOptimizer | None = None,
+        rule: str = "mean",
+        private: GaussianMean | None = None,
     ) -> None:
         self._parameters: Mapping[str, Tensor] = dict(parameters)
         self._up, self._down = up, down
         self._optimizer = optimizer or ServerOptimizer()
+        self._rule: Rule = check_rule(rule, "aggregation")
+        self._private = private
         self.version = 0
         # Of the round's updates, before the optimizer and the codec of the broadcast.
         self.mean: Mapping[str, Tensor] = {}
+        self.left_out: dict[int, str] = {}  # whom the last mean did not use in full, and why
         self._sent: dict[int, bytes] = {}  # what led to each version, as long as it may be replayed
-        self._whole: bytes | None = None  # the parameters of this version, once asked for
+        # The parameters of this version as a frame, and their digest, once asked for.
+        self._whole: bytes | None = None
+        self._digest: bytes | None = None
 
     def schemas(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Return names, dtypes and shapes in frames of updates, and in those of broadcasts."""
         up, down = self._up.schema(self._parameters), self._down.schema(self._parameters)
         return specs_of(up), specs_of(down)
 
+    def expected(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return what tensors frames of updates hold, and the parameters they are made against."""
+        return self._up.schema(self._parameters), self._parameters
+
+    def norm(self, frame: bytes) -> float:
+        """Return the L2 norm of the update in a frame, which is decoded for it.
+
+        Raises:
+            WireError: the frame is damaged, or holds NaN or Inf.
+            ValueError: it does not fit the shared parameters.
+        """
+        return math.sqrt(squared_norm(self._up.update(frame, self._parameters)))
+
     def step(
-        self, frames: Sequence[bytes], energy: float, weights: Sequence[float] | None = None
+        self,
+        frames: Sequence[bytes] | Mapping[int, bytes],
+        energy: float,
+        weights: Sequence[float] | None = None,
     ) -> bytes:
         """Turn one round's uploads into the broadcast.
 
@@ -111,15 +151,36 @@ class Server:
             WireError: a frame is damaged.
             ValueError: a frame does not fit the shared parameters.
         """
-        mean = self.mean = self._up.mean(frames, self._parameters, weights)
+        named = frames if isinstance(frames, Mapping) else dict(enumerate(frames))
+        mean = self.mean = self._mean(named, weights)
         if not self._optimizer.identity:
             mean = Aggregate(self._optimizer.step(mean), mean.relative_to, mean.refused)
         broadcast = self._down.encode_mean(mean, self._parameters, energy)
         self._parameters = self._down.decode(broadcast, self._parameters)
         self.version += 1
-        self._sent[self.version], self._whole = broadcast, None
+        self._sent[self.version], self._whole, self._digest = broadcast, None, None
         self._forget()
         return broadcast
+
+    def _mean(self, frames: Mapping[int, bytes], weights: Sequence[float] | None) -> Aggregate:
+        base, self.left_out = self._parameters, {}
+        if self._private is None and self._rule.kind == "mean":
+            return self._up.mean(list(frames.values()), base, weights)
+        updates: dict[Client, Update] = {
+            client: self._up.update(frame, base) for client, frame in frames.items()
+        }
+        if self._private is not None:
+            values = self._private.mean(updates, base)
+        else:
+            shares: dict[Client, float] | None = None
+            if weights is not None:
+                shares = dict(zip(frames, weights, strict=True))
+            found = robust_mean(updates, self._rule, like=base, weights=shares)
+            values = found.values
+            self.left_out = {int(one): f"left out by {self._rule.text}" for one in found.left_out}
+            for client, scale in found.clipped.items():
+                self.left_out[int(client)] = f"scaled by {scale:.4g} to the norm of the rule"
+        return Aggregate(values, Base(digest=self.digest()), {})
 
     def catch_up(self, version: int) -> list[bytes]:
         """Return what takes a client from an older version to this one, in the fewest bytes.
@@ -145,6 +206,35 @@ class Server:
             else:
                 total += len(self._sent[number])
 
+    def epsilon(self, rounds: int) -> float:
+        """Return ε of differential privacy after so many rounds; infinite without noise."""
+        return math.inf if self._private is None else self._private.epsilon(rounds)
+
+    def state(self) -> Tree:
+        """Return all that another server needs to go on; nothing is copied."""
+        return {
+            "version": self.version,
+            "parameters": dict(self._parameters),
+            "sent": dict(self._sent),
+            "optimizer": self._optimizer.state(),
+            "up": self._up.state(),
+            "down": self._down.state(),
+            # As text: its integers are longer than other readers of JSON know.
+            "private": None if self._private is None else json.dumps(self._private.state_dict()),
+        }
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
+        self.version, self._parameters = state["version"], state["parameters"]
+        self._sent, self._whole, self._digest = state["sent"], None, None
+        self._optimizer.load(state["optimizer"])
+        self._up.load(state["up"])
+        self._down.load(state["down"])
+        if self._private is not None:
+            self._private.load_state_dict(json.loads(state["private"]))
+
     def digest(self) -> bytes:
         """Return 16 bytes that identify the shared parameters."""
-        return digest_of(self._parameters)
+        if self._digest is None:
+            self._digest = digest_of(self._parameters)
+        return self._digest

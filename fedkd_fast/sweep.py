@@ -22,15 +22,15 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkd_fast._device import require_device
-from fedkd_fast._files import read_json_object, read_text
+from fedkd_fast._files import absolute, read_json_object, read_text
 from fedkd_fast.config import TrainConfig, task_options
-from fedkd_fast.runs import CONFIG, SUMMARY, absolute
+from fedkd_fast.runs import CONFIG, SUMMARY
 from fedkd_fast.tasks import build_task
 from fedkd_fast.trainer import Progress, Run, configure, train
 
@@ -57,9 +57,11 @@ class PlannedRun:
         """Where it lies, or will."""
         return Path(str(self.config.out))
 
-    def train(self, progress: Progress | None = None) -> Run:
-        """Train it and write its folder."""
-        return train(**self.fields, progress=progress)
+    def train(
+        self, progress: Progress | None = None, stop: Callable[[], bool] | None = None
+    ) -> Run:
+        """Train it and write its folder, from where it was stopped, if it was."""
+        return train(**self.fields, progress=progress, stop=stop, resume=True)
 
 
 def plan_sweep(file: str | Path, out: str | Path) -> list[PlannedRun]:

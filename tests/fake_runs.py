@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,32 @@ def make_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def write_journal(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the journal of a run folder, with a time in each line."""
+    time = "2026-01-02T03:04:05.678+00:00"
+    text = "".join(json.dumps({"time": time, **line}) + "\n" for line in lines)
+    (folder / "journal.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def round_line(number: int, asked: int = 8, accepted: int = 8, **fields: Any) -> dict[str, Any]:
+    """Return the journal's line on a round that was finished."""
+    return {
+        "event": "round",
+        "round": number,
+        "asked": asked,
+        "accepted": accepted,
+        "bytes_up": 6000 + number,
+        "bytes_down": 5000,
+        "seconds": 1.5,
+        "digest": "00" * 16,
+        **fields,
+    }
+
+
+def refused_line(number: int, client: int, reason: str, detail: str = "why") -> dict[str, Any]:
+    """Return the journal's line on a reply that does not count."""
+    place = {"event": "refused", "round": number, "client": client}
+    return {**place, "reason": reason, "detail": detail}

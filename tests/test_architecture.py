@@ -16,11 +16,11 @@ ROOT = PACKAGE.parent
 FLOORS = {
     0: {
         *("ops", "reference", "reference_rans", "distillation", "wire"),
-        *("_C", "_device", "_driver", "_files", "_seeds"),
+        *("_C", "_device", "_driver", "_files", "_errors", "_seeds", "trees"),
     },
     1: {"codec", "tensors", "updates", "compress", "decompression", "feedback", "aggregation"},
     2: {"losses", "models", "adapters", "sealing", "robust", "privacy"},
-    3: {"methods", "tasks", "client", "server", "legs"},
+    3: {"methods", "tasks", "client", "server", "legs", "replies", "faults"},
     4: {
         "trainer",
         "runs",
@@ -32,6 +32,7 @@ FLOORS = {
         "events",
         "spectra",
         "sweep",
+        *("checkpoint", "delivery", "evaluation", "journal", "loop", "pool", "recorder", "writer"),
     },
     5: {"__main__", "cli", "report", "integrations"},
 }

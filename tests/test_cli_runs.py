@@ -210,7 +210,7 @@ def test_interrupted_training_is_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedkd_fast.trainer._Loop.run", interrupt)
+    monkeypatch.setattr("fedkd_fast.loop.Loop.run", interrupt)
     assert main(["train", *SHORT, "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "fedkd-fast: interrupted\n"
 

@@ -119,6 +119,15 @@ def test_every_method_runs_on_a_device(
     assert evaluate_run(out, tiny_task(method))["score_mentor"] == here.summary["score_mentor"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_clients_in_files_run_on_a_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of a client goes where its models lie."""
+    fields: dict[str, Any] = {"rounds": 3, "feedback": "both", "participation": 0.7}
+    here = train(tiny_task(method), method, **fields)
+    there = run_there(tiny_task(method), method, monkeypatch, memory_gb=1e-9, **fields)
+    assert same_run(here, there)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -277,9 +277,27 @@ def test_tests_are_counted(
     assert "tests/test_distill_loss.py" not in commands[0]
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_training_is_tested_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool
+) -> None:
+    def answer(line: list[str]) -> Finished:
+        (option,) = [word for word in line if word.startswith("--junitxml=")]
+        Path(option.partition("=")[2]).write_text(JUNIT.format(""))
+        return Finished(0, "")
+
+    commands = pretend(monkeypatch, answer)
+    there = place(tmp_path)
+    (there.root / "fedkd_fast").mkdir(parents=True, exist_ok=True)
+    if built:
+        (there.root / "fedkd_fast" / "_C.cpython-312-x86_64-linux-gnu.so").touch()
+    stages.tests(there, None)
+    assert (stages.TRAINING in commands[0]) == built
+
+
 def test_every_test_on_a_gpu_is_run() -> None:
     named = {name for row in plan.TABLE.values() for name in stages.test_files(row.stem)}
-    named.add(Path(stages.RULES).name)
+    named |= {Path(one).name for one in (stages.RULES, stages.TRAINING)}
     for path in (stages.CHECKOUT / "tests").glob("test_*.py"):
         runs_there = re.search(r"\bdevice: torch\.device|pytest\.mark\.cuda", path.read_text())
         assert not runs_there or path.name in named, path.name

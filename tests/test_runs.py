@@ -14,14 +14,14 @@ import torch
 from tiny_task import TinyTask
 from torch import nn
 
-from fedkd_fast import trainer
+from fedkd_fast import loop
 from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.methods import METHODS
 from fedkd_fast.models import build_vit, load_model, save_model
 from fedkd_fast.records import ClientRecord, RoundRecord
 from fedkd_fast.runs import evaluate_run, load_run, predict_run
-from fedkd_fast.trainer import train
+from fedkd_fast.trainer import resume_run, train
 
 
 def test_existing_folder_is_kept(tmp_path: Path) -> None:
@@ -69,26 +69,23 @@ def test_nothing_is_written_before_everything_is_checked(
     def fail(config: TrainConfig, client: Client, method: object) -> None:
         raise ValueError("late check")
 
-    monkeypatch.setattr(trainer, "make_server", fail)
+    monkeypatch.setattr(loop, "make_server", fail)
     with pytest.raises(ValueError, match="late check"):
         train(TinyTask(), out=str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
 
 
 class Stop(TinyTask):
-    """Fails, or is interrupted, when the models of the second round are evaluated."""
+    """Fails, or is interrupted, when models are evaluated for the first time."""
 
     def __init__(self, error: type[BaseException]) -> None:
         super().__init__()
-        self.error, self.evaluated = error, 0
+        self.error = error
 
     def evaluate(
         self, model: nn.Module, *, split: str = "test", client: int = 0
     ) -> dict[str, float]:
-        self.evaluated += 1
-        if self.evaluated == 2:
-            raise self.error("stop")
-        return super().evaluate(model, split=split, client=client)
+        raise self.error("stop")
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
@@ -118,7 +115,7 @@ def test_a_run_that_cannot_be_put_into_its_place_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(TinyTask(), "fedkd", out=str(tmp_path / "run"))
-    before = content(tmp_path)
+    before = content(tmp_path / "run")
     real = os.rename
 
     def rename(source: Path, target: Path) -> None:
@@ -131,7 +128,12 @@ def test_a_run_that_cannot_be_put_into_its_place_replaces_nothing(
     with pytest.raises(OSError, match="No space left"):
         train(TinyTask(), "local", out=str(tmp_path / "run"), overwrite=True)
     monkeypatch.undo()
-    assert content(tmp_path) == before
+    assert content(tmp_path / "run") == before
+    # The new one is all there, and takes its place when there is one.
+    run = resume_run(tmp_path / "run", task=TinyTask())
+    assert run.summary["method"] == "local"
+    assert load_run(tmp_path / "run", TinyTask()).summary == run.summary
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
@@ -139,11 +141,13 @@ def test_a_run_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
 
     def write_another(_: RoundRecord | ClientRecord) -> None:
         if not out.exists():
-            train(TinyTask(), "fedkd", out=out)
+            train(TinyTask(), "fedkd", out=tmp_path / "other")
+            (tmp_path / "other").rename(out)
 
     with pytest.raises(OSError, match="not empty"):
         train(TinyTask(), "local", out=out, progress=write_another)
     assert load_run(out, TinyTask()).summary["method"] == "fedkd"
+    train(TinyTask(), "local", out=out, overwrite=True)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -153,7 +157,7 @@ def test_metrics_are_on_the_disk_while_training(tmp_path: Path) -> None:
     def look(record: RoundRecord | ClientRecord) -> None:
         if isinstance(record, ClientRecord):
             return
-        (metrics,) = tmp_path.glob(".run.partial-*/run/metrics.jsonl")
+        (metrics,) = tmp_path.glob(".run.partial/run/metrics.jsonl")
         seen.append(len(metrics.read_text().splitlines()))
         assert not (tmp_path / "run").exists()
 
@@ -170,7 +174,9 @@ def test_events_lie_in_the_run(tmp_path: Path) -> None:
     seen = []
 
     def look(record: RoundRecord | ClientRecord) -> None:
-        (events,) = tmp_path.glob(".run.partial-*/run/events/*")
+        if isinstance(record, ClientRecord):
+            return
+        (events,) = tmp_path.glob(".run.partial/run/events/*")
         seen.append(events.stat().st_size)
 
     run = train(

@@ -20,6 +20,8 @@ from bench.gpu.process import Finished, Place
 CHECKOUT = Path(__file__).parents[2]
 LIBRARY = Path("fedkd_fast") / "libfedkd_fast_ops.so"
 RULES = "tests/test_cuda_rules.py"
+# Whole runs on the device; they need the wire format, which a library alone does not have.
+TRAINING = "tests/test_device.py"
 SANITIZERS = ("memcheck", "racecheck")
 
 BUILD_S, FACTS_S, TESTS_S, SANITIZER_S, BENCH_S = 200.0, 60.0, 150.0, 80.0, 120.0
@@ -145,6 +147,8 @@ def tests(place: Place, only: str | None) -> Result:
     if only:
         # All of the stem's own files, and what the rules say of this op.
         chosen += ["-k", f"test_{plan.TABLE[only].stem} or {only}"]
+    elif any((place.root / "fedkd_fast").glob("_C.*.so")):
+        chosen.append(TRAINING)
     report = place.out / "junit.xml"
     report.unlink(missing_ok=True)
     done = place.python(

@@ -13,6 +13,7 @@ from fedkd_fast.cli.common import Parser, add_command, check_target, say, stdout
 
 if TYPE_CHECKING:
     from fedkd_fast.report.groups import Group
+    from fedkd_fast.report.runs import RunFolder
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -96,20 +97,27 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fedkd_fast.report import write_report
+    from fedkd_fast.report import group_runs, read_runs, write_report
 
     if args.out is not None:
         check_target(args.out, overwrite=True)
     page = write_report(args.folders, args.out)
-    _print_comparison(args.folders)
+    runs = read_runs(args.folders)
+    print_comparison(group_runs(runs))
+    _print_faults(runs)
     say(f"report: {page}")
     return 0
 
 
-def _print_comparison(folders: Sequence[Path]) -> None:
-    from fedkd_fast.report import group_runs, read_runs
+def _print_faults(runs: Sequence[RunFolder]) -> None:
+    """Print a line for each run in which something went wrong."""
+    from fedkd_fast.report.faults import counted
 
-    print_comparison(group_runs(read_runs(folders)))
+    for run in runs:
+        found = "" if run.log is None else counted(run.log)
+        if found:
+            place = f" of {visible(str(run.path))}" if len(runs) > 1 else ""
+            say(f"faults{place}: {found}; see the page")
 
 
 def print_comparison(groups: Sequence[Group]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkd_fast._errors import QuorumError
 from fedkd_fast.cli.common import (
     NO_REPORT,
     Parser,
@@ -19,6 +20,7 @@ from fedkd_fast.cli.common import (
 )
 from fedkd_fast.cli.progress import progress_bar
 from fedkd_fast.cli.runs import print_comparison
+from fedkd_fast.cli.train import stopping
 
 if TYPE_CHECKING:
     from fedkd_fast.sweep import PlannedRun
@@ -72,11 +74,12 @@ def _sweep(args: argparse.Namespace) -> int:
         label = f"{number}/{len(planned)} {run.folder.name}"
         try:
             if not run.finished:
-                with progress_bar(args.quiet or bool(args.verbose), label) as show:
-                    summary = run.train(show).summary
+                bar = progress_bar(args.quiet or bool(args.verbose), label)
+                with bar as show, stopping() as stop:
+                    summary = run.train(show, stop).summary
                 if not args.quiet:
                     _say_finished(label, summary["seconds"])
-        except ValueError as error:
+        except (ValueError, QuorumError) as error:
             # One that diverges would do so again: the others are worth having.
             failures.append(f"{run.folder.name}: {error}")
         else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ _EXAMPLES = """
 --task digits --method local --rounds 5 --out runs/local
 --task text --data data/reviews --mentor models/minilm --mentee-layers 2
 --energy-start 0.9 --energy-end 0.95 --codec factors-fp32 --seed 1
---preset paper --distill temperature=2 --distill loss=joint""".removeprefix("\n")
+--preset paper --distill temperature=2 --distill loss=joint
+--resume --out runs/digits-fedkd-s0""".removeprefix("\n")
 
 
 def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -33,13 +37,22 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     add_options(parser)
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that was stopped or killed on its way to DIR; nothing else needs "
+        "to be given. Options must be those it began with, but for --quorum, --retries, "
+        "--client-timeout, --checkpoint-every and --memory-gb; with options, it begins where there "
+        "is none",
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="show neither progress nor the summary"
     )
 
 
 def _train(args: argparse.Namespace) -> int:
     from fedkd_fast.config import TrainConfig
-    from fedkd_fast.trainer import train
+    from fedkd_fast.trainer import resume_run, train
+    from fedkd_fast.writer import unfinished_config
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     fields = {name: value for name, value in vars(args).items() if name in names}
@@ -50,10 +63,17 @@ def _train(args: argparse.Namespace) -> int:
         fields.get(name, getattr(general, name)) for name in ("task", "method", "seed")
     )
     folder = Path(fields.get("out", Path("runs") / f"{task}-{method}-s{seed}"))
-    if folder.exists() and not fields.get("overwrite"):
+    options = fields.keys() - {"out"}
+    # Without options there must be a run to go on with.
+    resumes = args.resume and (not options or unfinished_config(folder) is not None)
+    if folder.exists() and not fields.get("overwrite") and not resumes:
         raise ValueError(f"{folder} exists: give --overwrite to replace it, or another --out")
-    with progress_bar(args.quiet or bool(args.verbose)) as show:
-        run = train(**{**fields, "out": str(folder)}, progress=show)
+    with progress_bar(args.quiet or bool(args.verbose)) as show, stopping() as stop:
+        fields["out"] = str(folder)
+        if resumes:
+            run = resume_run(progress=show, stop=stop, **fields)
+        else:
+            run = train(**fields, progress=show, stop=stop, resume=args.resume)
     page = page_of([folder])
     if not args.quiet:
         _print_summary(run.summary, folder, page)
@@ -81,6 +101,8 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) 
         rows.append(("traffic per client", "nothing sent"))
     rows += [
         ("seconds", seconds(summary["seconds"])),
+        ("privacy", _privacy(summary)),
+        ("faults", _faults(summary.get("faults", {}))),
         ("folder", str(folder)),
         ("report", str(page or NO_REPORT)),
     ]
@@ -88,6 +110,43 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) 
         if value is not None:
             shown.add_row(name, value)
     stdout().print(shown)
+
+
+def _privacy(summary: Mapping[str, Any]) -> str | None:
+    if "epsilon" not in summary:
+        return None
+    if summary["epsilon"] is None:
+        return "none: without noise nothing is private"
+    return f"epsilon {summary['epsilon']:.3g} at delta {summary['delta']:g}, for each client"
+
+
+def _faults(events: Mapping[str, int]) -> str | None:
+    """Say how often what went wrong; the journal has it all."""
+    found = [f"{count} {event}" for event, count in events.items()]
+    return f"{', '.join(found)}, see journal.jsonl" if found else None
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether the run shall stop: after Ctrl-C or SIGTERM.
+
+    The first one lets the running client finish, so that a checkpoint loses nothing; the second one
+    ends at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        sys.stderr.write("stopping after the running client; once more: at once\n")
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _or_none(value: float | None, text: Callable[[float | None], str]) -> str | None:

@@ -16,6 +16,7 @@ from fedkd_fast.adapters import add_adapter
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.models import run_model, trainable_parameters
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, Task
+from fedkd_fast.trees import Tree
 
 if TYPE_CHECKING:
     from fedkd_fast.methods.packing import Packing
@@ -150,6 +151,19 @@ class Learner:
         for batch in batches:
             yield batch.to(self.device)
 
+    def state(self) -> Tree:
+        """Return all that training changes, for `load`; the tensors are shared, not copied."""
+        return {
+            role: None if model is None else changing(model)
+            for role, model in (("mentor", self.mentor), ("mentee", self.mentee))
+        }
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` of a learner with equal settings was taken."""
+        for role, model in (("mentor", self.mentor), ("mentee", self.mentee)):
+            if model is not None:
+                restore(model, state[role])
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of a forward pass."""
         if not self.settings.bfloat16:
@@ -192,6 +206,26 @@ def make_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
+def changing(model: nn.Module) -> dict[str, Tensor]:
+    """Return what may change of a model while it is trained: trainable parameters and buffers."""
+    return {**trainable_parameters(model), **dict(model.named_buffers())}
+
+
+def restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put back what `changing` returned.
+
+    Raises:
+        ValueError: values of another model.
+    """
+    own = changing(model)
+    if own.keys() != values.keys():
+        differing = sorted(own.keys() ^ values.keys())
+        raise ValueError(f"state is of another model: {differing[0]!r} is in one of them alone")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(values[name])
+
+
 class Steps:
     """The optimizer of some modules, with warm-up and a bound on the gradient's norm."""
 
@@ -216,6 +250,15 @@ class Steps:
             parameters = itertools.chain.from_iterable(group["params"] for group in groups)
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         self._optimizer.step()
+
+    def state(self) -> Tree:
+        """Return what the next steps depend on; the tensors are shared, not copied."""
+        return {"done": self._done, "optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken; its tensors are taken over."""
+        self._done = state["done"]
+        self._optimizer.load_state_dict(state["optimizer"])
 
 
 class SoloLearner(Learner):
@@ -247,6 +290,15 @@ class SoloLearner(Learner):
             samples += len(batch.labels)
         mean = mean_loss(total, samples)
         return Losses(mean, None) if self._role == "mentor" else Losses(None, mean)
+
+    def state(self) -> Tree:
+        """Return the model and its optimizer's state."""
+        return {**super().state(), "steps": self._steps.state()}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
+        super().load(state)
+        self._steps.load(state["steps"])
 
     def correct_gradients(self) -> None:
         """Change the gradients of a step, for methods that do."""

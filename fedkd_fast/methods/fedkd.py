@@ -23,11 +23,14 @@ from fedkd_fast.methods.base import (
     Losses,
     Method,
     Steps,
+    changing,
     mean_loss,
+    restore,
     task_loss,
 )
 from fedkd_fast.models import PlainOutputs, run_model
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, Task
+from fedkd_fast.trees import Tree
 
 _log = logging.getLogger(__name__)
 # (N, L, H): layers of other models, for instance of convolutions, are not aligned.
@@ -54,7 +57,17 @@ def _each(outputs: ModelOutput, change: Callable[[Tensor], Tensor]) -> ModelOutp
     )
 
 
+class _Shape(NamedTuple):
+    """What the loss is made for, as the first batch shows it."""
+
+    hidden: bool  # hidden states are matched
+    attention: bool  # attention maps are
+    widths: tuple[int, int]  # of the hidden states of mentor and mentee
+    pairs: tuple[tuple[int, int], ...]  # layers of both that are matched
+
+
 class _Distilling(NamedTuple):
+    shape: _Shape
     loss: MutualDistillationLoss
     steps: Steps  # of the mentee and of the loss's private projections
 
@@ -75,30 +88,61 @@ class MutualLearner(Learner):
         # Need the widths of the hidden states, which the first batch shows.
         self._distilling: _Distilling | None = None
 
-    def _prepare(self, mentor: ModelOutput, mentee: ModelOutput) -> _Distilling:
-        """Make the loss for models with these outputs, and the optimizer of mentee and W_h."""
-        settings = self.settings
+    def _shape(self, mentor: ModelOutput, mentee: ModelOutput) -> _Shape:
+        """Return what there is to match in models with these outputs."""
         states = _hidden_states(mentor), _hidden_states(mentee)
         layered = all(states)
         maps = layered and _has_attentions(mentor) and _has_attentions(mentee)
-        config = dataclasses.replace(
-            settings.distillation,
-            hidden=settings.distillation.hidden and layered,
-            attention=settings.distillation.attention and maps,
-        )
-        _log.info("distilling hidden states: %s, attention: %s", config.hidden, config.attention)
+        wanted = self.settings.distillation
+        hidden, attention = wanted.hidden and layered, wanted.attention and maps
+        _log.info("distilling hidden states: %s, attention: %s", hidden, attention)
+        if not layered:
+            return _Shape(hidden, attention, (1, 1), ())
         # The embeddings' output comes first and is no layer.
-        pairs = map_layers(len(states[0]) - 1, len(states[1]) - 1) if layered else []
+        pairs = map_layers(len(states[0]) - 1, len(states[1]) - 1)
+        widths = states[0][-1].shape[-1], states[1][-1].shape[-1]
+        return _Shape(hidden, attention, widths, tuple(pairs))
+
+    def _prepare(self, shape: _Shape) -> _Distilling:
+        """Make the loss, and the optimizer of mentee and W_h."""
+        settings = self.settings
+        config = dataclasses.replace(
+            settings.distillation, hidden=shape.hidden, attention=shape.attention
+        )
         with seeded(settings.seed):
             loss = MutualDistillationLoss(
                 config,
-                mentor_hidden=states[0][-1].shape[-1] if layered else 1,
-                mentee_hidden=states[1][-1].shape[-1] if layered else 1,
-                layer_pairs=pairs,
+                mentor_hidden=shape.widths[0],
+                mentee_hidden=shape.widths[1],
+                layer_pairs=list(shape.pairs),
             ).to(self.device)
         steps = Steps([self.mentee, loss], settings.lr_mentee, settings)
-        self._distilling = _Distilling(loss, steps)
+        self._distilling = _Distilling(shape, loss, steps)
         return self._distilling
+
+    def state(self) -> Tree:
+        """Return both models, W_h, and the state of both optimizers."""
+        distilling = self._distilling and {
+            "shape": list(self._distilling.shape),
+            "loss": changing(self._distilling.loss),
+            "steps": self._distilling.steps.state(),
+        }
+        mentor = self._mentor_steps.state()
+        return {**super().state(), "mentor_steps": mentor, "distilling": distilling}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
+        super().load(state)
+        self._mentor_steps.load(state["mentor_steps"])
+        found = state["distilling"]
+        if found is None:
+            self._distilling = None
+            return
+        hidden, attention, widths, pairs = found["shape"]
+        shape = _Shape(hidden, attention, tuple(widths), tuple((one, two) for one, two in pairs))
+        distilling = self._prepare(shape)
+        restore(distilling.loss, found["loss"])
+        distilling.steps.load(found["steps"])
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train both models on all batches in turn, with one backward pass for both."""
@@ -128,7 +172,7 @@ class MutualLearner(Learner):
             mentee = run_model(self.mentee, batch.inputs, layers=layers)
         if self.settings.bfloat16:
             mentor, mentee = _each(mentor, Tensor.float), _each(mentee, Tensor.float)
-        distilling = self._distilling or self._prepare(mentor, mentee)
+        distilling = self._distilling or self._prepare(self._shape(mentor, mentee))
         mask = batch.inputs.get("attention_mask")
         teacher = mentor if mutual else _each(mentor, Tensor.detach)
         losses = distilling.loss(teacher, mentee, batch.labels, mask, layer_share=batch.layer_share)

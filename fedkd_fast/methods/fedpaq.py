@@ -19,6 +19,7 @@ from torch import Tensor
 from fedkd_fast.methods.base import Method
 from fedkd_fast.methods.fedavg import FEDAVG
 from fedkd_fast.methods.packing import State, pack_bits, packed_bytes, unpack_bits
+from fedkd_fast.trees import Tree
 
 # Whole numbers of these widths are dtypes; narrower ones share bytes.
 _DTYPES = {16: torch.int16, 8: torch.int8}
@@ -77,6 +78,14 @@ class StochasticQuantiser:
                 codes = whole.reshape(value.shape)
             found[name] = (codes.float() * packed[f"{name}/scale"]).to(value.dtype)
         return found
+
+    def state(self) -> Tree:
+        """Return where the random numbers are."""
+        return self._generator.get_state()
+
+    def load(self, state: Tree) -> None:
+        """Go on with these random numbers."""
+        self._generator.set_state(state)
 
 
 def _packing(config: Any, seed: int) -> StochasticQuantiser:

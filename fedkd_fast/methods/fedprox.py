@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkd_fast.methods.base import LocalSettings, Method, SoloLearner
 from fedkd_fast.tasks import Task
+from fedkd_fast.trees import Tree
 
 
 class ProximalLearner(SoloLearner):
@@ -29,6 +30,11 @@ class ProximalLearner(SoloLearner):
 
     def _shared_copies(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.shared_parameters().items()}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken, at the start of a round or before its broadcast."""
+        super().load(state)
+        self._start = self._shared_copies()
 
     def correct_gradients(self) -> None:
         """Add ``μ·(w - w_global)``."""

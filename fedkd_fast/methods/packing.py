@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkd_fast.trees import Tree
+
 State: TypeAlias = Mapping[str, Tensor]
 
 
@@ -27,6 +29,12 @@ class Packing(Protocol):
 
     def unpack(self, packed: State, like: State) -> dict[str, Tensor]:
         """Turn what was sent into an update with the shapes and dtypes of ``like``."""
+
+    def state(self) -> Tree:
+        """Return what is kept between messages, for `load` of another instance."""
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
 
 
 def packed_bytes(count: int, bits: int) -> int:

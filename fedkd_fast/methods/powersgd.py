@@ -24,6 +24,7 @@ from torch import Tensor
 from fedkd_fast.methods.base import Method
 from fedkd_fast.methods.fedavg import FEDAVG
 from fedkd_fast.methods.packing import State
+from fedkd_fast.trees import Tree
 
 
 class SubspaceIteration:
@@ -87,6 +88,15 @@ class SubspaceIteration:
                 product = packed[f"{name}/left"] @ packed[f"{name}/right"].T
                 found[name] = product.reshape(value.shape).to(value.dtype)
         return found
+
+    def state(self) -> Tree:
+        """Return where the next iterations start, and where the random numbers are."""
+        return {"right": dict(self._right), "generator": self._generator.get_state()}
+
+    def load(self, state: Tree) -> None:
+        """Go on from there."""
+        self._right = dict(state["right"])
+        self._generator.set_state(state["generator"])
 
 
 def _packing(config: Any, seed: int) -> SubspaceIteration:

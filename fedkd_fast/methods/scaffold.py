@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedkd_fast.methods.base import LocalSettings, Losses, Method, SoloLearner
 from fedkd_fast.tasks import Batch, Task
+from fedkd_fast.trees import Tree
 
 PREFIX = "control/"
 
@@ -68,6 +69,19 @@ class ControlledLearner(SoloLearner):
                 self._change[name] = share * (new - self.control[name])
                 self.control[name] = new
         return losses
+
+    def state(self) -> Tree:
+        """Return the model, its optimizer's state and the control variates."""
+        controls = {"control": self.control, "server": self._server, "change": self._change}
+        return {**super().state(), **controls}
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken."""
+        super().load(state)
+        self.control, self._server, self._change = (
+            {name: value.to(self.device) for name, value in state[part].items()}
+            for part in ("control", "server", "change")
+        )
 
     def correct_gradients(self) -> None:
         """Note the raw gradient, then add ``c - c_i``."""

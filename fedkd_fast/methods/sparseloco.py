@@ -26,6 +26,7 @@ from torch import Tensor
 from fedkd_fast.methods.base import Method
 from fedkd_fast.methods.fedavg import FEDAVG
 from fedkd_fast.methods.packing import State, pack_bits, packed_bytes, unpack_bits
+from fedkd_fast.trees import Tree
 
 CHUNK, INDEX_BITS, VALUE_BITS = 4096, 12, 2
 DECAY = 0.95
@@ -93,6 +94,13 @@ class ChunkedTop:
             update[places] = torch.where(codes & 1 == 1, -magnitudes, magnitudes)
             found[name] = update.reshape(value.shape).to(value.dtype)
         return found
+
+    def state(self) -> Tree:
+        """Return nothing: what a message leaves out is kept by the leg."""
+        return None
+
+    def load(self, state: Tree) -> None:
+        """Keep nothing."""
 
 
 def _chunks(value: Tensor) -> list[Tensor]:

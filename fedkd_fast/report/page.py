@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from fedkd_fast._files import replacing
-from fedkd_fast.report import layers, plots
+from fedkd_fast.report import faults, layers, plots
 from fedkd_fast.report.groups import Group, featured, group_runs
 from fedkd_fast.report.runs import RunFolder, read_run
 from fedkd_fast.report.sections import comparison, headline, lead, run_tables, tiles
@@ -92,12 +92,12 @@ def build_page(runs: Sequence[RunFolder]) -> str:
             parts.append(
                 f'<details class="run"{opened}><summary>{escape(group.label)}'
                 f"<small>{escape(', '.join(facts))}</small></summary>"
-                f"{''.join(_run_parts(builder, group.first))}</details>"
+                f"{''.join(_run_parts(builder, group))}</details>"
             )
     else:
         if len(runs) > 1:
             parts.append(f"<h2>Details<small>{escape(_which(shown))}</small></h2>")
-        parts.extend(_run_parts(builder, shown.first))
+        parts.extend(_run_parts(builder, shown))
     title = escape(headline(shown))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -158,7 +158,8 @@ def _score_figures(groups: Sequence[Group]) -> list[tuple[str | None, str, str]]
     ]
 
 
-def _run_parts(builder: _Page, run: RunFolder) -> Iterator[str]:
+def _run_parts(builder: _Page, group: Group) -> Iterator[str]:
+    run = group.first
     yield builder.pair(
         [
             (
@@ -179,6 +180,7 @@ def _run_parts(builder: _Page, run: RunFolder) -> Iterator[str]:
             ),
         ]
     )
+    yield from _fault_parts(builder, group)
     few = len(run.layer_totals()) <= layers.MAX_BARS
     shown = "every tensor" if few else f"the {layers.MAX_BARS} most expensive tensors"
     yield builder.figure(
@@ -210,6 +212,25 @@ def _run_parts(builder: _Page, run: RunFolder) -> Iterator[str]:
         wide=True,
     )
     yield from run_tables(run)
+
+
+def _fault_parts(builder: _Page, group: Group) -> Iterator[str]:
+    yield faults.account(group)
+    log = group.first.log
+    if log is None:
+        return
+    wide, all_of_them = plots.bin_width(log), plots.shows_accepted(log)
+    yield builder.figure(
+        plots.replies_by_round(log),
+        "Replies by round" if all_of_them else "Replies that do not count by round",
+        "What became of the clients that were asked"
+        + (". " if all_of_them else ", without those whose reply was accepted. ")
+        + "No reply: nothing came before the round ended."
+        + (f" A bar is the mean of {wide} rounds." if wide > 1 else ""),
+        wide=True,
+    )
+    yield faults.round_table(log)
+    yield faults.fault_table(log)
 
 
 def _footer(runs: Sequence[RunFolder]) -> str:

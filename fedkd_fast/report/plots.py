@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedkd_fast.report.groups import Band, Group
+from fedkd_fast.report.log import FAILED, UNHEARD, Log, LoggedRound
 from fedkd_fast.report.runs import BYTES_PER_MB, RunFolder
 from fedkd_fast.report.svg import INK, MUTED, SERIES, SURFACE, as_svg, drawing
+from fedkd_fast.report.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +21,10 @@ _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _BAND = 0.16
 _MAX_BAR_ROUNDS = 24
 _MAX_BAR_CLIENTS = 40
+_MAX_REPLY_BARS = 60
+_MAX_REASON = 22
+_MOST_ACCEPTED = 0.9
+_REFUSED, _NOT_SENT = (SERIES[0], SERIES[1], SERIES[3]), {FAILED: SERIES[4], UNHEARD: SERIES[5]}
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -46,13 +54,13 @@ def _marker(points: int) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if points <= 30 else {}
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int = 3) -> None:
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > 1:
         axes.legend(
             loc="lower center",
             bbox_to_anchor=(0.5, 1.0),
-            ncols=min(3, entries),
+            ncols=min(columns, entries),
             handlelength=1.8,
             columnspacing=1.4,
             labelcolor=INK,
@@ -231,6 +239,70 @@ def client_sizes(run: RunFolder) -> str | None:
         axes.set_xlabel("client")
         axes.set_ylabel("training samples")
         return as_svg(figure)
+
+
+def replies_by_round(log: Log) -> str | None:
+    """What became of the clients that were asked, by round; None where all counted in all rounds.
+
+    Of many rounds a bar stands for several, and shows their mean.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    kinds = _kinds(log)
+    if not kinds:
+        return None
+    if shows_accepted(log):
+        kinds = [("accepted", SERIES[2], lambda one: one.accepted), *kinds]
+    wide = bin_width(log)
+    bins = [log.rounds[at : at + wide] for at in range(0, len(log.rounds), wide)]
+    places = [(one[0].number + one[-1].number) / 2 for one in bins]
+    widths = [0.72 * (one[-1].number - one[0].number + 1) for one in bins]
+    below = [0.0] * len(bins)
+    with drawing(10.6, 2.9) as figure:
+        axes = figure.add_subplot()
+        for label, colour, value in kinds:
+            heights = [sum(map(value, one)) / len(one) for one in bins]
+            # Bars of no height would only make the page longer.
+            bars = [bar for bar in zip(places, heights, widths, below, strict=True) if bar[1]]
+            axes.bar(*zip(*bars, strict=True), color=colour, label=label)
+            below = [one + height for one, height in zip(below, heights, strict=True)]
+        axes.set_ylim(bottom=0)
+        _whole_rounds(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=wide == 1, steps=[1, 2, 5, 10]))
+        axes.set_ylabel("clients" if wide == 1 else "clients, mean")
+        if len(kinds) == 1:
+            axes.set_title(kinds[0][0], fontsize=8.5, color=INK)
+        _legend(axes, columns=6)
+        return as_svg(figure)
+
+
+def _kinds(log: Log) -> list[tuple[str, str, Callable[[LoggedRound], int]]]:
+    """Name, colour and count in a round of what became of clients whose part does not count."""
+    totals: Counter[str] = sum((one.lost for one in log.rounds), Counter())
+    reasons = [kind for kind, _ in totals.most_common() if kind not in _NOT_SENT]
+    named = [(f"refused: {one_line(reason, _MAX_REASON)}", [reason]) for reason in reasons]
+    if len(named) > len(_REFUSED):
+        # More than there are colours: the rarer ones are told together.
+        rest = len(_REFUSED) - 1
+        named[rest:] = [("refused: other reasons", reasons[rest:])]
+    coloured = [*zip(named, _REFUSED, strict=False)]
+    coloured += [((kind, [kind]), colour) for kind, colour in _NOT_SENT.items() if totals[kind]]
+    return [(name, colour, partial(_lost_to, among)) for (name, among), colour in coloured]
+
+
+def _lost_to(kinds: Sequence[str], one: LoggedRound) -> int:
+    return sum(one.lost[kind] for kind in kinds)
+
+
+def shows_accepted(log: Log) -> bool:
+    """Whether `replies_by_round` shows what was accepted, too: beside too much the rest is lost."""
+    asked = sum(one.asked for one in log.rounds)
+    return sum(one.accepted for one in log.rounds) <= _MOST_ACCEPTED * asked
+
+
+def bin_width(log: Log) -> int:
+    """How many rounds a bar of `replies_by_round` stands for."""
+    return max(1, math.ceil(len(log.rounds) / _MAX_REPLY_BARS))
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

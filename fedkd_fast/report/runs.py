@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd_fast._files import parse_json, read_json_object, read_text
+from fedkd_fast.report.log import Log, read_log
 from fedkd_fast.report.rows import Layer, RoundRow, Spectrum, number, round_row
 
 # A megabyte of traffic is 10^6 bytes, the unit in which the FedKD paper counts.
@@ -35,13 +36,14 @@ class LayerTotal:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A finished run: ``config.json``, ``summary.json`` and ``metrics.jsonl`` of one folder."""
+    """A finished run: what ``config.json``, ``summary.json`` and the logs of one folder say."""
 
     path: Path
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     rows: tuple[RoundRow, ...]
     name: str | None = None  # what to call it, instead of its method
+    log: Log | None = None  # older runs have none
 
     @property
     def method(self) -> str:
@@ -268,7 +270,8 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     """Read and check one run folder.
 
     Args:
-        folder: a folder with ``config.json``, ``summary.json`` and ``metrics.jsonl``.
+        folder: a folder with ``config.json``, ``summary.json`` and ``metrics.jsonl``, and perhaps
+            ``journal.jsonl``.
         name: what to call the run, whatever its seed; None lets its method tell.
 
     Returns:
@@ -286,4 +289,6 @@ def read_run(folder: str | Path, name: str | None = None) -> RunFolder:
     for key in ("method", "task"):
         if not isinstance(summary.get(key), str) or not summary[key]:
             raise ValueError(f"{path / 'summary.json'}: {key} must be a name")
-    return RunFolder(path, config, summary, tuple(_rows(_present(path / "metrics.jsonl"))), name)
+    rows, journal = tuple(_rows(_present(path / "metrics.jsonl"))), path / "journal.jsonl"
+    log = read_log(journal) if journal.is_file() else None
+    return RunFolder(path, config, summary, rows, name, log)

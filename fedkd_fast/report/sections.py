@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fedkd_fast.report.faults import epsilon
 from fedkd_fast.report.groups import Group, spread
 from fedkd_fast.report.runs import RunFolder
 from fedkd_fast.report.svg import series_colour
@@ -83,7 +84,7 @@ def lead(groups: Sequence[Group], shown: Group) -> str:
 def tiles(group: Group) -> str:
     """The numbers that matter most."""
     found: list[tuple[str, str, str]] = []
-    metric = group.first.metric
+    run, metric = group.first, group.first.metric
     seeds = f"mean of {len(group.runs)} seeds"
     notes = {
         "mentor": _spread(group),
@@ -104,6 +105,9 @@ def tiles(group: Group) -> str:
     if saving is not None and saving < 1:
         fewer = f"{1 / (1 - saving):,.3g}× fewer bytes" if saving > 0 else "not smaller"
         found.append((percent(saving), "saving against FedAvg", fewer))
+    if run.number("delta") is not None:
+        delta = f"of each client, δ = {run.number('delta'):g}"
+        found.append((epsilon(run), "differential privacy", delta))
     seconds = group.mean("seconds")
     if seconds is not None:
         codec = group.mean("seconds_codec")

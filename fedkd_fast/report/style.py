@@ -80,6 +80,13 @@ dt { color: var(--muted); }
 dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .layers { margin-bottom: 12px; }
 .layers td, .layers th { padding-top: 4px; padding-bottom: 4px; font-size: 13.5px; }
+.card.account { padding: 14px 18px; margin-top: 16px; }
+.account ul { margin: 4px 0 0; padding: 0; list-style: none; font-size: 15px; }
+.log td { padding-top: 5px; padding-bottom: 5px; font-size: 14px; vertical-align: top; }
+.log .word { text-align: left; }
+.log .words { min-width: 9em; text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.log td:last-child.words { min-width: 20em; }
+.log tr.again td { color: var(--muted); }
 code { font: 0.93em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 40px; padding-top: 16px; border-top: 1px solid var(--line);
   font-size: 13.5px; color: var(--muted); }
@@ -91,6 +98,10 @@ footer p { margin: 0 0 6px; max-width: 84ch; }
   .card { padding: 4px 14px 8px; }
   details { padding: 0 14px; }
   details.run { padding: 0 10px; }
+  .log td:not(:first-child), .log th:not(:first-child) { padding-left: 7px; }
+  .log td, .log th { padding-right: 7px; }
+  .log .words { min-width: 8em; }
+  .log td:last-child.words { min-width: 14em; }
   .plot svg { min-width: 300px; }
   .wide .plot svg { width: 860px; }
 }

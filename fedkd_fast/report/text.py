@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkd_fast.report.runs import BYTES_PER_MB
@@ -50,6 +50,21 @@ def duration(value: float) -> str:
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def one_line(text: str, most: int) -> str:
+    """Text that others wrote, in one line of at most so many characters that all can be seen.
+
+    What is invisible could reorder the rest, or not be written at all.
+    """
+    line = " ".join(text[: 8 * most].split())
+    line = "".join(one if one.isprintable() else "\ufffd" for one in line)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Several things in a sentence: with commas, and "and" before the last."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

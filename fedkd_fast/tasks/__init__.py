@@ -47,6 +47,9 @@ class Batch(NamedTuple):
 class Task(Protocol):
     """What the federated loop needs to know of a problem; implement it for models of your own.
 
+    What its methods return follows from their arguments alone, random numbers included: a run that
+    goes on after a crash asks for the same batches again.
+
     Models are modules as `fedkd_fast.models` describes them. The parameters of the mentee with
     ``requires_grad`` are what clients share. Every task has what stands here; these attributes it
     may have beside it:

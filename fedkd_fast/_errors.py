@@ -1,0 +1,29 @@
+"""Ends of a run that are no failures of a call: light, so that the command line can know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Stopped(RuntimeError):
+    """Training ended before its last round, as it was asked to."""
+
+
+class QuorumError(RuntimeError):
+    """Too few replies of a round count; nothing of the round was applied.
+
+    Args:
+        round_number: the round.
+        accepted: how many replies count.
+        needed: how many would have to.
+        asked: how many clients were asked.
+        reasons: of each client without a reply that counts.
+    """
+
+    def __init__(
+        self, round_number: int, accepted: int, needed: int, asked: int, reasons: Sequence[str]
+    ) -> None:
+        super().__init__(
+            f"round {round_number} has {accepted} of {asked} replies, quorum asks for {needed}: "
+            + "; ".join(reasons)
+        )

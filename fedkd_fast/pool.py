@@ -1,0 +1,158 @@
+"""Thousands of clients in bounded memory: those in use are in memory, the others in files.
+
+A client that never trained needs neither: it is made from the run's seed. So what a run costs in
+memory follows from the bound, and on the disk from the clients that took part.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedkd_fast.assembly import Maker
+from fedkd_fast.checkpoint import Store
+from fedkd_fast.client import Client
+from fedkd_fast.methods import Learner
+from fedkd_fast.models import trainable_parameters
+from fedkd_fast.trees import Tree, copied
+
+
+class ClientPool:
+    """The clients of a run, by index.
+
+    Args:
+        make: makes a client as it is before its first round.
+        count: how many there are.
+        store: where those go that do not fit; None takes a temporary folder once it is needed.
+        limit: bytes that the clients in memory may take together; one is there in any case.
+    """
+
+    def __init__(self, make: Maker, count: int, store: Store | None, limit: int) -> None:
+        self._make, self._count, self._limit = make, count, limit
+        self._store = store
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        # The one that was used longest ago comes first.
+        self._present: OrderedDict[int, Client] = OrderedDict()
+        self._sizes: dict[int, int] = {}
+        self._changed: set[int] = set()  # differ from what the store has
+        self._versions: dict[int, int] = {}
+        self._spare: Learner | None = None  # of a client that left, for the next that is made
+        self._lasting: set[int] = set()  # whose models somebody holds
+
+    def __len__(self) -> int:
+        """Return how many clients there are, in memory or not."""
+        return self._count
+
+    @property
+    def present(self) -> int:
+        """How many are in memory."""
+        return len(self._present)
+
+    def look(self, index: int, *, lasting: bool = False) -> Client:
+        """Return a client, not to be changed; it is valid until the next one is asked for.
+
+        Args:
+            index: of the client.
+            lasting: its models are to stay as they are, also when others take its place.
+        """
+        if index not in self._present:
+            client, self._spare = self._make(index, self._spare), None
+            if self._store is not None and _key(index) in self._store:
+                client.load(self._store.read(_key(index)))
+            self._present[index], self._sizes[index] = client, _nbytes(client)
+            self._shrink()
+        if lasting:
+            self._lasting.add(index)
+        self._present.move_to_end(index)
+        return self._present[index]
+
+    def take(self, index: int) -> Client:
+        """Return a client that will be changed; it is valid until the next one is asked for."""
+        client = self.look(index)
+        self._changed.add(index)
+        return client
+
+    def version(self, index: int) -> int:
+        """Return the version of the shared parameters that a client holds, without making it."""
+        client = self._present.get(index)
+        return self._versions.get(index, 0) if client is None else client.version
+
+    def before(self, index: int) -> Tree | None:
+        """Return what `undo` needs to take back what happens to a client from now on."""
+        if index not in self._changed:
+            return None  # the store has it, or it is as it was made
+        return copied(self.look(index).state())
+
+    def undo(self, index: int, before: Tree | None) -> None:
+        """Put a client back to where `before` was called.
+
+        What is in memory of it may be in any state, so it is made anew.
+        """
+        self._present.pop(index, None)
+        self._changed.discard(index)
+        client = self.look(index)
+        if before is not None:
+            client.load(before)
+            self._changed.add(index)
+
+    def write_changed(self) -> None:
+        """Write all clients into the store that changed since they were written.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        for index in sorted(self._changed):
+            self._write(index)
+
+    def _write(self, index: int) -> None:
+        self._opened().write(_key(index), self._present[index].state())
+        self._changed.discard(index)
+
+    def _opened(self) -> Store:
+        if self._store is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="fedkd-fast-clients-")
+            self._store = Store(Path(self._temporary.name))
+        return self._store
+
+    def _shrink(self) -> None:
+        """Put clients into the store until the others fit."""
+        while len(self._present) > 1 and sum(self._sizes[i] for i in self._present) > self._limit:
+            index = next(iter(self._present))
+            if index in self._changed:
+                self._write(index)
+            client = self._present.pop(index)
+            self._versions[index] = client.version
+            if index in self._lasting:
+                self._lasting.discard(index)
+            else:
+                self._spare = client.learner
+
+    def versions(self) -> dict[int, int]:
+        """Return the versions of all clients that ever received something."""
+        present = {index: client.version for index, client in self._present.items()}
+        return {i: version for i, version in {**self._versions, **present}.items() if version}
+
+    def load_versions(self, versions: Iterable[tuple[int, int]]) -> None:
+        """Go on where `versions` was taken."""
+        self._versions = dict(versions)
+
+    def close(self) -> None:
+        """Remove temporary files."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _key(index: int) -> str:
+    return f"client-{index}"
+
+
+def _nbytes(client: Client) -> int:
+    """Return about what a client takes: parameters, gradients, two moments, and the base."""
+    total = 0
+    for model in (client.learner.mentor, client.learner.mentee):
+        if model is not None:
+            total += sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+            total += 3 * sum(one.nbytes for one in trainable_parameters(model).values())
+    return total + sum(one.nbytes for one in client.learner.shared_parameters().values())
