@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fedkd_fast._extras import needed
 from fedkd_fast._seeds import seeded
 
 # What query and value projections are called in models of transformers and in those of this
@@ -50,10 +51,7 @@ def add_adapter(model: nn.Module, adapter: str, seed: int) -> None:
         ImportError: peft is not installed.
     """
     check_adapter("adapter", adapter)
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("adapters need peft: pip install 'fedkd-fast[train]'") from error
+    peft = needed("peft", "an adapter", "peft", "train")
     found = sorted(
         {
             name.rsplit(".", 1)[-1]
@@ -77,10 +75,10 @@ def add_adapter(model: nn.Module, adapter: str, seed: int) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and inside and not name.startswith(inside)
     }
-    make_config: Any = LoraConfig
+    make_config: Any = peft.LoraConfig
     config = make_config(r=rank, lora_alpha=alpha, target_modules=found, lora_dropout=0.0)
     with seeded(seed):
-        inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in heads or _PREFIX in name)
 

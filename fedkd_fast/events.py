@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedkd_fast._extras import needed
 from fedkd_fast.records import RoundRecord
 
 
@@ -13,12 +14,7 @@ def require_tensorboard() -> None:
     Raises:
         ImportError: tensorboard is not installed; the message says how to get it.
     """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'tensorboard=True needs tensorboard: pip install "fedkd-fast[tensorboard]"'
-        ) from error
+    needed("torch.utils.tensorboard", "tensorboard=True", "tensorboard", "tensorboard")
 
 
 class Events:

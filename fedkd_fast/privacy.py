@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkd_fast._extras import needed
 from fedkd_fast.tensors import tied_names
 from fedkd_fast.updates import Client, Update, add_to, fitting, in_order, norm_bound
 
@@ -294,13 +295,7 @@ class GaussianMean:
 
 
 def _accounting() -> Any:
-    try:
-        import dp_accounting
-    except ImportError as error:
-        raise ImportError(
-            'epsilon needs dp-accounting: pip install "fedkd-fast[privacy]"'
-        ) from error
-    return dp_accounting
+    return needed("dp_accounting", "epsilon", "dp-accounting", "privacy")
 
 
 def _check_noise(value: float) -> None:

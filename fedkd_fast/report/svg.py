@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fedkd_fast._extras import needed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -69,12 +71,7 @@ def require_matplotlib() -> None:
     Raises:
         ImportError: matplotlib is not installed; the message says how to get it.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'the report draws its plots with matplotlib: pip install "fedkd-fast[report]"'
-        ) from error
+    needed("matplotlib", "the report", "matplotlib", "report")
 
 
 @contextmanager

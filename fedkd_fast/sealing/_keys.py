@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+from fedkd_fast._extras import needed
 from fedkd_fast._files import parse_json, read_text, replacing
 
 if TYPE_CHECKING:
@@ -27,12 +28,7 @@ def require_cryptography() -> None:
     Raises:
         ImportError: cryptography is not installed; the message says how to get it.
     """
-    try:
-        import cryptography  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "sealed frames need cryptography: pip install 'fedkd-fast[crypto]'"
-        ) from error
+    needed("cryptography", "sealing frames", "cryptography", "crypto")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkd_fast._extras import needed
 from fedkd_fast._files import read_text
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.models import build_vit, run_model
@@ -248,13 +249,8 @@ class DigitsTask:
 
 
 def _load() -> tuple[npt.NDArray[np.float64], Indices]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "task digits needs scikit-learn: pip install 'fedkd-fast[train]'"
-        ) from error
-    images, labels = load_digits(return_X_y=True)
+    datasets = needed("sklearn.datasets", "task digits", "scikit-learn", "train")
+    images, labels = datasets.load_digits(return_X_y=True)
     return images.astype(np.float64), labels.astype(np.int64)
 
 
