@@ -1,0 +1,332 @@
+"""Both ends of a link that carries a model in rounds, whatever transport is between them.
+
+Systems like Flower and NVFLARE send the whole weights w to clients and whole weights back. Here the
+server's end (`Broadcaster`) and the client's end (`Receiver`) hold the same tensors h, bit for bit,
+and only differences to them travel. With C a lossy codec and D what it decodes to::
+
+    down: frame_v = C(w_v - h_{v-1} + e_{v-1});  h_v = h_{v-1} + D(frame_v);  e_v = what C left out
+    up:   frame   = C(w' - h_v + r);             the server reads h_v + D(frame)
+
+e and r are residuals of error feedback: what is left out of one message is sent with the next.
+Every version is encoded once, however many clients receive it. Who holds the last version gets one
+frame; who missed some gets those, or the whole model where that is smaller; who already holds the
+newest, as in training after evaluation, gets none.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedkd_fast import wire
+from fedkd_fast.compress import Compressor
+from fedkd_fast.decompression import decompress
+from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
+from fedkd_fast.tensors import as_tensors, check_same_names, check_same_tensors, digest_of
+from fedkd_fast.trees import Tree
+from fedkd_fast.wire import Base
+
+State = Mapping[str, Tensor]
+_RUN_BITS = 63  # what signed integers of other systems can carry
+# Of the model in raw form: an honest frame is never much larger than that.
+_FRAME_SLACK, _FRAME_EXTRA = 1.1, 1 << 16
+
+
+class MissingBaseError(ValueError):
+    """A message builds on weights that the receiver does not hold; the whole model is needed."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How one direction of a link codes differences.
+
+    Args:
+        energy: share of the squared norm of each difference to keep, in (0, 1]; larger means more
+            bytes. With feedback, what is left out is sent later, so less is enough.
+        feedback: add to each message what the messages before left out. Not for weights that
+            hold it already, because they are kept apart from what was received of them.
+        codec: "wf1", "wf0", "factors-fp32" or "raw".
+        scope: "tensor" keeps the promise for each tensor, "message" for all together.
+        warm: start factorisations where the last ones ended: faster, for half of the factors' size
+            in memory, and in the client's state.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    energy: float = 0.8
+    feedback: bool = True
+    codec: str = "wf1"
+    scope: str = "tensor"
+    warm: bool = True
+
+    def __post_init__(self) -> None:
+        self.compressor()
+
+    def compressor(self) -> Compressor:
+        """Make what encodes the messages of one sender."""
+        # Who was away holds the newest weights again: its residual is as good as it was.
+        return Compressor(
+            self.energy,
+            self.codec,
+            scope=self.scope,
+            feedback=ErrorFeedback(decay=1.0) if self.feedback and self.codec != "raw" else False,
+            cache=SubspaceCache() if self.warm and self.codec not in ("raw",) else None,
+            schema=False,
+        )
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What a client needs to hold the newest version.
+
+    Args:
+        run: names the run, below 2^63.
+        version: of the weights that the client will hold, from 1 on.
+        frames: the whole model, or differences in their order, or nothing if it holds them already.
+        digest: of first weights that the client has to make itself, else empty.
+    """
+
+    run: int
+    version: int
+    frames: tuple[bytes, ...]
+    digest: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the frames."""
+        return sum(map(len, self.frames))
+
+
+class Broadcaster:
+    """The server's end: turns weights into letters, and replies into weights.
+
+    Args:
+        compression: of the way down.
+        shared_start: every client can make the first weights itself, so they are not sent
+            (`Receiver` takes a function for that, and checks what it makes).
+        keep: most versions whose frames are kept for clients that missed some.
+
+    Attributes:
+        version: of the newest weights; 0 before the first.
+        held: the newest weights as the clients hold them.
+    """
+
+    def __init__(
+        self,
+        compression: Compression | None = None,
+        *,
+        shared_start: bool = False,
+        keep: int = 32,
+    ) -> None:
+        self.run = secrets.randbits(_RUN_BITS)
+        self.version = 0
+        self.held: dict[str, Tensor] = {}
+        self._compressor = (compression or Compression()).compressor()
+        self._whole = Compressor(codec="raw")
+        self._shared_start, self._keep = shared_start, keep
+        self._published: bytes | None = None  # digest of the weights, before coding
+        self._frames: dict[int, bytes] = {}  # by the version that they lead to
+        self._whole_frame: bytes | None = None
+        self._known: dict[Hashable, int] = {}  # version by client, as far as it was confirmed
+        self._failed: set[Hashable] = set()  # clients to which nothing may be left to make
+
+    def publish(self, weights: Mapping[str, object]) -> int:
+        """Make these weights the newest version, unless they are already; return its number.
+
+        Integers that came back as floating numbers, as averages of counters do, are rounded.
+
+        Raises:
+            TypeError: a value is no dense tensor or array; names it.
+            ValueError: NaN or Inf, or other names or shapes than before; names the first.
+        """
+        tensors = as_tensors(weights, "weights")
+        if self.held:
+            check_same_names(tensors, self.held, "weights of the version before")
+            tensors = {name: _like(tensors[name], held) for name, held in self.held.items()}
+            check_same_tensors(tensors, self.held, "weights of the version before")
+        digest = digest_of(tensors)
+        if digest == self._published:
+            return self.version
+        if self.version == 0:
+            # Not the caller's: who trains in place would change what the clients hold.
+            self.held = {name: value.clone() for name, value in tensors.items()}
+        else:
+            base = Base(run=self.run, round=self.version)
+            frame = self._compressor.compress(tensors, base=self.held, relative_to=base)
+            self.held = decompress(frame, schema=self.held, base=self.held, relative_to=base)
+            self._frames[self.version + 1] = frame
+            self._frames.pop(self.version + 1 - self._keep, None)
+        self.version += 1
+        self._published, self._whole_frame = digest, None
+        return self.version
+
+    def letter(self, client: Hashable) -> Letter:
+        """Return what brings a client to the newest version, in the fewest bytes.
+
+        Until `confirm` says so, nothing that was sent counts as received.
+
+        Raises:
+            ValueError: nothing was published yet.
+        """
+        if not self.version:
+            raise ValueError("publish must come before letter: there are no weights yet")
+        known = self._known.get(client)
+        if known == self.version:
+            return Letter(self.run, self.version, ())
+        if self.version == 1 and self._shared_start and client not in self._failed:
+            return Letter(self.run, self.version, (), digest_of(self.held))
+        if known is not None:
+            missed = [self._frames.get(one) for one in range(known + 1, self.version + 1)]
+            frames = tuple(frame for frame in missed if frame is not None)
+            whole = sum(value.nbytes for value in self.held.values())
+            if len(frames) == len(missed) and sum(map(len, frames)) < whole:
+                return Letter(self.run, self.version, frames)
+        if self._whole_frame is None:
+            self._whole_frame = self._whole.compress(self.held)
+        return Letter(self.run, self.version, (self._whole_frame,))
+
+    def confirm(self, client: Hashable, version: int) -> None:
+        """Note which version a client says it holds.
+
+        Raises:
+            ValueError: there is no such version.
+        """
+        if not 1 <= version <= self.version:
+            raise ValueError(f"version must lie in [1, {self.version}], got {version}")
+        self._known[client] = version
+
+    def forget(self, client: Hashable) -> None:
+        """Send the whole model next time: the client failed, or may have lost what it held."""
+        self._known.pop(client, None)
+        self._failed.add(client)
+
+    def weights(self, frame: bytes) -> dict[str, Tensor]:
+        """Return the weights that a client's reply stands for: ``h + D(frame)``.
+
+        Raises:
+            WireError: the bytes are damaged, hold NaN or Inf, or are more than the model.
+            ValueError: made against another version, or for other tensors.
+        """
+        dense = sum(value.nbytes for value in self.held.values())
+        most = int(_FRAME_SLACK * dense) + _FRAME_EXTRA
+        if len(frame) > most:
+            raise wire.WireError(f"a reply must be at most {most} bytes, got {len(frame)}")
+        base = Base(run=self.run, round=self.version)
+        return decompress(
+            frame, schema=self.held, base=self.held, relative_to=base, max_bytes=max(dense, 1)
+        )
+
+
+class Receiver:
+    """The client's end: turns letters into weights, and trained weights into replies.
+
+    Args:
+        compression: of the way up.
+        initial: makes the first weights, where the server does not send them (`shared_start`).
+
+    Attributes:
+        version: of the weights it holds; 0 before the first letter.
+    """
+
+    def __init__(
+        self,
+        compression: Compression | None = None,
+        initial: Callable[[], Mapping[str, object]] | None = None,
+    ) -> None:
+        self.version, self._run = 0, 0
+        self._held: dict[str, Tensor] = {}
+        self._initial = initial
+        self._compressor = (compression or Compression()).compressor()
+
+    def receive(self, letter: Letter) -> dict[str, Tensor]:
+        """Return the weights of the letter's version; they are the caller's to change.
+
+        Raises:
+            WireError: the bytes are damaged.
+            MissingBaseError: the letter builds on weights that are not held here.
+            ValueError: it is for other tensors.
+        """
+        if letter.run != self._run:
+            # Residuals and subspaces of another run are of no use.
+            self.version, self._held, self._run = 0, {}, letter.run
+            self._compressor.load_state_dict({})
+        held, version = self._held, self.version
+        whole = bool(letter.frames) and wire.header(letter.frames[0]).base is None
+        if whole:
+            held, version = decompress(letter.frames[0]), letter.version
+        elif letter.digest and version == 0:
+            held, version = self._first(letter.digest), letter.version
+        else:
+            # A message that the server takes for lost may have come: what it brought is held.
+            start = letter.version - len(letter.frames)
+            if not max(start, 1) <= version <= letter.version:
+                raise MissingBaseError(
+                    f"the server's message leads from version {start} of the weights to "
+                    f"{letter.version}, but version {version} is held here: the whole model must "
+                    "be sent"
+                )
+            for frame in letter.frames[version - start :]:
+                base = Base(run=letter.run, round=version)
+                held = decompress(frame, schema=held, base=held, relative_to=base)
+                version += 1
+        self._held, self.version = held, version
+        return {name: value.clone() for name, value in held.items()}
+
+    def _first(self, digest: bytes) -> dict[str, Tensor]:
+        if self._initial is None:
+            raise MissingBaseError(
+                "the server does not send its first weights, and initial= was not given here"
+            )
+        found = as_tensors(self._initial(), "initial")
+        if digest_of(found) != digest:
+            raise MissingBaseError(
+                f"initial= makes weights {digest_of(found).hex()}, the server's first ones are "
+                f"{digest.hex()}: both must come from the same seed or file"
+            )
+        return {name: value.clone() for name, value in found.items()}
+
+    def reply(self, weights: Mapping[str, object]) -> bytes:
+        """Encode what was trained, less what was received.
+
+        Raises:
+            TypeError: a value is no dense tensor or array; names it.
+            ValueError: NaN or Inf, or other names, shapes or dtypes than were received.
+        """
+        if not self.version:
+            raise MissingBaseError("there is nothing to compare with: receive comes before reply")
+        base = Base(run=self._run, round=self.version)
+        return self._compressor.compress(weights, base=self._held, relative_to=base)
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that identify the weights that are held."""
+        return digest_of(self._held)
+
+    def state(self) -> Tree:
+        """Return all that another process needs to go on (`trees.Tree`); nothing is copied."""
+        return {
+            "run": self._run,
+            "version": self.version,
+            "held": dict(self._held),
+            "compressor": self._compressor.state_dict(),
+        }
+
+    def load(self, state: Tree) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError, TypeError: residuals of another kind, or damaged.
+        """
+        self._compressor.load_state_dict(state["compressor"])
+        self._run, self.version, self._held = state["run"], state["version"], dict(state["held"])
+
+
+def _like(value: Tensor, held: Tensor) -> Tensor:
+    """Return averages of integers as the integers that they were."""
+    if value.is_floating_point() and not held.is_floating_point():
+        return value.round().to(held.dtype)
+    return value.to(held.dtype) if value.is_floating_point() else value
