@@ -18,7 +18,6 @@ from fedkd_fast.integrations.link import (
     Receiver,
 )
 from fedkd_fast.tensors import digest_of
-from fedkd_fast.trees import read_tree, write_tree
 
 CODECS = ["wf1", "wf0", "factors-fp32", "raw"]
 
@@ -195,18 +194,34 @@ def test_a_shared_start_is_not_sent_and_is_checked_by_what_follows() -> None:
     assert digest_of(other.receive(server.letter("b"))) == digest_of(server.held)
 
 
-def test_state_goes_on_in_another_process(tmp_path) -> None:
+def test_state_goes_on_in_another_process() -> None:
     server, client = Broadcaster(), Receiver()
     server.publish(model())
     base = client.receive(server.letter("a"))
     server.confirm("a", 1)
     client.reply(moved(base, 1))
-    write_tree(tmp_path / "state", client.state())
     other = Receiver()
-    other.load(read_tree(tmp_path / "state"))
+    other.load(client.state())
     assert other.reply(moved(base, 2)) == client.reply(moved(base, 2))
     server.publish(moved(base, 3))
     assert digest_of(other.receive(server.letter("a"))) == digest_of(server.held)
+
+
+def test_damaged_state_is_refused() -> None:
+    server, client = Broadcaster(), Receiver()
+    server.publish(model())
+    base = client.receive(server.letter("a"))
+    state = client.state()
+    with pytest.raises(wire.WireError):
+        client.load(state[:-3])
+    with pytest.raises(ValueError, match="it names no run"):
+        client.load(server.letter("a").frames[0])
+    with pytest.raises(ValueError, match="feedback"):
+        feeding = Receiver(Compression(warm=False))
+        feeding.receive(server.letter("a"))
+        feeding.reply(moved(base, 1))
+        Receiver(Compression(feedback=False)).load(feeding.state())
+    assert client.version == 1
 
 
 def test_another_run_begins_anew() -> None:

@@ -26,13 +26,13 @@ from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
 from fedkd_fast.tensors import as_tensors, check_same_names, check_same_tensors, digest_of
-from fedkd_fast.trees import Tree
 from fedkd_fast.wire import Base
 
 State = Mapping[str, Tensor]
 _RUN_BITS = 63  # what signed integers of other systems can carry
 # Of the model in raw form: an honest frame is never much larger than that.
 _FRAME_SLACK, _FRAME_EXTRA = 1.1, 1 << 16
+_HELD, _KEPT = "held.", "kept."  # in the state of a client
 
 
 class MissingBaseError(ValueError):
@@ -306,23 +306,32 @@ class Receiver:
         """16 bytes that identify the weights that are held."""
         return digest_of(self._held)
 
-    def state(self) -> Tree:
-        """Return all that another process needs to go on (`trees.Tree`); nothing is copied."""
-        return {
-            "run": self._run,
-            "version": self.version,
-            "held": dict(self._held),
-            "compressor": self._compressor.state_dict(),
-        }
+    def state(self) -> bytes:
+        """Return all that another process needs to go on, as one frame."""
+        kept = {_HELD + name: value for name, value in self._held.items()}
+        kept |= {_KEPT + name: value for name, value in self._compressor.state_dict().items()}
+        base = Base(run=self._run, round=self.version)
+        return Compressor(codec="raw").compress(kept, relative_to=base)
 
-    def load(self, state: Tree) -> None:
+    def load(self, state: bytes) -> None:
         """Go on where `state` was taken.
 
         Raises:
-            ValueError, TypeError: residuals of another kind, or damaged.
+            WireError: the bytes are damaged.
+            ValueError, TypeError: the state of another kind of link. Nothing is changed then.
         """
-        self._compressor.load_state_dict(state["compressor"])
-        self._run, self.version, self._held = state["run"], state["version"], dict(state["held"])
+        base = wire.header(state).base
+        if base is None or base.run is None or base.round is None:
+            raise ValueError("state must be what Receiver.state returned: it names no run")
+        kept = decompress(state, relative_to=base)
+        found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}}
+        for name, value in kept.items():
+            prefix = next((one for one in found if name.startswith(one)), None)
+            if prefix is None:
+                raise ValueError(f"state must be what Receiver.state returned: it has {name!r}")
+            found[prefix][name.removeprefix(prefix)] = value
+        self._compressor.load_state_dict(found[_KEPT])
+        self._run, self.version, self._held = base.run, base.round, found[_HELD]
 
 
 def _like(value: Tensor, held: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""The client's side: what comes is made weights of, what goes small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
+
+from fedkd_fast.integrations.flower.records import (
+    CONTROL,
+    app,
+    array_record,
+    only,
+    read,
+    sealed,
+    weights_of,
+)
+from fedkd_fast.integrations.link import Compression, Receiver
+
+_KINDS = ("train", "evaluate")
+
+
+class CompressMod:
+    """A Flower mod; `compress_mod` makes it."""
+
+    def __init__(
+        self, compression: Compression, initial: Callable[[], Mapping[str, object]] | None
+    ) -> None:
+        self._compression, self._initial = compression, initial
+
+    def __call__(self, msg: Any, ctxt: Any, call_next: Callable[[Any, Any], Any]) -> Any:
+        """Let the app train or evaluate with weights, and send what it trained as a frame."""
+        kind = msg.metadata.message_type.split(".")[0]
+        if kind not in _KINDS:
+            return call_next(msg, ctxt)
+        receiver = Receiver(self._compression, self._initial)
+        try:
+            self._receive(msg, ctxt, receiver)
+        except (ValueError, TypeError) as error:
+            return _refusal(error, msg)
+        reply = call_next(msg, ctxt)
+        if reply.has_error():
+            # As if the message had not come: the server goes on from what it knows of this client.
+            return reply
+        try:
+            self._answer(reply, receiver, trained=kind == "train")
+        except (ValueError, TypeError) as error:
+            return _refusal(error, msg)
+        ctxt.state[CONTROL] = app.ConfigRecord({"state": receiver.state()})
+        return reply
+
+    def _receive(self, msg: Any, ctxt: Any, receiver: Receiver) -> None:
+        """Put weights in the place of what the server sent."""
+        control = msg.content.config_records.get(CONTROL)
+        if control is None:
+            raise ValueError(
+                "the server's strategy does not send frames: make CompressedStrategyMixin its "
+                "first base, or leave compress_mod out"
+            )
+        kept = ctxt.state.config_records.get(CONTROL)
+        if kept is not None:
+            receiver.load(kept["state"])
+        name, record = only(msg.content.array_records, "the server's message")
+        msg.content[name] = array_record(receiver.receive(read(record, control)))
+        del msg.content[CONTROL]
+
+    def _answer(self, reply: Any, receiver: Receiver, *, trained: bool) -> None:
+        """Put a frame in the place of trained weights, and say which version they came from."""
+        control: dict[str, Any] = {"version": receiver.version}
+        if trained:
+            name, record = only(reply.content.array_records, "the reply of a client that trained")
+            frame = receiver.reply(weights_of(record))
+            reply.content[name] = sealed((frame,))
+            control["lengths"] = [len(frame)]
+        reply.content[CONTROL] = app.ConfigRecord(control)
+
+
+def _refusal(error: Exception, msg: Any) -> Any:
+    """Tell the server, by the error's name, what is wrong."""
+    reason = f"{type(error).__name__}: {error}"
+    return app.Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=msg)
+
+
+def compress_mod(
+    compression: Compression | None = None,
+    *,
+    initial: Callable[[], Mapping[str, object]] | None = None,
+    **options: Any,
+) -> CompressMod:
+    """Make the messages of a Flower client small: ``ClientApp(mods=[compress_mod(), …])``.
+
+    It must come first, so that all other mods, of differential privacy for instance, see weights.
+    What the client trained is sent as its difference to what it received; what that leaves out
+    stays in ``context.state`` and is added to the next one. The server needs
+    `CompressedStrategyMixin`.
+
+    Args:
+        compression: how updates are coded.
+        initial: makes the first weights, where the strategy has ``shared_start=True``.
+        options: fields of `Compression`, instead of one: ``energy=0.95, feedback=False``.
+
+    Raises:
+        ValueError: an option out of its range.
+        TypeError: an option that does not exist, or both an object and options.
+    """
+    if compression is not None and options:
+        raise TypeError(f"compression excludes further options, got {', '.join(options)}")
+    return CompressMod(compression or Compression(**options), initial)

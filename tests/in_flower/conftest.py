@@ -1,0 +1,7 @@
+"""Tests that need Flower; `test_frameworks.py` runs them in an environment that has it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+collect_ignore_glob = [] if find_spec("flwr") else ["*"]
