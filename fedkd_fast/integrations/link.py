@@ -57,7 +57,7 @@ class Compression:
         ValueError: an argument out of its range.
     """
 
-    energy: float = 0.8
+    energy: float = 0.9
     feedback: bool = True
     codec: str = "wf1"
     scope: str = "tensor"

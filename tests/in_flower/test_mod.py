@@ -129,7 +129,7 @@ def test_a_broadcast_is_encoded_once_and_what_is_held_is_not_sent_again() -> Non
 
 def test_a_shared_start_is_not_sent() -> None:
     def app(node: int) -> ClientApp:
-        return app_of(node, compress_mod(initial=lambda: Net().state_dict()))
+        return app_of(node, compress_mod(initial=lambda context: Net().state_dict()))
 
     strategy = Compressed(shared_start=True)
     grid = LocalGrid(app)

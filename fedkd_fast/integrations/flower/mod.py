@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from flwr.app.error import Error
@@ -26,7 +27,7 @@ class CompressMod:
     """A Flower mod; `compress_mod` makes it."""
 
     def __init__(
-        self, compression: Compression, initial: Callable[[], Mapping[str, object]] | None
+        self, compression: Compression, initial: Callable[[Any], Mapping[str, object]] | None
     ) -> None:
         self._compression, self._initial = compression, initial
 
@@ -35,7 +36,8 @@ class CompressMod:
         kind = msg.metadata.message_type.split(".")[0]
         if kind not in _KINDS:
             return call_next(msg, ctxt)
-        receiver = Receiver(self._compression, self._initial)
+        initial = None if self._initial is None else partial(self._initial, ctxt)
+        receiver = Receiver(self._compression, initial)
         try:
             self._receive(msg, ctxt, receiver)
         except (ValueError, TypeError) as error:
@@ -86,7 +88,7 @@ def _refusal(error: Exception, msg: Any) -> Any:
 def compress_mod(
     compression: Compression | None = None,
     *,
-    initial: Callable[[], Mapping[str, object]] | None = None,
+    initial: Callable[[Any], Mapping[str, object]] | None = None,
     **options: Any,
 ) -> CompressMod:
     """Make the messages of a Flower client small: ``ClientApp(mods=[compress_mod(), …])``.
@@ -98,7 +100,9 @@ def compress_mod(
 
     Args:
         compression: how updates are coded.
-        initial: makes the first weights, where the strategy has ``shared_start=True``.
+        initial: makes the first weights of a Flower context, where the strategy has
+            ``shared_start=True``: ``lambda context: make_model().state_dict()``. They must be the
+            server's, from the same seed or file; they are compared.
         options: fields of `Compression`, instead of one: ``energy=0.95, feedback=False``.
 
     Raises:
