@@ -11,7 +11,7 @@ FUZZ := build/fuzz
 FUZZ_SECONDS ?= 120
 TRIAL_PIP := $(WHEEL)/venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench fuzz gpu slow wheel clean .venv
+.PHONY: demo test lint docs bench fuzz gpu slow wheel clean .venv
 .DELETE_ON_ERROR:
 
 # Train four methods on real handwritten digits and compare them on one page.
@@ -33,6 +33,11 @@ lint: $(VENV)/.dev
 	@command -v git >/dev/null || { echo "git is missing: apt install git"; exit 1; }
 	@git rev-parse --git-dir >/dev/null || { echo "make lint needs a git checkout: git clone …"; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# The site, from docs/ and docstrings; `make test` builds it too. A warning is an error.
+docs: $(VENV)/.dev
+	@$(BIN)/python -m sphinx -q -E -W --keep-going -d build/doctrees docs build/site
+	@echo "open build/site/index.html"
 
 # Microbenchmarks; every result is checked before it is timed.
 bench: $(VENV)/.dev

@@ -143,7 +143,7 @@ class TrainConfig:
     scored_clients: int = 100  # the first so many clients' own models are scored and saved
     faults: float = 0.0  # share of the replies that go wrong on purpose, to see what comes of it
     attackers: float = 0.0  # share of the clients that send attack_factor times their update
-    attack_factor: float = -10.0
+    attack_factor: float = -10.0  # below 0 pushes the model backwards; larger sizes do more harm
     out: str | None = None  # run folder to write; None writes nothing
     overwrite: bool = False  # True: replace a run folder that exists
     tensorboard: bool = False  # True: write events for TensorBoard into the run folder

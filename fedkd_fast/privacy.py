@@ -1,7 +1,7 @@
 """Differential privacy of clients: clipped, noised means of updates, and what they give away.
 
 Central client-level DP as in DP-FedAvg (McMahan et al. 2018). In each of T rounds each of N clients
-takes part with probability q, by a coin of its own; the server releases
+takes part with probability q, by a coin of its own; the server releases::
 
     g = (Σ_i min(1, C/|u_i|)·u_i + N(0, (z·C)²·I)) / (q·N)
 

@@ -1,7 +1,7 @@
 """Frames that only their receiver can read, and only their sender can have written.
 
 FedKD's clients encrypt what they upload and the server encrypts what it broadcasts (Algorithm 1).
-Here each client shares two keys with the server, one a direction, that nobody else can compute:
+Here each client shares two keys with the server, one a direction, that nobody else can compute::
 
     shared = X25519(own private key, public key of the peer)
     key    = HKDF-SHA256(shared, salt=run, info=label | server key | client key | names | run)
