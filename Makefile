@@ -21,9 +21,10 @@ demo: $(VENV)/.ready
 	done
 	@$(BIN)/fedkd-fast report $(DEMO_METHODS:%=runs/demo/%) -o runs/demo/report.html
 
-# The whole test suite; what CI runs.
+# The whole test suite; what CI runs. One process for each core, but at most four: each holds torch.
+# No test times anything, and pytest-benchmark would warn that it cannot here.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --benchmark-disable
 
 # Long runs that `make test` leaves out.
 slow: $(VENV)/.dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -17,42 +18,49 @@ BUILD = ROOT / "build" / f"native-{zlib.crc32(sys.prefix.encode()):08x}"
 SIMT_LIBRARY = BUILD / "libfedkd_fast_simt.so"
 
 
-def built() -> Path:
-    """Build what has changed, once, and return the folder; a failure shows the compiler's words."""
-    if problem := _problem_of_build():
+def built(target: str) -> Path:
+    """Build what a target needs, and return the folder; a failure shows the compiler's words."""
+    torch_dir = f"-DTORCH_DIR={Path(torch.__file__).parent}"
+    source = str(ROOT / "tests" / "native")
+    problem = _problem_of("-S", source, "-B", str(BUILD), "-G", "Ninja", torch_dir) or _problem_of(
+        "--build", str(BUILD), "--target", target
+    )
+    if problem:
         raise RuntimeError(problem)
     return BUILD
 
 
 @functools.cache
-def _problem_of_build() -> str:
-    torch_dir = Path(torch.__file__).parent
+def _problem_of(*step: str) -> str:
+    """Run a step of CMake, once in this process and in no other meanwhile."""
+    command = ["cmake", *step]
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    configure = ["cmake", "-S", str(ROOT / "tests" / "native"), "-B", str(BUILD), "-G", "Ninja"]
-    for command in ([*configure, f"-DTORCH_DIR={torch_dir}"], ["cmake", "--build", str(BUILD)]):
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(
             command, capture_output=True, text=True, env=os.environ | {"PATH": tools}
         )
-        if done.returncode:
-            return f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
+    if done.returncode:
+        return f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
     return ""
 
 
 @functools.cache
 def simt_ops() -> torch._ops._OpNamespace:
     """Load the ops that run CUDA kernels on CPU threads."""
-    built()
+    built("fedkd_fast_simt")
     torch.ops.load_library(str(SIMT_LIBRARY))  # type: ignore[no-untyped-call]
     return torch.ops.fedkd_fast_simt
 
 
-def run(name: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run(name: str, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Run an executable of the build."""
-    return run_in(built(), name, *arguments, timeout_s=timeout_s)
+    return run_in(built(name), name, *arguments, timeout_s=timeout_s)
 
 
 def run_in(
-    folder: Path, name: str, *arguments: str, timeout_s: float = 240
+    folder: Path, name: str, *arguments: str, timeout_s: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run an executable without address randomisation, which ThreadSanitizer does not bear."""
     command = ["setarch", "--addr-no-randomize", str(folder / name), *arguments]
