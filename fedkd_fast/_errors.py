@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class Stopped(RuntimeError):
     """Training ended before its last round, as it was asked to."""
+
+
+class DiskError(OSError):
+    """A run cannot write what is its own: whoever's turn it is, that is no failure of a client."""
+
+
+@contextlib.contextmanager
+def own_file(path: Path) -> Iterator[None]:
+    """Tell errors in writing a file of a run from those of its clients.
+
+    Raises:
+        DiskError: instead of any other OSError; names the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 class QuorumError(RuntimeError):

@@ -20,7 +20,7 @@ from fedkd_fast._files import read_json_object, replacing, sync
 from fedkd_fast.trees import Tree, read_tree, write_tree
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _FILE = re.compile(r"([a-z0-9-]+)\.([0-9]+)\.safetensors")
 _PART = re.compile(r"\.checkpoint\.json\.[0-9]+\.part")  # what `replacing` may leave
 _CHUNK = 1 << 20
@@ -64,7 +64,11 @@ class Store:
                     raise ValueError(f"{name} is missing")
                 self._files[key], self._digests[name] = name, str(digest)
                 self._generation = max(self._generation, int(match[2]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if manifest["sha256"] != _manifest_digest(self.facts, manifest["files"]):
+                raise ValueError("it is not what was written")
+        except KeyError as error:
+            raise ValueError(f"{self.folder / MANIFEST} is damaged: no {error} in it") from error
+        except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.folder / MANIFEST} is damaged: {error}") from error
         self._unread = set(self._digests)
 
@@ -134,7 +138,8 @@ class Store:
                 digests[name] = self._digests[name]
         files = {key: (name, digests[name]) for key, name in sorted(self._files.items())}
         everything = {**facts, **(clock or {})}
-        manifest = {"format": FORMAT, "facts": everything, "files": files}
+        digest = _manifest_digest(everything, files)
+        manifest = {"format": FORMAT, "facts": everything, "files": files, "sha256": digest}
         text = json.dumps(manifest, allow_nan=False)
         # Where this fails, either checkpoint may be the one on the disk: files of both are kept.
         self._digests |= digests
@@ -155,6 +160,11 @@ class Store:
             stray = _FILE.fullmatch(path.name) and path.name not in self._digests
             if stray or _PART.fullmatch(path.name):
                 path.unlink()
+
+
+def _manifest_digest(facts: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """Return what tells whether a manifest is what was written: of the files it has digests."""
+    return hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

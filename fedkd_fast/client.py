@@ -20,7 +20,7 @@ from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.models import trainable_parameters
 from fedkd_fast.tasks import Batch, Task
 from fedkd_fast.tensors import digest_of
-from fedkd_fast.trees import Tree
+from fedkd_fast.trees import Tree, tensor_bytes
 
 # Where the batches of refreshing come from, among the epochs of a round.
 _REFRESHING = 1_000_000
@@ -59,13 +59,27 @@ class _Stream(Iterator[Batch]):
         (self._epoch, self._done), self._batches = state, None
 
 
+class _Shard:
+    """The batches of a client; knows no client, so that one is gone when nobody has it any more."""
+
+    def __init__(self, task: Task, shard: Any, seed: int, index: int) -> None:
+        self._task, self._shard, self._seed, self._index = task, shard, seed, index
+
+    def epoch(self, round_number: int, epoch: int) -> Iterable[Batch]:
+        """Go through the shard once, in the order of that pass of that round."""
+        seed = derived_seed(self._seed, self._index, round_number, epoch)
+        return self._task.batches(self._shard, seed)
+
+
 class Decoded:
     """What broadcasts turn shared parameters into, for clients of one process that hold the same.
 
-    Many clients decode the same frame against the same parameters, and get the same bits.
+    Many clients decode the same frame against the same parameters, and get the same bits. Kept are
+    those of as many updates as clients that missed rounds may be sent, which together have no more
+    bytes than the parameters themselves; those that were asked for longest ago go first.
 
     Args:
-        limit: bytes of parameters that are kept; those that were asked for longest ago go first.
+        limit: bytes that are kept at most.
     """
 
     def __init__(self, limit: int = 1 << 24) -> None:
@@ -87,10 +101,14 @@ class Decoded:
         if key not in self._kept:
             state = decode()
             self._kept[key] = state, digest_of(state)
-            while len(self._kept) > 1 and sum(map(self._nbytes, self._kept)) > self._limit:
+            while len(self._kept) > 1 and self._too_many(self._nbytes(key) - len(frame)):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def _too_many(self, whole: int) -> bool:
+        updates = sum(len(frame) for frame, base in self._kept if base)
+        return updates > whole or sum(map(self._nbytes, self._kept)) > self._limit
 
     def _nbytes(self, key: tuple[bytes, bytes]) -> int:
         return len(key[0]) + sum(value.nbytes for value in self._kept[key][0].values())
@@ -127,15 +145,17 @@ class Client:
         decoded: Decoded | None = None,
     ) -> None:
         self.index, self.learner, self.shard = index, learner, shard
-        self._task, self._up, self._down = task, up, down
+        self._up, self._down = up, down
+        self._own = _Shard(task, shard, seed, index)
         self._seed, self._local_epochs, self._local_steps = seed, local_epochs, local_steps
         self._decoded = decoded or Decoded()
         self._round = 0
         # Rounds that are no whole passes go on where the last one stopped.
-        self._stream = _Stream(partial(self._epoch, 0))
+        self._stream = _Stream(partial(self._own.epoch, 0))
         self.version = 0  # of the shared parameters that the client holds
         # What every client holds: the shared parameters at the start of the round.
         self._base: Mapping[str, Tensor] = learner.exchanged()
+        self._base_digest: bytes | None = None  # once asked for
         self._at_base = True  # nothing was trained since
 
     def train(self, round_number: int, lr_share: float = 1.0) -> Losses:
@@ -172,7 +192,7 @@ class Client:
         steps = self._steps()
         if steps is None:
             for epoch in range(int(self._local_epochs)):
-                yield from self._epoch(self._round, epoch)
+                yield from self._own.epoch(self._round, epoch)
         else:
             yield from itertools.islice(self._stream, steps)
 
@@ -185,11 +205,7 @@ class Client:
     @cached_property
     def _epoch_steps(self) -> int:
         """Batches of one pass, counted once: making them costs what making them to train does."""
-        return sum(1 for _ in self._epoch(0, 0))
-
-    def _epoch(self, round_number: int, epoch: int) -> Iterable[Batch]:
-        seed = derived_seed(self._seed, self.index, round_number, epoch)
-        return self._task.batches(self.shard, seed)
+        return sum(1 for _ in self._own.epoch(0, 0))
 
     def refresh(self, lr_share: float = 1.0) -> None:
         """Let the private model learn from the shared one as it came from the server.
@@ -203,7 +219,7 @@ class Client:
         if not steps:
             return
         with seeded(derived_seed(self._seed, self.index, self._round, _REFRESHING)):
-            endless = _Stream(partial(self._epoch, self._round), _REFRESHING)
+            endless = _Stream(partial(self._own.epoch, self._round), _REFRESHING)
             batches = itertools.islice(endless, steps)
             self.learner.refresh(batches, lr_share)
         self._check(Losses(None, None))
@@ -248,12 +264,12 @@ class Client:
             WireError: the bytes are damaged.
             ValueError: an update is meant for other parameters.
         """
-        base, digest = self._base, digest_of(self._base)
+        base, digest = self._base, self._base_digest or digest_of(self._base)
         for frame in frames:
             # Whole parameters are the same whatever they are applied to.
             onto = b"" if wire.header(frame).base is None else digest
             base, digest = self._decoded.get(frame, onto, partial(self._applied, frame, base))
-        self._base, self._at_base = base, True
+        self._base, self._base_digest, self._at_base = base, digest, True
         self.learner.adopt(base)
 
     def _applied(self, frame: bytes, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -287,6 +303,12 @@ class Client:
         self._down.load(state["down"])
         self._at_base = state["base"] is None
         self._base = self.learner.exchanged() if self._at_base else state["base"]
+        self._base_digest = None
+
+    def nbytes(self) -> int:
+        """Return about what the client takes in memory: models, base, and what its legs keep."""
+        kept = [dict(self._base), self._up.state(), self._down.state()]
+        return self.learner.nbytes() + tensor_bytes(kept)
 
     def digest(self) -> bytes:
         """Return 16 bytes that identify what is shared."""

@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._errors import own_file
 from fedkd_fast._files import parse_json, read_text
 
 # What says that something went wrong.
@@ -59,13 +60,17 @@ class Journal:
         return {event: self.counts[event] for event in FAULTS if self.counts[event]}
 
     def add(self, event: str, **fields: Any) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
+        """Add a line; it is on its way to the disk when this returns.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
         self.counts[event] += 1
         if self._path is None:
             return
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **fields}, allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
+        with own_file(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

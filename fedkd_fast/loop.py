@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from fedkd_fast import __version__
-from fedkd_fast._errors import QuorumError, Stopped
+from fedkd_fast._errors import DiskError, QuorumError, Stopped
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.adapters import merge_adapter
 from fedkd_fast.assembly import client_maker, make_server, participants
@@ -106,6 +106,7 @@ class Loop:
         Raises:
             Stopped: `stop` asked for it.
             QuorumError: too few replies of a round counted.
+            DiskError: something of the run cannot be written; `intact` says what is left.
         """
         self._begin()
         scores, last = Scores(self.task.metric, "none"), False
@@ -134,12 +135,13 @@ class Loop:
             self.writer.check_data(self.shards, facts["sample"])
             self._load(self._store)
             done, inside = self.recorder.rounds_done, self._pending is not None
-            self.journal.add("resume", round=done, inside=inside, environment=environment())
+            place = {"round": done, "inside": inside}
+            self.journal.add("resume", **place, version=__version__, environment=environment())
         elif self.writer is not None:
             config = dataclasses.asdict(self.config) | {"version": __version__}
             self.writer.start({**config, "environment": environment(), "task_facts": facts})
             self.writer.write_partition(self.shards)
-            self.journal.add("start", environment=environment())
+            self.journal.add("start", version=__version__, environment=environment())
 
     def _round(self, number: int) -> tuple[Scores, bool]:
         """Train one round; say how its models score, and whether it was the last."""
@@ -180,6 +182,7 @@ class Loop:
             seconds=time.perf_counter() - started,
             digest=None if self.server is None else self.server.digest().hex(),
         )
+        self.pool.settle()
         if self._progress is not None:
             self._progress(record)
         return scores, last
@@ -214,6 +217,8 @@ class Loop:
                 with row.timed(codec=True):
                     row.frame = client.upload(energy, factor=self.delivery.factor(index))
                 self.delivery.send(client, row, current.replies, self.server)
+        except DiskError:
+            raise
         except Exception as error:
             if alone:
                 raise
@@ -377,13 +382,19 @@ class Loop:
             }
             found = store.commit(facts, clock)
         except OSError as error:
-            last = store.facts.get("counts", [0])[0]
             raise OSError(
                 f"the checkpoint after round {done} cannot be written: {error.strerror or error}; "
-                f"the one after round {last} is intact in {store.folder}"
+                f"{self.intact()}"
             ) from error
         spent = time.perf_counter() - started
         self.journal.add("checkpoint", round=done, sha256=found, seconds=spent)
+
+    def intact(self) -> str:
+        """Say where a run whose disk is full will go on."""
+        if self._store is None or not self._store.facts:
+            return "there is no checkpoint yet"
+        last = self._store.facts["counts"][0]
+        return f"the checkpoint after round {last} is intact in {self._store.folder}"
 
     def _load(self, store: Store) -> None:
         """Go on where the checkpoint was made."""

@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedkd_fast._errors import own_file
+from fedkd_fast._memory import give_back
 from fedkd_fast.assembly import Maker
 from fedkd_fast.checkpoint import Store
 from fedkd_fast.client import Client
 from fedkd_fast.methods import Learner
-from fedkd_fast.models import trainable_parameters
 from fedkd_fast.trees import Tree, copied
 
 
@@ -38,6 +39,7 @@ class ClientPool:
         self._sizes: dict[int, int] = {}
         self._changed: set[int] = set()  # differ from what the store has
         self._versions: dict[int, int] = {}
+        self._left = False  # whether clients left the memory since the last `settle`
         self._spare: Learner | None = None  # of a client that left, for the next that is made
         self._lasting: set[int] = set()  # whose models somebody holds
 
@@ -56,12 +58,15 @@ class ClientPool:
         Args:
             index: of the client.
             lasting: its models are to stay as they are, also when others take its place.
+
+        Raises:
+            DiskError: others cannot be written to make room.
         """
         if index not in self._present:
             client, self._spare = self._make(index, self._spare), None
             if self._store is not None and _key(index) in self._store:
                 client.load(self._store.read(_key(index)))
-            self._present[index], self._sizes[index] = client, _nbytes(client)
+            self._present[index] = client
             self._shrink()
         if lasting:
             self._lasting.add(index)
@@ -72,6 +77,7 @@ class ClientPool:
         """Return a client that will be changed; it is valid until the next one is asked for."""
         client = self.look(index)
         self._changed.add(index)
+        self._sizes.pop(index, None)  # it may keep more when it has taken part
         return client
 
     def version(self, index: int) -> int:
@@ -91,6 +97,7 @@ class ClientPool:
         What is in memory of it may be in any state, so it is made anew.
         """
         self._present.pop(index, None)
+        self._sizes.pop(index, None)
         self._changed.discard(index)
         client = self.look(index)
         if before is not None:
@@ -101,13 +108,15 @@ class ClientPool:
         """Write all clients into the store that changed since they were written.
 
         Raises:
-            OSError: they cannot be written.
+            DiskError: they cannot be written.
         """
         for index in sorted(self._changed):
             self._write(index)
 
     def _write(self, index: int) -> None:
-        self._opened().write(_key(index), self._present[index].state())
+        store = self._opened()
+        with own_file(store.folder):
+            store.write(_key(index), self._present[index].state())
         self._changed.discard(index)
 
     def _opened(self) -> Store:
@@ -118,16 +127,24 @@ class ClientPool:
 
     def _shrink(self) -> None:
         """Put clients into the store until the others fit."""
-        while len(self._present) > 1 and sum(self._sizes[i] for i in self._present) > self._limit:
+        for index in self._present.keys() - self._sizes.keys():
+            self._sizes[index] = self._present[index].nbytes()
+        while len(self._present) > 1 and sum(self._sizes.values()) > self._limit:
             index = next(iter(self._present))
             if index in self._changed:
                 self._write(index)
-            client = self._present.pop(index)
-            self._versions[index] = client.version
+            client, _ = self._present.pop(index), self._sizes.pop(index)
+            self._versions[index], self._left = client.version, True
             if index in self._lasting:
                 self._lasting.discard(index)
             else:
                 self._spare = client.learner
+
+    def settle(self) -> None:
+        """Give memory of clients that left back to the system."""
+        if self._left:
+            give_back()
+            self._left = False
 
     def versions(self) -> dict[int, int]:
         """Return the versions of all clients that ever received something."""
@@ -146,13 +163,3 @@ class ClientPool:
 
 def _key(index: int) -> str:
     return f"client-{index}"
-
-
-def _nbytes(client: Client) -> int:
-    """Return about what a client takes: parameters, gradients, two moments, and the base."""
-    total = 0
-    for model in (client.learner.mentor, client.learner.mentee):
-        if model is not None:
-            total += sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
-            total += 3 * sum(one.nbytes for one in trainable_parameters(model).values())
-    return total + sum(one.nbytes for one in client.learner.shared_parameters().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import math
 import platform
@@ -67,18 +68,16 @@ class ClientRow:
         self.error: Exception | None = None  # with which
 
     def state(self) -> Tree:
-        """Return all but the error, for `restored`."""
-        return {
-            name: list(value) if name == "losses" else value
-            for name, value in vars(self).items()
-            if name != "error"
-        }
+        """Return all that `restored` needs; of the error that is its kind and what it says."""
+        plain = {"losses": list(self.losses), "error": self.error and _described(self.error)}
+        return {**vars(self), **plain}
 
     @classmethod
     def restored(cls, state: Tree) -> ClientRow:
         """Return the row that `state` is of."""
         row = cls(state["client"])
-        vars(row).update(state, losses=Losses(*state["losses"]))
+        error = state["error"] and _raisable(*state["error"])
+        vars(row).update(state, losses=Losses(*state["losses"]), error=error)
         return row
 
     @contextlib.contextmanager
@@ -105,6 +104,24 @@ class ClientRow:
             "layers": frame_layers(self.frame, schema),
             **spectra,
         }
+
+
+def _described(error: Exception) -> list[str]:
+    """Return which of Python's own errors this one is, and what it says."""
+    kinds = (kind for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
+    text = error.args[0] if len(error.args) == 1 else error
+    return [next(kinds).__name__, str(text)]
+
+
+def _raisable(kind: str, text: str) -> Exception:
+    """Return an error of the kind that `_described` named, so that a run ends as it would have."""
+    found = vars(builtins).get(kind)
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        raise ValueError(f"{kind!r} is no error of Python")
+    try:
+        return found(text)
+    except TypeError:  # those of text codecs want more than a text
+        return ValueError(text)
 
 
 @dataclass

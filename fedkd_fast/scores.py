@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,14 @@ def evaluate(
         mentees: likewise.
         clients: how many there are.
         together: also score the mean of each client's two models.
+
+    Raises:
+        ValueError: a score is NaN or infinite, which no model can be better or worse than; names
+            it.
     """
     own = bool(getattr(task, "own_tests", False))
 
-    def score(models: Sequence[nn.Module]) -> list[Metrics]:
+    def score(role: str, models: Sequence[nn.Module]) -> list[Metrics]:
         if not models:
             return []
         count = clients if own else len(models)
@@ -81,6 +86,13 @@ def evaluate(
         found = [
             task.evaluate(model, split=split, client=client) for client, model in enumerate(chosen)
         ]
+        for client, metrics in enumerate(found):
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"scores of task {task.name} must be finite, got {name} {value} of the "
+                        f"{role} of client {client} on {split} data"
+                    )
         # One model on one test set: every client has its score.
         return found if len(found) == clients else found * clients
 
@@ -88,4 +100,5 @@ def evaluate(
     if together and mentors and mentees:
         paired = [*mentees] * len(mentors) if len(mentees) == 1 else mentees
         means = [MeanOfModels([one, two]) for one, two in zip(mentors, paired, strict=True)]
-    return Scores(task.metric, split, score(mentors), score(mentees), score(means))
+    models = score("mentor", mentors), score("mentee", mentees), score("mean", means)
+    return Scores(task.metric, split, *models)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedkd_fast import __version__
 from fedkd_fast._device import require_device
+from fedkd_fast._errors import DiskError
 from fedkd_fast._errors import QuorumError as QuorumError
 from fedkd_fast._errors import Stopped as Stopped
 from fedkd_fast._files import absolute
@@ -96,6 +98,8 @@ def train(
             if not writer.resumes:
                 # So that what is killed from here on can be begun again by its folder alone.
                 writer.start(dataclasses.asdict(config))
+            elif not writer.complete:
+                _check_version(writer.folder)
         chosen = build_task(task, task_options(config)) if isinstance(task, str) else task
         # The data may decide more: a task that was made knows them.
         config = configure(chosen, method, fields)
@@ -106,9 +110,12 @@ def train(
                 return _finished(config, chosen, writer.folder)
         loop = Loop(config, chosen, writer, progress, stop)
         ending.callback(loop.close)
-        summary, mentors, mentees = loop.run()
-        if writer is not None:
-            writer.finish(chosen, mentors, mentees, summary)
+        try:
+            summary, mentors, mentees = loop.run()
+            if writer is not None:
+                writer.finish(chosen, mentors, mentees, summary)
+        except DiskError as error:
+            raise OSError(f"the run cannot go on: {error}; {loop.intact()}") from error
         folder = writer.folder if writer is not None else None
         mentee = mentees[0] if mentees else None
         return Run(config, summary, tuple(mentors), mentee, folder)
@@ -160,6 +167,16 @@ def _check_same(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name} must be what the unfinished run began with, {began!r}, got {wanted!r}"
             )
+
+
+def _check_version(folder: Path) -> None:
+    """Refuse to go on with what another minor version began: its rounds may have other bits."""
+    began = str((unfinished_config(folder) or {}).get("version"))
+    if began.split(".")[:2] != __version__.split(".")[:2]:
+        raise ValueError(
+            f"the unfinished run in {folder} was begun by fedkd_fast {began}, this is "
+            f"{__version__}: go on with {began}, or begin anew with overwrite"
+        )
 
 
 def _finished(config: TrainConfig, task: Task, folder: Path) -> Run:

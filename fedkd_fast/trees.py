@@ -49,12 +49,16 @@ def write_tree(path: Path, tree: Tree) -> None:
     try:
         save_file({name: torch.cat(parts) for name, parts in writer.parts.items()}, path, metadata)
     except SafetensorError as error:
-        # The library puts errors of the system into text.
-        number = re.search(r"os error ([0-9]+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise system_error(error, path) from error
+
+
+def system_error(error: SafetensorError, path: Path) -> Exception:
+    """Return the error of the system that the library has put into text, or else its own one."""
+    number = re.search(r"os error ([0-9]+)", str(error))
+    if number is None:
+        return error
+    code = int(number[1])
+    return OSError(code, os.strerror(code), str(path))
 
 
 def read_tree(path: Path) -> Tree:
@@ -97,6 +101,21 @@ def _copied(tree: Tree, known: dict[int, Tensor]) -> Tree:
     return tree
 
 
+def tensor_bytes(tree: Tree) -> int:
+    """Return the bytes of all tensors in a tree, each object counted once."""
+    found: dict[int, int] = {}
+    left = [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            found[id(value)] = value.nbytes
+        elif isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+    return sum(found.values())
+
+
 class _Writer:
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}  # by dtype, each flat
@@ -117,10 +136,10 @@ class _Writer:
         return number
 
     def plain(self, value: Tree, place: str) -> Any:
+        if isinstance(value, Tensor):  # as most are
+            return {_TENSOR: self._number(value)}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if isinstance(value, Tensor):
-            return {_TENSOR: self._number(value)}
         if isinstance(value, bytes):
             return {_BYTES: self._number(torch.from_numpy(np.frombuffer(value, np.uint8).copy()))}
         if isinstance(value, (list, tuple)):
@@ -143,7 +162,8 @@ def _part(flat: Tensor, first: int, shape: list[int]) -> Tensor:
     size = math.prod(shape)
     if min([first, *shape], default=0) < 0 or first + size > len(flat):
         raise ValueError(f"{shape} from {first} on do not fit into {len(flat)} elements")
-    return flat[first : first + size].clone().reshape(shape)
+    # A copy in the end: a view of one would keep a second object for each tensor.
+    return flat[first : first + size].reshape(shape).clone()
 
 
 def _read(value: Any, tensors: Sequence[Tensor]) -> Tree:

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
+from fedkd_fast._errors import own_file
 from fedkd_fast._files import absolute, read_json_object, replacing, sync
 from fedkd_fast.assembly import Shards
 from fedkd_fast.checkpoint import MANIFEST
@@ -37,6 +39,7 @@ from fedkd_fast.runs import (
     SUMMARY,
 )
 from fedkd_fast.tasks import PredictingTask, Task
+from fedkd_fast.trees import system_error
 
 # All that may lie in a run folder. What makes a run a finished one leaves first and comes last.
 _CONTENT = (
@@ -201,9 +204,14 @@ class RunWriter:
             raise ValueError(f"data are not those that the run began with: {path} lists others")
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to the metrics; they are on their way to the disk when this returns."""
+        """Add lines to the metrics; they are on their way to the disk when this returns.
+
+        Raises:
+            DiskError: they cannot be written.
+        """
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        with (self._part / METRICS).open("a", encoding="utf-8") as file:
+        path = self._part / METRICS
+        with own_file(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def metrics_bytes(self) -> int:
@@ -240,7 +248,11 @@ class RunWriter:
         mentees: Sequence[nn.Module],
         summary: Mapping[str, Any],
     ) -> None:
-        """Write models and summary, and put the run into its place."""
+        """Write models and summary, and put the run into its place.
+
+        Raises:
+            DiskError: they cannot be written; what a checkpoint needs is still there.
+        """
         for name in (MENTORS, MENTEE, MENTEES):
             # What a process was killed in the middle of.
             shutil.rmtree(self._part / name, ignore_errors=True)
@@ -249,13 +261,17 @@ class RunWriter:
             models.append((self._part / MENTEE, mentees[0]))
         else:
             models += [(self._part / MENTEES / str(n), model) for n, model in enumerate(mentees)]
-        for folder, model in models:
-            save_model(model, folder)
-            if isinstance(task, PredictingTask):
-                task.save_assets(folder)
-        self._close_events()
-        (self._part / METRICS).touch()
-        _write_json(self._part / SUMMARY, summary)
+        with own_file(self._part):
+            for folder, model in models:
+                try:
+                    save_model(model, folder)
+                except SafetensorError as error:
+                    raise system_error(error, folder) from error
+                if isinstance(task, PredictingTask):
+                    task.save_assets(folder)
+            self._close_events()
+            (self._part / METRICS).touch()
+            _write_json(self._part / SUMMARY, summary)
         self.publish()
 
     def publish(self) -> None:

@@ -16,7 +16,8 @@ ROOT = PACKAGE.parent
 FLOORS = {
     0: {
         *("ops", "reference", "reference_rans", "distillation", "wire"),
-        *("_C", "_device", "_driver", "_extras", "_files", "_errors", "_seeds", "trees"),
+        *("_C", "_device", "_driver", "_extras", "_files", "_errors", "_memory", "_seeds"),
+        "trees",
     },
     1: {"codec", "tensors", "updates", "compress", "decompression", "feedback", "aggregation"},
     2: {"losses", "models", "adapters", "sealing", "robust", "privacy"},

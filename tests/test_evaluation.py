@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_patience_is_with_the_models_that_infer(inference: str, rounds: int) -> 
     task = DevTask(scores)
     fields: dict[str, Any] = {"rounds": 5, "patience": 1, "inference": inference}
     assert train(task, "fedkd", **fields).summary["rounds"] == rounds
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_named(value: float, tmp_path: Path) -> None:
+    """With patience it would be the best of all; the checkpoint before it is kept."""
+    for fields in ({"patience": 2}, {"out": tmp_path / "run"}):
+        what = f"task tiny must be finite, got accuracy {value} of the mentor of client 0 on dev"
+        with pytest.raises(ValueError, match=what):
+            train(DevTask([0.5, value, 0.6]), "fedavg", rounds=3, **fields)
+    assert (tmp_path / ".run.partial" / "checkpoint" / "checkpoint.json").is_file()
 
 
 def summary_of_six() -> Any:

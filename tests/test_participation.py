@@ -16,7 +16,7 @@ from torch import Tensor
 from fedkd_fast import wire
 from fedkd_fast.aggregation import Aggregate
 from fedkd_fast.assembly import participants
-from fedkd_fast.client import Client
+from fedkd_fast.client import Client, Decoded
 from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.feedback import ErrorFeedback
@@ -155,6 +155,31 @@ def test_every_byte_of_catching_up_is_counted(
     assert all(last[client]["bytes_up"] == 0 for client in absent)
     assert all(last[client]["loss_mentor"] is None for client in absent)
     assert set(received) == set(range(4))
+
+
+def test_as_much_is_kept_decoded_as_may_be_sent_again() -> None:
+    """Frames that together weigh more than the parameters are never sent: the whole ones are."""
+    decoded = Decoded()
+    state = {"x": torch.zeros(100)}  # 400 bytes
+    calls: list[bytes] = []
+
+    def get(frame: bytes, base: bytes) -> None:
+        def decode() -> dict[str, Tensor]:
+            calls.append(frame)
+            return state
+
+        decoded.get(frame, base, decode)
+
+    frames = [bytes([number]) * 100 for number in range(6)]
+    for frame in [*frames, *frames[2:]]:
+        get(frame, b"base")
+    assert calls == frames
+    get(b"whole" * 100, b"")  # parameters that need no base displace nothing
+    for frame in frames[2:]:
+        get(frame, b"base")
+    assert calls == [*frames, b"whole" * 100]
+    get(frames[0], b"base")
+    assert calls[-1] == frames[0]
 
 
 def test_fewer_participants_send_fewer_bytes() -> None:

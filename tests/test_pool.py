@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import tempfile
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from federation import federation
-from tiny_task import tiny_task
+from tiny_task import TinyTask, tiny_task
 from trees_alike import alike
 
 from fedkd_fast.assembly import client_maker
@@ -21,6 +23,7 @@ from fedkd_fast.client import Client
 from fedkd_fast.methods import METHODS, Learner, get_method
 from fedkd_fast.pool import ClientPool
 from fedkd_fast.trainer import configure
+from fedkd_fast.trees import tensor_bytes
 
 COUNT = 5
 EXCHANGING = [name for name, method in METHODS.items() if method.exchanges]
@@ -29,8 +32,8 @@ EXCHANGING = [name for name, method in METHODS.items() if method.exchanges]
 class Made:
     """Makes clients, and counts them."""
 
-    def __init__(self, method: str = "fedkd") -> None:
-        task = tiny_task(method)
+    def __init__(self, method: str = "fedkd", *, layered: bool = False) -> None:
+        task = TinyTask(layered=True) if layered else tiny_task(method)
         settings = {"clients": COUNT, "feedback": "both", "local_epochs": 0.5}
         config = configure(task, method, settings)
         self._make, _ = client_maker(config, task, get_method(method))
@@ -115,6 +118,57 @@ def test_size_is_about_what_a_client_takes() -> None:
     models = [client.learner.mentor, client.learner.mentee]
     parameters = sum(one.numel() for model in models if model for one in model.parameters())
     assert pool._sizes[0] >= 4 * 4 * parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_size_counts_all_that_a_client_holds(method: str) -> None:
+    """Also what is only there once it took part: residuals, W_h and its moments, controls."""
+    one = Made(method, layered=method == "fedkd")(0)
+    new = one.nbytes()
+    one.train(1)
+    if get_method(method).exchanges:
+        one.upload(0.7)
+    state = one.state()
+    # Beside what a checkpoint holds: gradients and the shared parameters at the round's start.
+    learning = [model for model in (one.learner.mentor, one.learner.mentee) if model is not None]
+    gradients = sum(p.grad.nbytes for m in learning for p in m.parameters() if p.grad is not None)
+    base = sum(value.nbytes for value in one.learner.exchanged().values())
+    wanted = tensor_bytes({**state, "base": None}) + gradients + base
+    assert new <= one.nbytes()
+    # All but the counters of Adam, and not much more.
+    assert 0.99 * wanted <= one.nbytes() <= 1.2 * wanted
+
+
+def test_what_clients_keep_later_counts_too(tmp_path: Path) -> None:
+    """Room for the residuals of three of four clients: one has to go once they are there."""
+    pool = ClientPool(Made(), COUNT, Store(tmp_path), 1 << 30)
+    for index in range(3):
+        take_part(pool.take(index))
+    pool._limit = 3 * pool.look(0).nbytes() + Made()(3).nbytes()
+    pool.look(3)
+    assert pool.present == 4
+    pool._limit -= 1
+    pool.look(4)
+    assert pool.present == 4
+
+
+def test_a_client_that_is_dropped_is_gone_at_once() -> None:
+    """No cycle of references keeps it until the collector comes by."""
+    pool = ClientPool(Made(), COUNT, None, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        held = []
+        for index in range(3):
+            client = pool.take(index)
+            take_part(client)
+            held.append(weakref.ref(client))
+            del client
+        pool.look(3)
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
+        pool.close()
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "central"])

@@ -16,7 +16,7 @@ from fedkd_fast.adapters import add_adapter
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.models import run_model, trainable_parameters
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, Task
-from fedkd_fast.trees import Tree
+from fedkd_fast.trees import Tree, tensor_bytes
 
 if TYPE_CHECKING:
     from fedkd_fast.methods.packing import Packing
@@ -164,6 +164,11 @@ class Learner:
             if model is not None:
                 restore(model, state[role])
 
+    def nbytes(self) -> int:
+        """Return about what it takes in memory while it learns."""
+        models = (self.mentor, self.mentee)
+        return sum(learning_bytes(model) for model in models if model is not None)
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of a forward pass."""
         if not self.settings.bfloat16:
@@ -204,6 +209,12 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def learning_bytes(module: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, and of the gradients and moments of Adam."""
+    learning = sum(value.nbytes for value in trainable_parameters(module).values())
+    return tensor_bytes([*module.parameters(), *module.buffers()]) + 3 * learning
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:

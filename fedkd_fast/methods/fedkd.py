@@ -24,6 +24,7 @@ from fedkd_fast.methods.base import (
     Method,
     Steps,
     changing,
+    learning_bytes,
     mean_loss,
     restore,
     task_loss,
@@ -143,6 +144,10 @@ class MutualLearner(Learner):
         distilling = self._prepare(shape)
         restore(distilling.loss, found["loss"])
         distilling.steps.load(found["steps"])
+
+    def nbytes(self) -> int:
+        """Count W_h, too."""
+        return super().nbytes() + (learning_bytes(self._distilling.loss) if self._distilling else 0)
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train both models on all batches in turn, with one backward pass for both."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkd_fast.methods.base import LocalSettings, Method, SoloLearner
 from fedkd_fast.tasks import Task
-from fedkd_fast.trees import Tree
+from fedkd_fast.trees import Tree, tensor_bytes
 
 
 class ProximalLearner(SoloLearner):
@@ -35,6 +35,10 @@ class ProximalLearner(SoloLearner):
         """Go on where `state` was taken, at the start of a round or before its broadcast."""
         super().load(state)
         self._start = self._shared_copies()
+
+    def nbytes(self) -> int:
+        """Count the copies that it is held near to, too."""
+        return super().nbytes() + tensor_bytes(self._start)
 
     def correct_gradients(self) -> None:
         """Add ``μ·(w - w_global)``."""

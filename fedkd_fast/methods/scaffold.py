@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedkd_fast.methods.base import LocalSettings, Losses, Method, SoloLearner
 from fedkd_fast.tasks import Batch, Task
-from fedkd_fast.trees import Tree
+from fedkd_fast.trees import Tree, tensor_bytes
 
 PREFIX = "control/"
 
@@ -82,6 +82,10 @@ class ControlledLearner(SoloLearner):
             {name: value.to(self.device) for name, value in state[part].items()}
             for part in ("control", "server", "change")
         )
+
+    def nbytes(self) -> int:
+        """Count the control variates, too: c_i, c, the change, and the sum of gradients."""
+        return super().nbytes() + 4 * tensor_bytes(self.control)
 
     def correct_gradients(self) -> None:
         """Note the raw gradient, then add ``c - c_i``."""
