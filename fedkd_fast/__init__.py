@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedkd_fast.losses import DistillationConfig as DistillationConfig
     from fedkd_fast.losses import MutualDistillationLoss as MutualDistillationLoss
     from fedkd_fast.tasks import Task as Task
+    from fedkd_fast.tensors import as_numpy as as_numpy
     from fedkd_fast.trainer import Run as Run
     from fedkd_fast.trainer import TrainConfig as TrainConfig
     from fedkd_fast.trainer import train as train
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Aggregate": "aggregation",
     "aggregate": "aggregation",
+    "as_numpy": "tensors",
     "Compressor": "compress",
     "decompress": "decompression",
     "decompress_from": "decompression",

@@ -88,6 +88,36 @@ def as_tensors(
     }
 
 
+def as_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what `decompress` or `aggregate` gave as numpy arrays.
+
+    Args:
+        tensors: dense tensors by name. What `decompress_from` yields goes in as a dict.
+
+    Returns:
+        Arrays by name, in the same order. They share the memory of tensors on the CPU, and tied
+        tensors theirs, so that `Compressor.compress` sends them once. numpy knows no bfloat16:
+        such tensors become float32, which holds each of their values. A frame made of that says
+        float32; a receiver whose schema or base has bfloat16 refuses it, and
+        `Aggregate.recompress` keeps bfloat16.
+
+    Raises:
+        TypeError: a value is no tensor.
+    """
+    arrays: dict[int, np.ndarray[Any, Any]] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"tensors[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}"
+            )
+        if id(tensor) not in arrays:
+            plain = tensor.detach().cpu()
+            arrays[id(tensor)] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        found[name] = arrays[id(tensor)]
+    return found
+
+
 def as_mapping(values: Mapping[str, object], argument: str) -> Mapping[str, object]:
     """Return what is a mapping with names.
 
