@@ -11,7 +11,7 @@ FUZZ := build/fuzz
 FUZZ_SECONDS ?= 120
 TRIAL_PIP := $(WHEEL)/venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs bench fuzz gpu slow wheel clean .venv
+.PHONY: demo test lint docs bench fuzz gpu slow wheel clean .venv .venv-nvflare
 .DELETE_ON_ERROR:
 
 # Train four methods on real handwritten digits and compare them on one page.
@@ -133,6 +133,17 @@ $(VENV)/.dev: $(VENV)/.ready pyproject.toml
 	@$(PIP) install seqeval -c constraints.txt
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.packages $(VENV)/.native $(VENV)/.ready $@
+
+# NVFLARE beside the packages of .venv, for its tests, benches and example.
+.venv-nvflare: .venv-nvflare/.ready
+
+.venv-nvflare/.ready: $(VENV)/.dev
+	@echo "making .venv-nvflare"
+	@$(BIN)/python -m venv --clear .venv-nvflare
+	@printf '%s\n' '$(CURDIR)' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
+	  > "$$(.venv-nvflare/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
+	@.venv-nvflare/bin/pip --disable-pip-version-check --quiet install nvflare==2.9.0
+	@touch $@
 
 clean:
 	rm -rf build dist bench/out fedkd_fast/*.so

@@ -302,6 +302,16 @@ class Receiver:
         return self._compressor.compress(weights, base=self._held, relative_to=base)
 
     @property
+    def run(self) -> int:
+        """The run whose weights are held; 0 before the first letter."""
+        return self._run
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The weights of that version as they were received; not to be changed."""
+        return self._held
+
+    @property
     def digest(self) -> bytes:
         """16 bytes that identify the weights that are held."""
         return digest_of(self._held)
