@@ -11,7 +11,7 @@ FUZZ := build/fuzz
 FUZZ_SECONDS ?= 120
 TRIAL_PIP := $(WHEEL)/venv/bin/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs bench fuzz gpu slow wheel clean .venv .venv-nvflare
+.PHONY: demo test lint docs bench fuzz gpu slow wheel clean .venv .venv-flower .venv-nvflare
 .DELETE_ON_ERROR:
 
 # Train four methods on real handwritten digits and compare them on one page.
@@ -143,6 +143,17 @@ $(VENV)/.dev: $(VENV)/.ready pyproject.toml
 	@printf '%s\n' '$(CURDIR)' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
 	  > "$$(.venv-nvflare/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
 	@.venv-nvflare/bin/pip --disable-pip-version-check --quiet install nvflare==2.9.0
+	@touch $@
+
+# Flower beside the packages of .venv, for its tests and example.
+.venv-flower: .venv-flower/.ready
+
+.venv-flower/.ready: $(VENV)/.dev
+	@echo "making .venv-flower"
+	@$(BIN)/python -m venv --clear .venv-flower
+	@printf '%s\n' '$(CURDIR)' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
+	  > "$$(.venv-flower/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
+	@.venv-flower/bin/pip --disable-pip-version-check --quiet install 'flwr[simulation]==1.41.0' ray==2.55.1
 	@touch $@
 
 clean:

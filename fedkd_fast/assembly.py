@@ -48,9 +48,9 @@ class Shards:
         """
         return len(self._shards[index])
 
-    def sample(self, task: Task) -> bytes:
-        """Return a digest of the first batch of the first client: other data have another one."""
-        batch = next(iter(task.batches(self[0], 0)), None)
+    def sample(self, task: Task, index: int = 0) -> bytes:
+        """Return a digest of the first batch of a client: other data have another one."""
+        batch = next(iter(task.batches(self[index], 0)), None)
         if batch is None:
             return b""
         return digest_of({"labels": batch.labels, **{f"x/{k}": v for k, v in batch.inputs.items()}})
@@ -76,17 +76,26 @@ class Maker(Protocol):
         """
 
 
-def client_maker(config: TrainConfig, task: Task, method: Method) -> tuple[Maker, Shards]:
+def client_maker(
+    config: TrainConfig, task: Task, method: Method, dealt: Sequence[Any] | None = None
+) -> tuple[Maker, Shards]:
     """Return what makes clients, and the data of all.
 
     Where all data are put together, there is one client.
+
+    Args:
+        config: of the run.
+        task: the data and models.
+        method: that the run uses.
+        dealt: data of each client; None lets the task deal its own.
 
     Raises:
         ValueError: data that cannot be shared out so, put together, counted or chosen by.
     """
     if config.patience is not None and not getattr(task, "has_dev", False):
         raise ValueError(f"patience needs data to choose by: task {task.name} has no dev split")
-    dealt = task.shards(config.clients, derived_seed(config.seed, _SHARDS))
+    if dealt is None:
+        dealt = deal(config, task)
     if method.pools_data:
         if not getattr(task, "poolable", True):
             raise ValueError(
@@ -131,6 +140,15 @@ def client_maker(config: TrainConfig, task: Task, method: Method) -> tuple[Maker
         )
 
     return make, shards
+
+
+def deal(config: TrainConfig, task: Task, clients: int | None = None) -> Sequence[Any]:
+    """Return the shards of a task's data, for so many clients as the run has unless said otherwise.
+
+    Raises:
+        ValueError: there are fewer samples than clients.
+    """
+    return task.shards(clients or config.clients, derived_seed(config.seed, _SHARDS))
 
 
 def make_clients(config: TrainConfig, task: Task, method: Method) -> list[Client]:

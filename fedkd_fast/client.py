@@ -152,6 +152,7 @@ class Client:
         self._round = 0
         # Rounds that are no whole passes go on where the last one stopped.
         self._stream = _Stream(partial(self._own.epoch, 0))
+        self.elsewhere = 0.0, 0.0  # seconds spent in other processes, and on coding there
         self.version = 0  # of the shared parameters that the client holds
         # What every client holds: the shared parameters at the start of the round.
         self._base: Mapping[str, Tensor] = learner.exchanged()
@@ -313,3 +314,16 @@ class Client:
     def digest(self) -> bytes:
         """Return 16 bytes that identify what is shared."""
         return digest_of(self.learner.exchanged())
+
+    def require(self, digest: bytes, version: int) -> None:
+        """Hold what is shared against the server's, bit for bit, and take its version over.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        self.version = version
+        if self.digest() != digest:
+            raise RuntimeError(
+                f"client {self.index} holds other shared parameters than the server after round "
+                f"{version}"
+            )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.faults import Faults, InjectedFault, not_finite_frame
 from fedkd_fast.journal import Journal
+from fedkd_fast.pool import Peer
 from fedkd_fast.records import ClientRow
 from fedkd_fast.replies import Refused, Replies
 from fedkd_fast.sealing import SEAL_BYTES, Channel, PrivateKey, SealError, require_cryptography
@@ -67,7 +67,7 @@ class Delivery:
         """Return what a client multiplies its update with: 1, unless it attacks."""
         return self._faults.factor(client)
 
-    def send(self, client: Client, row: ClientRow, replies: Replies, server: Server) -> None:
+    def send(self, client: Peer, row: ClientRow, replies: Replies, server: Server) -> None:
         """Bring the frame of a row to the server, and note in the row what became of it.
 
         Raises:

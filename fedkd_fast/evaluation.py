@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeAlias
 
 from torch import nn
 
+from fedkd_fast.adapters import merge_adapter
 from fedkd_fast.config import TrainConfig
-from fedkd_fast.pool import ClientPool
+from fedkd_fast.pool import Pool
 from fedkd_fast.recorder import mean
 from fedkd_fast.scores import Scores, evaluate, test_sets
 from fedkd_fast.tasks import Task
@@ -25,7 +27,7 @@ class Evaluation:
         pool: the clients.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, pool: ClientPool) -> None:
+    def __init__(self, config: TrainConfig, task: Task, pool: Pool) -> None:
         self._config, self._task, self._pool = config, task, pool
         # Models of clients differ in what is the client's own.
         self._apart = bool(getattr(task, "private", ()))
@@ -74,6 +76,18 @@ class Evaluation:
         if value is not None and (self._best is None or value > self._best[0]):
             self._best = value, number
         return scores, self._best is not None and number - self._best[1] >= config.patience
+
+    def final(self) -> tuple[Scores, Models]:
+        """Score models on test data as they are saved: alone, their adapters merged."""
+        models = self.merged()
+        return self.score("test", models), models
+
+    def merged(self) -> Models:
+        """Return what `models` does, with adapters merged into them."""
+        models = self.models()
+        for model in itertools.chain(*models):
+            merge_adapter(model)
+        return models
 
     def score(self, split: str, models: Models) -> Scores:
         """Score models on a split."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -16,8 +15,7 @@ from torch import nn
 from fedkd_fast import __version__
 from fedkd_fast._errors import DiskError, QuorumError, Stopped
 from fedkd_fast._seeds import derived_seed
-from fedkd_fast.adapters import merge_adapter
-from fedkd_fast.assembly import client_maker, make_server, participants
+from fedkd_fast.assembly import Shards, client_maker, make_server, participants
 from fedkd_fast.checkpoint import Store
 from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
@@ -27,7 +25,7 @@ from fedkd_fast.evaluation import Evaluation, Models
 from fedkd_fast.faults import InjectedFault
 from fedkd_fast.journal import Journal
 from fedkd_fast.methods import Losses, get_method
-from fedkd_fast.pool import ClientPool
+from fedkd_fast.pool import ClientPool, Peer, Pool
 from fedkd_fast.privacy import fresh_generator, poisson_participants
 from fedkd_fast.recorder import Recorder
 from fedkd_fast.records import ClientRecord, ClientRow, OpenRound, RoundRecord, environment
@@ -40,6 +38,9 @@ from fedkd_fast.trees import Tree
 from fedkd_fast.writer import RunWriter
 
 Progress = Callable[["RoundRecord | ClientRecord"], None]
+# Finds clients in other processes, and says what is known of their data and how they are scored.
+# It is given a client with models as all clients begin with, and the server.
+Connect = Callable[[Client, "Server | None", Journal], tuple[Pool, Shards, Evaluation]]
 # Keys of the store, beside the pool's.
 _SERVER, _ROUND = "server", "round"
 _COINS = 1  # use of the seed of differential privacy beside the noise
@@ -55,6 +56,7 @@ class Loop:
         writer: of the run folder, if there is one.
         progress: called after each client and after each round.
         stop: asked after each client; True ends the run there.
+        connect: finds the clients where they are not in this process.
     """
 
     def __init__(
@@ -64,20 +66,28 @@ class Loop:
         writer: RunWriter | None,
         progress: Progress | None,
         stop: Callable[[], bool] | None = None,
+        connect: Connect | None = None,
     ) -> None:
         self.config, self.task, self.writer = config, task, writer
         self._progress, self._stop = progress, stop
         self.method = get_method(config.method)
-        make, self.shards = client_maker(config, task, self.method)
         self._store: Store | None = None
         if writer is not None and (config.checkpoint_every or writer.resumes):
             # What lies there is of the run that `writer` goes on with.
             self._store = Store(writer.checkpoint_folder)
-        limit = int(config.memory_gb * _GIGABYTE)
-        self.pool = ClientPool(make, len(self.shards), self._store, limit)
-        self.server = make_server(config, self.pool.look(0), self.method)
-        self.sizes = model_sizes(task, self.pool.look(0).learner)
         self.journal = Journal(None if writer is None else writer.journal)
+        if connect is None:
+            make, self.shards = client_maker(config, task, self.method)
+            limit = int(config.memory_gb * _GIGABYTE)
+            self.pool: Pool = ClientPool(make, len(self.shards), self._store, limit)
+            self.server = make_server(config, self.pool.look(0), self.method)
+            self.evaluation = Evaluation(config, task, self.pool)
+        else:
+            make, _ = client_maker(config, task, self.method, [()] * config.clients)
+            first = make(0)  # without data
+            self.server = make_server(config, first, self.method)
+            self.pool, self.shards, self.evaluation = connect(first, self.server, self.journal)
+        self.sizes = model_sizes(task, self.pool.look(0).learner)
         self.recorder = Recorder(config, self.method, len(self.pool), writer)
         self.delivery = Delivery(config, len(self.pool), self.journal)
         # Who takes part is part of what differential privacy rests on, and as secret as the noise.
@@ -86,7 +96,6 @@ class Loop:
             self.server.epsilon(config.rounds)  # what it needs must not be missing in the end
             own = config.dp_seed
             self._coins = fresh_generator(None if own is None else derived_seed(own, _COINS))
-        self.evaluation = Evaluation(config, task, self.pool)
         self._final: Models = ([], [])
         self._started = time.perf_counter()
         self._earlier = 0.0  # seconds of processes before this one
@@ -149,14 +158,13 @@ class Loop:
         energy = config.energy(number)
         current = self._pending or self._open(number)
         self._pending = None
-        for index in current.asked[len(current.rows) :]:
-            row = self._turn(current, index, energy)
-            current.rows.append(row)
-            if self._progress is not None:
-                place = number, config.rounds, index, len(current.rows), len(current.asked)
-                self._progress(ClientRecord(*place, *row.losses, row.seconds))
-            if self._stop is not None and self._stop():
-                self._halt(current)
+        for together in self.pool.together(current.asked[len(current.rows) :]):
+            turns = [self._call(index) for index in together]
+            self.pool.start(together, number, energy, config.lr_share(number))
+            for row, before in turns:
+                self._turn(current, row, before, energy)
+                if self._stop is not None and self._stop():
+                    self._halt(current)
         rows, server_row = current.rows, ClientRow(None)
         self._check_quorum(current)
         if self.server is not None:
@@ -166,11 +174,7 @@ class Loop:
         scores, last = self.evaluation.after(number)
         if last:
             rows += self._bring_up_to_date(current.asked)
-            # From here on the models stand alone, as they are saved.
-            self._final = self.evaluation.models()
-            for model in itertools.chain(*self._final):
-                merge_adapter(model)
-            scores = self.evaluation.score("test", self._final)
+            scores, self._final = self.evaluation.final()
         record = self.recorder.add(number, energy, rows, server_row, self.server, scores)
         self.journal.add(
             "round",
@@ -203,31 +207,41 @@ class Loop:
             return participants(self.config, len(self.pool), number)
         return poisson_participants(len(self.pool), self.config.participation, self._coins)
 
-    def _turn(self, current: OpenRound, index: int, energy: float) -> ClientRow:
+    def _call(self, index: int) -> tuple[ClientRow, Tree]:
+        """Let a client come, as up to date as the server; return how it was before."""
+        row = ClientRow(index)
+        before = None if self.config.quorum == 1.0 else self.pool.before(index)
+        self._catch_up(self.pool.take(index), row)
+        return row, before
+
+    def _turn(self, current: OpenRound, row: ClientRow, before: Tree, energy: float) -> None:
         """Let one client train and reply; what goes wrong with it is its own affair."""
-        row, number = ClientRow(index), current.number
-        alone = self.config.quorum == 1.0
-        before = None if alone else self.pool.before(index)
+        number, index, config = current.number, row.client, self.config
+        assert index is not None
         client = self.pool.take(index)
-        self._catch_up(client, row)
         try:
             with row.timed():
-                row.losses = client.train(number, self.config.lr_share(number))
+                row.losses = client.train(number, config.lr_share(number))
             if self.server is not None:
                 with row.timed(codec=True):
                     row.frame = client.upload(energy, factor=self.delivery.factor(index))
+            row.add(*client.elsewhere)
+            if self.server is not None:
                 self.delivery.send(client, row, current.replies, self.server)
         except DiskError:
             raise
         except Exception as error:
-            if alone:
+            if config.quorum == 1.0:
                 raise
             self.pool.undo(index, before)
             self.journal.add("failed", round=number, client=index, reason=str(error))
             row.losses, row.frame = Losses(None, None), b""
             row.refused, row.gone = str(error), True
             row.error = None if isinstance(error, InjectedFault) else error
-        return row
+        current.rows.append(row)
+        if self._progress is not None:
+            place = number, config.rounds, index, len(current.rows), len(current.asked)
+            self._progress(ClientRecord(*place, *row.losses, row.seconds))
 
     def _check_quorum(self, current: OpenRound) -> None:
         """Refuse what does not fit the others, and the round if too little is left."""
@@ -278,7 +292,7 @@ class Loop:
             if config.refresh_steps:
                 self._refresh(number, client, row)
 
-    def _refresh(self, number: int, client: Client, row: ClientRow) -> None:
+    def _refresh(self, number: int, client: Peer, row: ClientRow) -> None:
         """Let a mentor learn from the fresh mentee; where that fails, it goes on without."""
         alone = self.config.quorum == 1.0
         before = None if alone else self.pool.before(client.index)
@@ -291,24 +305,20 @@ class Loop:
             self.pool.undo(client.index, before)
             self.journal.add("failed", round=number, client=client.index, reason=str(error))
 
-    def _catch_up(self, client: Client, row: ClientRow) -> None:
+    def _catch_up(self, client: Peer, row: ClientRow) -> None:
         """Bring a client that missed rounds to the server's version."""
         if self.server is not None and client.version < self.server.version:
             client.absent(self.server.version - client.version)
             self._receive(client, row, self.server.catch_up(client.version))
 
-    def _receive(self, client: Client, row: ClientRow, frames: Sequence[bytes]) -> None:
+    def _receive(self, client: Peer, row: ClientRow, frames: Sequence[bytes]) -> None:
         """Hand a client what the server sends, and hold its copy against the server's."""
         assert self.server is not None
         received = self.delivery.broadcast(client.index, self.server.version, row, frames)
         with row.timed(codec=True):
             client.apply(*received)
-        client.version, self.evaluation.current = self.server.version, client.index
-        if client.digest() != self.server.digest():
-            raise RuntimeError(
-                f"client {client.index} holds other shared parameters than the server after round "
-                f"{client.version}"
-            )
+        self.evaluation.current = client.index
+        client.require(self.server.digest(), self.server.version)
 
     def _witness(self) -> list[ClientRow]:
         """See that a client that can be scored has the server's version, also where nobody came."""

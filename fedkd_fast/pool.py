@@ -8,16 +8,103 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fedkd_fast._errors import own_file
 from fedkd_fast._memory import give_back
 from fedkd_fast.assembly import Maker
 from fedkd_fast.checkpoint import Store
 from fedkd_fast.client import Client
-from fedkd_fast.methods import Learner
+from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.trees import Tree, copied
+
+
+class Peer(Protocol):
+    """A client as the loop sees it: one of `client.Client`, or what stands for one elsewhere."""
+
+    @property
+    def index(self) -> int:
+        """Number of the client."""
+
+    @property
+    def version(self) -> int:
+        """Version of the shared parameters that it holds."""
+
+    @property
+    def learner(self) -> Learner:
+        """Its models, or those that it had before its first round where it is elsewhere."""
+
+    @property
+    def elsewhere(self) -> tuple[float, float]:
+        """Seconds that its turn took in another process, and how many of them went on coding."""
+
+    def train(self, round_number: int, lr_share: float = 1.0) -> Losses:
+        """As `Client.train`."""
+
+    def upload(self, energy: float, *, factor: float = 1.0) -> bytes:
+        """As `Client.upload`."""
+
+    def absent(self, rounds: int) -> None:
+        """As `Client.absent`."""
+
+    def lost(self, frame: bytes) -> None:
+        """As `Client.lost`."""
+
+    def apply(self, *frames: bytes) -> None:
+        """As `Client.apply`."""
+
+    def require(self, digest: bytes, version: int) -> None:
+        """As `Client.require`."""
+
+    def refresh(self, lr_share: float = 1.0) -> None:
+        """As `Client.refresh`."""
+
+
+class Pool(Protocol):
+    """The clients of a run as the loop sees them."""
+
+    def __len__(self) -> int:
+        """Return how many clients there are."""
+
+    def look(self, index: int, *, lasting: bool = False) -> Peer:
+        """Return a client that is not changed."""
+
+    def take(self, index: int) -> Peer:
+        """Return a client that will be changed."""
+
+    def version(self, index: int) -> int:
+        """Return the version of the shared parameters that a client holds."""
+
+    def together(self, asked: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Group clients that have their turn at the same time."""
+
+    def start(
+        self, together: Sequence[int], round_number: int, energy: float, lr_share: float
+    ) -> None:
+        """Let these begin to train, where several can: they have all they need for it."""
+
+    def before(self, index: int) -> Tree:
+        """Return what `undo` needs to take back what happens to a client from now on."""
+
+    def undo(self, index: int, before: Tree) -> None:
+        """Put a client back to where `before` was called."""
+
+    def write_changed(self) -> None:
+        """Write the clients that changed into the store."""
+
+    def settle(self) -> None:
+        """Give memory of clients that left back to the system."""
+
+    def versions(self) -> dict[int, int]:
+        """Return the versions of all clients that ever received something."""
+
+    def load_versions(self, versions: Iterable[tuple[int, int]]) -> None:
+        """Go on where `versions` was taken."""
+
+    def close(self) -> None:
+        """Let go of everything."""
 
 
 class ClientPool:
@@ -84,6 +171,15 @@ class ClientPool:
         """Return the version of the shared parameters that a client holds, without making it."""
         client = self._present.get(index)
         return self._versions.get(index, 0) if client is None else client.version
+
+    def together(self, asked: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Return each client alone: they train one after the other."""
+        return [[index] for index in asked]
+
+    def start(
+        self, together: Sequence[int], round_number: int, energy: float, lr_share: float
+    ) -> None:
+        """Do nothing: a client trains when it is asked for what it trained."""
 
     def before(self, index: int) -> Tree | None:
         """Return what `undo` needs to take back what happens to a client from now on."""

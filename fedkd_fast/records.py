@@ -90,9 +90,21 @@ class ClientRow:
         if codec:
             self.seconds_codec += spent
 
+    def add(self, seconds: float, seconds_codec: float) -> None:
+        """Add what was spent in another process, and how much of it on coding."""
+        self.seconds += seconds
+        self.seconds_codec += seconds_codec
+
     def record(self, schema: Sequence[wire.Described]) -> dict[str, Any]:
         """Return the line without round, energy and scores; the schema is that of the frame."""
         spectra = {} if self.spectra is None else {"spectra": self.spectra}
+        try:
+            layers = frame_layers(self.frame, schema)
+        except wire.WireError:
+            # A client elsewhere may send anything; what counts has been decoded before.
+            if self.refused is None:
+                raise
+            layers = []
         return {
             "client": self.client,
             "loss_mentor": self.losses.mentor,
@@ -101,7 +113,7 @@ class ClientRow:
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "seconds_codec": self.seconds_codec,
-            "layers": frame_layers(self.frame, schema),
+            "layers": layers,
             **spectra,
         }
 

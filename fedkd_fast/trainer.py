@@ -21,7 +21,7 @@ from fedkd_fast._errors import Stopped as Stopped
 from fedkd_fast._files import absolute
 from fedkd_fast.config import PRESETS, task_options
 from fedkd_fast.config import TrainConfig as TrainConfig
-from fedkd_fast.loop import Loop
+from fedkd_fast.loop import Connect, Loop
 from fedkd_fast.loop import Progress as Progress
 from fedkd_fast.runs import load_run
 from fedkd_fast.tasks import Task, build_task, task_defaults
@@ -53,6 +53,7 @@ def train(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     resume: bool = False,
+    connect: Connect | None = None,
     **fields: Any,
 ) -> Run:
     """Train by a method on a task, all clients in this process, one after the other.
@@ -70,6 +71,7 @@ def train(
         stop: asked after each client; True ends the run there, with a checkpoint.
         resume: go on with the run that an earlier process left unfinished in ``out``; where there
             is none, begin.
+        connect: finds the clients where they are in other processes; see `connect.connect`.
         fields: further fields of `TrainConfig`.
 
     Returns:
@@ -108,7 +110,7 @@ def train(
             if writer.complete:
                 writer.publish()
                 return _finished(config, chosen, writer.folder)
-        loop = Loop(config, chosen, writer, progress, stop)
+        loop = Loop(config, chosen, writer, progress, stop, connect)
         ending.callback(loop.close)
         try:
             summary, mentors, mentees = loop.run()

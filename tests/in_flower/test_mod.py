@@ -18,9 +18,10 @@ from fedkd_fast.integrations.flower import (
     CompressedStrategyMixin,
     Compression,
     array_record,
+    check_version,
     compress_mod,
 )
-from fedkd_fast.integrations.flower.records import CONTROL, check_version
+from fedkd_fast.integrations.flower.records import CONTROL
 from tests.in_flower.grid import LocalGrid, through_proto
 
 GOAL = torch.Generator().manual_seed(9)

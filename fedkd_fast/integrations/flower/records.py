@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from fedkd_fast._extras import needed
 from fedkd_fast.integrations.link import Letter
 
 app = needed("flwr.app", "fedkd_fast.integrations.flower", "Flower", "flower")
-_OLDEST, _TOO_NEW = (1, 39), (2, 0)
 
 CONTROL = "fedkd_fast"
 """Name of the config record that says what a message holds."""
@@ -24,26 +22,9 @@ STYPE = (
     "frames of fedkd_fast; compress_mod must be the first of the client's mods and "
     "CompressedStrategyMixin the first base of the server's strategy"
 )
-"""How arrays of frames say what they are: Flower quotes it when somebody takes them for numbers."""
+"""How arrays of frames say what they are. Flower quotes it when somebody takes them for numbers."""
 
 _FRAMES = "frames"
-
-
-def check_version(found: str) -> None:
-    """Refuse versions of Flower whose messages are others.
-
-    Raises:
-        ImportError: too old or too new; names both versions.
-    """
-    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
-    if not _OLDEST <= numbers < _TOO_NEW:
-        raise ImportError(
-            f"fedkd_fast.integrations.flower needs flwr>=1.39,<2, got {found}: "
-            'pip install "fedkd-fast[flower]"'
-        )
-
-
-check_version(needed("flwr", "fedkd_fast.integrations.flower", "Flower", "flower").__version__)
 
 
 def array_record(state: Mapping[str, Tensor]) -> Any:

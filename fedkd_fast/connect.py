@@ -1,0 +1,96 @@
+"""From clients in other processes to a run: who they are, and what they must have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedkd_fast import __version__
+from fedkd_fast.assembly import Shards
+from fedkd_fast.client import Client
+from fedkd_fast.config import TrainConfig
+from fedkd_fast.evaluation import Evaluation
+from fedkd_fast.journal import Journal
+from fedkd_fast.loop import Connect
+from fedkd_fast.remote import Carrier, RemotePool
+from fedkd_fast.remote_scores import RemoteEvaluation
+from fedkd_fast.server import Server
+from fedkd_fast.tasks import Task
+
+
+class RemoteShards(Shards):
+    """What the server knows of the clients' data: how many samples each has."""
+
+    def __init__(self, sizes: Sequence[int | None], sample: bytes) -> None:
+        super().__init__([None] * len(sizes))
+        self._sizes, self._sample = sizes, sample
+
+    def size(self, index: int) -> int:
+        """Return the samples of a client, as it says."""
+        size = self._sizes[index]
+        if size is None:
+            raise TypeError(f"client {index} does not tell how many samples it has")
+        return size
+
+    def sample(self, task: Task, index: int = 0) -> bytes:
+        """Return the digest of the first client's first batch, as it says."""
+        return self._sample
+
+
+def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) -> Connect:
+    """Return what finds the clients of a run that are in other processes, for `trainer.train`.
+
+    Scores and bytes are those of the same run within one process, as long as machine type, torch
+    and threads are the same: the same code does the same things in the same order to each client.
+
+    Args:
+        config: of the run.
+        task: the models; its data are not used.
+        carrier: brings orders to clients.
+        wait_s: how long clients are waited for whose final models are to be scored.
+
+    Raises:
+        ValueError: options that need clients in this process; by the function that is returned,
+            clients that began with other models or versions.
+    """
+    for name, least, why in (
+        ("checkpoint_every", 0, "the server makes no checkpoints of clients elsewhere"),
+        ("retries", 0, "the network sends again what was damaged"),
+        ("faults", 0.0, "faults on purpose need clients in one process"),
+        ("attackers", 0.0, "attacks on purpose need clients in one process"),
+        ("encrypt", False, "seals within one process hide nothing; TLS does between processes"),
+    ):
+        if getattr(config, name) != least:
+            raise ValueError(f"{name} must be {least}, got {getattr(config, name)!r}: {why}")
+
+    def found(
+        first: Client, server: Server | None, journal: Journal
+    ) -> tuple[RemotePool, Shards, Evaluation]:
+        hellos = carrier.gather(config.clients)
+        digest = first.digest().hex()
+        for index, hello in sorted(hellos.items()):
+            _check_hello(index, hello, config.clients, digest)
+        sizes = [hellos[index].get("samples") for index in range(config.clients)]
+        shards = RemoteShards(sizes, bytes.fromhex(str(hellos[0].get("sample", ""))))
+        if config.weighting == "samples" and shards.sizes() is None:
+            raise ValueError("weighting by samples needs clients that tell how many they have")
+        pool = RemotePool(first.learner, config.clients, server is not None, carrier, journal)
+        return pool, shards, RemoteEvaluation(config, task, pool, first, server, wait_s)
+
+    return found
+
+
+def _check_hello(index: int, hello: Mapping[str, Any], clients: int, digest: str) -> None:
+    """Refuse a client that cannot take part."""
+    for name, wanted, why in (
+        ("version", __version__, "server and clients need the same fedkd_fast"),
+        ("clients", clients, "its data are dealt to another number of clients"),
+        ("digest", digest, "its models begin otherwise: same options, models and torch?"),
+    ):
+        if hello.get(name) != wanted:
+            raise ValueError(
+                f"client {index} has {name} {hello.get(name)!r}, the server {wanted!r}: {why}"
+            )
+    samples = hello.get("samples")
+    if not (samples is None or (isinstance(samples, int) and samples >= 0)):
+        raise ValueError(f"client {index} says it has {samples!r} samples")

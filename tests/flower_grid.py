@@ -1,0 +1,127 @@
+"""Flower's messages without its runtime: the server app and the client app in one process.
+
+Run by Flower's Python as ``flower_grid.py FOLDER CASE``; writes the run folder ``FOLDER/CASE``.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedkd_fast.integrations.flower import carrier, client_app
+from fedkd_fast.integrations.flower.app_server import main
+
+CLIENTS, RUN_ID = 2, 7
+Answers = Callable[[Message, Callable[[], Message]], "Message | None"]
+
+
+class FakeGrid:
+    """Hands each message to the client app at once; a case may do something else with it."""
+
+    def __init__(self, folder: Path, run_config: dict[str, Any]) -> None:
+        self._folder, self._run_config = folder, run_config
+        self._replies: dict[str, Message] = {}
+        self.nodes = {100 + index: index for index in range(CLIENTS)}
+        self.activated = dict.fromkeys(self.nodes, "once")
+        self.answers: Answers = lambda message, answer: answer()
+
+    def get_nodes(self) -> list[Any]:
+        return [SimpleNamespace(node_id=n, last_activated_at=self.activated[n]) for n in self.nodes]
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        identities = []
+        for message in messages:
+            identity = str(uuid.uuid4())
+            message.metadata.__dict__["_message_id"] = identity
+            reply = self.answers(message, lambda message=message: self._answer(message))
+            if reply is not None:
+                self._replies[identity] = reply
+            identities.append(identity)
+        return identities
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        own = {"partition-id": self.nodes[node], "num-partitions": CLIENTS}
+        own["state-dir"] = str(self._folder / "state")
+        context = Context(RUN_ID, node, own, RecordDict(), self._run_config)
+        return client_app(message, context)
+
+    def pull_messages(self, identities: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(one) for one in list(identities) if one in self._replies]
+
+
+def is_train(message: Message, client: int, round_number: int) -> bool:
+    """Tell whether a message asks a client to train in a round."""
+    metadata = message.metadata
+    return (metadata.message_type, metadata.dst_node_id - 100, metadata.group_id) == (
+        "train",
+        client,
+        str(round_number),
+    )
+
+
+def restarted(grid: FakeGrid) -> Answers:
+    """Let node 1 be killed while it trains in round 2, and come back: it gets its order again."""
+
+    def answers(message: Message, answer: Callable[[], Message]) -> Message | None:
+        if is_train(message, 1, 2) and grid.activated[101] == "once":
+            answer()  # as far as it came
+            grid.activated[101] = "twice"
+            return None
+        return answer()
+
+    return answers
+
+
+def unavailable(grid: FakeGrid) -> Answers:
+    """Let Flower say that node 1 is gone in round 2."""
+
+    def answers(message: Message, answer: Callable[[], Message]) -> Message | None:
+        if is_train(message, 1, 2):
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
+        return answer()
+
+    return answers
+
+
+def moved(grid: FakeGrid) -> Answers:
+    """Let client 1 come back as another node after round 1."""
+
+    def answers(message: Message, answer: Callable[[], Message]) -> Message | None:
+        reply = answer()
+        if is_train(message, 1, 1):
+            grid.nodes.pop(101)
+            grid.nodes[202], grid.activated[202] = 1, "once"
+        return reply
+
+    return answers
+
+
+CASES = {"plain": None, "restarted": restarted, "unavailable": unavailable, "moved": moved}
+
+
+def run() -> None:
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+    carrier._PULL_S, carrier._NODES_S = 0.001, 0.01
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    config = {"task": "digits", "clients": CLIENTS, "rounds": 3, "samples-per-client": 40}
+    config |= {"out": str(folder / case), "data": "", "feedback": "both", "wait": 5}
+    grid = FakeGrid(folder / f"{case}-nodes", config)
+    special = CASES[case]
+    if special is not None:
+        grid.answers = special(grid)
+    main(grid, Context(RUN_ID, 0, {}, RecordDict(), config))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,331 @@
+"""Clients in processes of their own: the same run, to the byte and the last digit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_task import TinyTask, tiny_task
+
+from fedkd_fast._errors import QuorumError
+from fedkd_fast.client import Client
+from fedkd_fast.connect import connect
+from fedkd_fast.delivery import Delivery
+from fedkd_fast.faults import InjectedFault
+from fedkd_fast.methods import METHODS
+from fedkd_fast.node import Answer, Node, Order
+from fedkd_fast.remote import ClientError, NoAnswerError, read_answer
+from fedkd_fast.trainer import Run, configure, train
+
+METHODS_WITH_CLIENTS = [name for name, method in METHODS.items() if not method.pools_data]
+# What only one of both has, or what takes time.
+CLOCKS = ("seconds", "seconds_codec")
+NEEDED = {"checkpoint_every": 0, "retries": 0}
+
+Happens = Callable[[int, Order], Exception | None]
+
+
+class Mail:
+    """Carries orders as text and bytes to nodes, each made anew, as processes are."""
+
+    def __init__(
+        self, folder: Path, task: TinyTask, method: str, fields: Mapping[str, Any]
+    ) -> None:
+        self._folder, self._task = folder, task
+        self.config = configure(task, method, fields)
+        self.before: Happens = lambda client, order: None  # an error: the order does not arrive
+        self.after: Happens = lambda client, order: None  # an error: the answer does not
+        self.orders: list[tuple[int, Order]] = []
+
+    def node(self, client: int) -> Node:
+        return Node(self.config, self._task, client, self._folder / str(client))
+
+    def gather(self, clients: int) -> Mapping[int, Mapping[str, Any]]:
+        return {index: json.loads(json.dumps(self.node(index).hello())) for index in range(clients)}
+
+    def exchange(
+        self, orders: Mapping[int, Order], round_number: int, retried: Callable[[int], None]
+    ) -> Mapping[int, Answer | Exception]:
+        found: dict[int, Answer | Exception] = {}
+        for client, order in reversed(orders.items()):  # answers come in any order
+            self.orders.append((client, order))
+            error = self.before(client, order)
+            if error is None:
+                answer = self.node(client).execute(Order.read(order.text(), order.frames))
+                error = self.after(client, order)
+            found[client] = error or read_answer(client, answer.text(), answer.frame)
+        return found
+
+
+def remote(
+    tmp_path: Path,
+    method: str = "fedkd",
+    *,
+    mail: Callable[[Mail], None] = lambda mail: None,
+    **fields: Any,
+) -> tuple[Run, Mail]:
+    """Train with clients of their own."""
+    task = tiny_task(method)
+    fields = {**NEEDED, **fields, "out": str(tmp_path / "remote")}
+    found = Mail(tmp_path / "nodes", task, method, fields)
+    mail(found)
+    ways = connect(found.config, task, found, wait_s=0.0)
+    return train(task, method, connect=ways, **fields), found
+
+
+def here(tmp_path: Path, method: str = "fedkd", **fields: Any) -> Run:
+    """Train in this process."""
+    return train(tiny_task(method), method, out=str(tmp_path / "here"), **fields)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics without times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in found]
+
+
+def summary(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.summary.items() if name not in CLOCKS}
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def assert_same(tmp_path: Path, run: Run, other: Run) -> None:
+    assert lines(tmp_path / "remote") == lines(tmp_path / "here")
+    assert summary(run) == summary(other)
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_CLIENTS)
+def test_scores_and_bytes_are_those_of_one_process(tmp_path: Path, method: str) -> None:
+    fields = {"rounds": 3, "clients": 3}
+    run, _ = remote(tmp_path, method, **fields)
+    assert_same(tmp_path, run, here(tmp_path, method, **fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"participation": 0.5, "clients": 4},
+        {"participation": 0.5, "clients": 4, "inference": "mean", "scored_clients": 3},
+        {"participation": 0.3, "clients": 4, "feedback": "both", "refresh_steps": 2},
+        {"weighting": "samples", "local_epochs": 0.5, "eval_every": 2},
+        {"server_optimizer": "momentum", "aggregation": "median", "lr_end": 0.1},
+        {"dp_clip": 1.0, "dp_seed": 3, "participation": 0.5, "clients": 4},
+        {"codec": "raw", "spectra": True},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_options_of_a_run_hold_elsewhere_too(tmp_path: Path, fields: dict[str, Any]) -> None:
+    fields = {"rounds": 4, **fields}
+    run, _ = remote(tmp_path, **fields)
+    assert_same(tmp_path, run, here(tmp_path, **fields))
+
+
+def fails(client: int, round_number: int) -> Happens:
+    """Let what a client trains in a round fail."""
+
+    def happens(index: int, order: Order) -> Exception | None:
+        hit = index == client and any(step[:2] == ["train", round_number] for step in order.steps)
+        return NoAnswerError(f"client {index} is gone") if hit else None
+
+    return happens
+
+
+def test_an_answer_that_is_lost_has_never_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained in vain must be forgotten, residuals and moments of Adam, too."""
+    fields = {"rounds": 4, "clients": 3, "feedback": "both", "refresh_steps": 1}
+
+    def lose(mail: Mail) -> None:
+        mail.after = fails(1, 2)
+
+    run, _ = remote(tmp_path, mail=lose, **fields)
+
+    def send(delivery: Delivery, client: Client, row: Any, replies: Any, server: Any) -> None:
+        if client.index == 1 and replies.number == 2:
+            raise InjectedFault("client 1 is gone")
+        whole(delivery, client, row, replies, server)
+
+    whole = Delivery.send
+    monkeypatch.setattr(Delivery, "send", send)
+    assert_same(tmp_path, run, here(tmp_path, **fields))
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert [(line["round"], line["client"], line["reason"]) for line in failed] == [
+        (2, 1, "client 1 is gone")
+    ]
+
+
+def test_an_order_that_did_not_arrive_is_as_good_as_an_answer_that_did_not(tmp_path: Path) -> None:
+    runs = []
+    for name in ("before", "after"):
+
+        def lose(mail: Mail, name: str = name) -> None:
+            setattr(mail, name, fails(2, 3))
+
+        runs.append(remote(tmp_path / name, mail=lose, rounds=4, feedback="up")[0])
+    assert summary(runs[0]) == summary(runs[1])
+    assert lines(tmp_path / "before" / "remote") == lines(tmp_path / "after" / "remote")
+
+
+def test_an_order_may_be_carried_out_twice(tmp_path: Path) -> None:
+    def twice(mail: Mail) -> None:
+        def again(client: int, order: Order) -> None:
+            mail.node(client).execute(order)
+
+        mail.after = again
+
+    run, _ = remote(tmp_path, mail=twice, feedback="both")
+    assert_same(tmp_path, run, here(tmp_path, feedback="both"))
+
+
+def test_a_client_that_lost_its_state_begins_anew(tmp_path: Path) -> None:
+    def forget(mail: Mail) -> None:
+        def remove(client: int, order: Order) -> None:
+            if client == 0 and any(step[:2] == ["train", 3] for step in order.steps):
+                shutil.rmtree(tmp_path / "nodes" / "0" / "state")
+
+        mail.before = remove
+
+    run, mail = remote(tmp_path, mail=forget, rounds=4)
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert [(line["round"], line["client"]) for line in failed] == [(3, 0)]
+    assert "client 0 has no state after order" in failed[0]["reason"]
+    assert run.summary["rounds"] == 4
+    bases = [order.base for client, order in mail.orders if client == 0]
+    assert bases[0] == 0 and 0 in bases[3:], "it must begin anew"
+
+
+def test_a_round_without_a_client_to_score_has_no_scores(tmp_path: Path) -> None:
+    def deaf(mail: Mail) -> None:
+        def scoring(client: int, order: Order) -> Exception | None:
+            hit = client == 1 and order.steps[-1][0] == "score" and not order.steps[-1][3]
+            return NoAnswerError("client 1 is gone") if hit else None
+
+        mail.before = scoring
+
+    run, _ = remote(tmp_path, mail=deaf, rounds=3)
+    here(tmp_path, rounds=3)
+    found = [(line["round"], line["split"]) for line in lines(tmp_path / "remote")]
+    assert all(split is None for number, split in found if number < 3)
+    assert lines(tmp_path / "remote")[-1] == lines(tmp_path / "here")[-1]
+    assert len(run.summary["scores_mentor"]) == 3
+
+
+def test_a_final_score_that_does_not_come_ends_the_run(tmp_path: Path) -> None:
+    def deaf(mail: Mail) -> None:
+        mail.before = lambda client, order: (
+            NoAnswerError("client 2 is gone")
+            if client == 2 and order.steps[-1][0] == "score" and order.steps[-1][3]
+            else None
+        )
+
+    with pytest.raises(NoAnswerError, match="client 2 is gone"):
+        remote(tmp_path, mail=deaf)
+
+
+def test_too_few_answers_are_no_quorum(tmp_path: Path) -> None:
+    def deaf(mail: Mail) -> None:
+        mail.before = lambda client, order: fails(0, 2)(client, order) or fails(1, 2)(client, order)
+
+    with pytest.raises(QuorumError, match="round 2 has 1 of 3 replies.*client 0 is gone"):
+        remote(tmp_path, mail=deaf)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"losses": [float("nan"), 1.0]}, "loss of client 1 must be a finite number, got nan"),
+        ({"losses": "low"}, "losses of client 1 must be two, got 'low'"),
+        ({"seconds": True}, "seconds of client 1 must be a finite number, got True"),
+        ({"state": None}, "state of client 1 must be a finite number, got None"),
+        ({"error": ["no"]}, r"\['no'\]"),
+    ],
+)
+def test_nonsense_of_a_client_is_its_own_affair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
+) -> None:
+    def execute(node: Node, order: Order) -> Answer:
+        answer = whole(node, order)
+        if "losses" in answer.facts and node._index == 1:
+            answer.facts.update(change)
+        return answer
+
+    whole = Node.execute
+    monkeypatch.setattr(Node, "execute", execute)
+    run, _ = remote(tmp_path, rounds=2)
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert {line["client"] for line in failed} == {1} and len(failed) == 2
+    assert re.search(reason, failed[0]["reason"])
+    assert run.summary["faults"] == {"failed": 2}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", 7, None])
+def test_an_answer_must_be_one(text: object) -> None:
+    with pytest.raises(ClientError, match="client 4"):
+        read_answer(4, text, b"")
+
+
+def test_a_frame_that_is_damaged_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(node: Node, order: Order) -> Answer:
+        answer = whole(node, order)
+        if answer.frame and node._index == 0:
+            answer.frame = answer.frame[:-1]
+        return answer
+
+    whole = Node.execute
+    monkeypatch.setattr(Node, "execute", execute)
+    run, _ = remote(tmp_path, rounds=2)
+    refused = [line for line in journal(tmp_path / "remote") if line["event"] == "refused"]
+    assert {(line["client"], line["reason"]) for line in refused} == {(0, "damaged")}
+    assert run.summary["faults"] == {"refused": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("version", "0"), ("clients", 9), ("digest", "00"), ("samples", -1)],
+)
+def test_a_client_that_does_not_fit_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    whole = Node.hello
+    monkeypatch.setattr(Node, "hello", lambda node: {**whole(node), name: value})
+    with pytest.raises(ValueError, match=f"client 0 .*{value}"):
+        remote(tmp_path)
+    assert not (tmp_path / "remote").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("checkpoint_every", 1), ("retries", 1), ("faults", 0.5), ("attackers", 0.5)],
+)
+def test_options_of_one_process_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 0.*, got {value}"):
+        remote(tmp_path, **{name: value})
+
+
+def test_a_node_with_data_of_its_own_trains_on_all_of_them(tmp_path: Path) -> None:
+    config = configure(TinyTask(), "fedkd", {"clients": 3})
+    shared = Node(config, TinyTask(), 1, tmp_path / "a").hello()
+    own = Node(config, TinyTask(), 1, tmp_path / "b", own_data=True).hello()
+    assert (shared["samples"], own["samples"]) == (20, 60)
+    assert shared["digest"] == own["digest"] and shared["sample"] != own["sample"]
+
+
+def test_a_node_says_what_it_cannot_do(tmp_path: Path) -> None:
+    config = configure(TinyTask(), "fedkd", {})
+    with pytest.raises(ValueError, match="client must be 0 to 2, got 3"):
+        Node(config, TinyTask(), 3, tmp_path)
+    answer = Node(config, TinyTask(), 0, tmp_path).execute(Order(0, 1, [["dance"]]))
+    assert answer.facts == {"error": "order has the unknown step 'dance': is the server newer?"}
+    with pytest.raises(ValueError, match="order must be a list of base, number and steps"):
+        Order.read("[1]", [])
