@@ -23,11 +23,11 @@ demo: $(VENV)/.ready
 
 # The whole test suite; what CI runs. One process for each core, but at most four: each holds torch.
 # No test times anything, and pytest-benchmark would warn that it cannot here.
-test: $(VENV)/.dev
+test: $(VENV)/.dev .venv-flower
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --benchmark-disable
 
 # Long runs that `make test` leaves out.
-slow: $(VENV)/.dev
+slow: $(VENV)/.dev .venv-flower .venv-nvflare
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev

@@ -48,7 +48,7 @@ from fedkd_fast.integrations.nvflare import (
 )
 
 WIDTHS = {"1M": 960, "20M": 4416}
-ROUNDS, STEPS, BATCH, LR = 4, 24, 32, 1e-3
+ROUNDS, STEPS, BATCH, LR = 3, 12, 32, 1e-3
 BUILT_IN = ("float16", "adaquant", "blockwise8", "float4", "normfloat4")
 OURS: dict[str, dict[str, Any]] = {
     "fedkd_fast, preset": {},
@@ -84,11 +84,9 @@ def rounds(width: int) -> tuple[Arrays, list[Arrays]]:
 def without_bitsandbytes() -> Iterator[None]:
     """Let `ModelQuantizer` be imported where bitsandbytes is not installed."""
     functional = ModuleType("bitsandbytes.functional")
-    kinds = ("4bit", "blockwise")
-    for name in (
-        "QuantState",
-        *(f"{verb}quantize_{kind}" for verb in ("", "de") for kind in kinds),
-    ):
+    verbs = ("quantize", "dequantize")
+    calls = (f"{verb}_{kind}" for verb in verbs for kind in ("4bit", "blockwise"))
+    for name in ("QuantState", *calls):
         setattr(functional, name, None)
     sys.modules["bitsandbytes"] = ModuleType("bitsandbytes")
     sys.modules["bitsandbytes.functional"] = functional

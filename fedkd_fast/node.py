@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,8 @@ class Node:
         for role, model in models.items() if final else ():
             if model is not None:
                 merge_adapter(model)
+                # The order may come twice.
+                shutil.rmtree(self._folder / role, ignore_errors=True)
                 save_model(model, self._folder / role)
                 if isinstance(self._task, PredictingTask):
                     self._task.save_assets(self._folder / role)

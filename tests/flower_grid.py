@@ -9,10 +9,10 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkd_fast.integrations.flower import carrier, client_app
@@ -29,11 +29,7 @@ class FakeGrid:
         self._folder, self._run_config = folder, run_config
         self._replies: dict[str, Message] = {}
         self.nodes = {100 + index: index for index in range(CLIENTS)}
-        self.activated = dict.fromkeys(self.nodes, "once")
         self.answers: Answers = lambda message, answer: answer()
-
-    def get_nodes(self) -> list[Any]:
-        return [SimpleNamespace(node_id=n, last_activated_at=self.activated[n]) for n in self.nodes]
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -72,23 +68,27 @@ def is_train(message: Message, client: int, round_number: int) -> bool:
 
 def restarted(grid: FakeGrid) -> Answers:
     """Let node 1 be killed while it trains in round 2, and come back: it gets its order again."""
+    killed: list[Message] = []
 
     def answers(message: Message, answer: Callable[[], Message]) -> Message | None:
-        if is_train(message, 1, 2) and grid.activated[101] == "once":
+        if is_train(message, 1, 2) and not killed:
             answer()  # as far as it came
-            grid.activated[101] = "twice"
-            return None
+            killed.append(message)
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
         return answer()
 
     return answers
 
 
 def unavailable(grid: FakeGrid) -> Answers:
-    """Let Flower say that node 1 is gone in round 2."""
+    """Let node 1 be gone from round 2 on, and be back when the final models are scored."""
 
     def answers(message: Message, answer: Callable[[], Message]) -> Message | None:
         if is_train(message, 1, 2):
-            return Message(Error(5, "Node Unavailable"), reply_to=message)
+            grid.nodes.pop(101)
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+        if message.metadata.group_id == "3":
+            grid.nodes[101] = 1
         return answer()
 
     return answers
@@ -101,7 +101,7 @@ def moved(grid: FakeGrid) -> Answers:
         reply = answer()
         if is_train(message, 1, 1):
             grid.nodes.pop(101)
-            grid.nodes[202], grid.activated[202] = 1, "once"
+            grid.nodes[202] = 1
         return reply
 
     return answers
@@ -116,6 +116,7 @@ def run() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     config = {"task": "digits", "clients": CLIENTS, "rounds": 3, "samples-per-client": 40}
     config |= {"out": str(folder / case), "data": "", "feedback": "both", "wait": 5}
+    config["rejoin"] = 0.5
     grid = FakeGrid(folder / f"{case}-nodes", config)
     special = CASES[case]
     if special is not None:

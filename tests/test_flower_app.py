@@ -44,7 +44,7 @@ def test_nothing_of_flower_is_imported_before_it_is_used() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("flwr") is not None, reason="Flower is installed")
 def test_without_flower_the_message_says_how_to_get_it() -> None:
-    with pytest.raises(ImportError, match=r"needs flwr: pip install \"fedkd-fast\[flower\]\""):
+    with pytest.raises(ImportError, match=r"needs Flower: pip install \"fedkd-fast\[flower\]\""):
         _ = flower.server_app
 
 
@@ -125,7 +125,7 @@ def test_the_example_has_all_options_and_none_that_is_refused() -> None:
     with pytest.raises(ValueError, match="known are (.*)") as error:
         settings({"?": 1})
     known = set(str(error.value).split("known are ")[1].split(", "))
-    assert known == set(app["config"]) - {"wait"}
+    assert known == set(app["config"]) - {"wait", "rejoin"}
     assert app["components"] == {
         "serverapp": "fedkd_fast.integrations.flower:server_app",
         "clientapp": "fedkd_fast.integrations.flower:client_app",
@@ -133,7 +133,7 @@ def test_the_example_has_all_options_and_none_that_is_refused() -> None:
 
 
 def test_messages_of_flower_change_nothing(tmp_path: Path) -> None:
-    """Without the runtime: also where a node is started anew, gone for a round, or another one."""
+    """Without the runtime: also where a node comes back, is gone for good, or is another one."""
     script = str(ROOT / "tests" / "flower_grid.py")
     for case in ("plain", "restarted", "moved", "unavailable"):
         run_flower(tmp_path, script, str(tmp_path), case, timeout_s=300)
@@ -147,7 +147,8 @@ def test_messages_of_flower_change_nothing(tmp_path: Path) -> None:
         for line in events(tmp_path / case)
         if line["event"] in ("retry", "failed")
     ]
-    assert faults == [("retry", 2, 1), ("failed", 2, 1)]
+    assert faults == [("retry", 2, 1), ("failed", 2, 1), ("failed", 3, 1)]
+    assert len(summary(tmp_path / "unavailable")["scores_mentor"]) == 2
     assert metrics(tmp_path / "unavailable")[:3] == metrics(tmp_path / "here")[:3]
     assert {line["bytes_up"] for line in metrics(tmp_path / "unavailable")[4:5]} == {0}
 

@@ -178,7 +178,7 @@ def test_an_order_that_did_not_arrive_is_as_good_as_an_answer_that_did_not(tmp_p
 def test_an_order_may_be_carried_out_twice(tmp_path: Path) -> None:
     def twice(mail: Mail) -> None:
         def again(client: int, order: Order) -> None:
-            mail.node(client).execute(order)
+            assert "error" not in mail.node(client).execute(order).facts
 
         mail.after = again
 

@@ -43,6 +43,7 @@ class Deployment:
     def __init__(self, folder: Path) -> None:
         self.folder, self.keys, self.port = folder, folder / "keys", free_port()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock, self._over = threading.Lock(), False
         self._environment = {
             **os.environ,
             "FLWR_HOME": str(folder / "flwr"),
@@ -83,8 +84,10 @@ class Deployment:
 
     def end_all(self) -> None:
         """End everything, the SuperLink last."""
-        for name in reversed(list(self._running)):
-            self.end(name)
+        with self._lock:
+            self._over = True
+            for name in reversed(list(self._running)):
+                self.end(name)
 
     def superlink(self) -> None:
         """Start the SuperLink, and wait until it listens."""
@@ -132,9 +135,15 @@ class Deployment:
             time.sleep(0.02)
         self.end("supernode-1", signal.SIGKILL)
         print(f"deploy: killed SuperNode 1 in round {round_number}", flush=True)
-        time.sleep(5.0)
+        # The SuperLink refuses a node that it believes connected, for up to a minute; whoever runs
+        # a node tries again until it is accepted, as service managers do.
         self.supernode(1)
-        print("deploy: started SuperNode 1 again", flush=True)
+        while not self._over:
+            time.sleep(5.0)
+            with self._lock:
+                if not self._over and self._running["supernode-1"].poll() is not None:
+                    self.end("supernode-1", signal.SIGKILL)
+                    self.supernode(1)
 
 
 def rounds_done(journal: Path) -> int:

@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     found = settings(context.run_config)
     config = found.config
-    carrier = GridCarrier(grid, config.client_timeout, found.wait_s)
+    carrier = GridCarrier(grid, config.client_timeout, found.wait_s, found.rejoin_s)
     run = train(
         found.task,
         config.method,

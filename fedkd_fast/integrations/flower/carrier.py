@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedkd_fast.integrations.flower.messages import (
     HELLO,
+    GoneError,
     answer_of,
     facts_of,
     kind,
@@ -23,23 +25,28 @@ from fedkd_fast.remote import NoAnswerError
 
 log = logging.getLogger("flwr")  # what `flwr run --stream` shows
 _PULL_S = 0.25  # between two looks for replies
-_NODES_S = 2.0  # between two looks at the nodes
+_NODES_S = 2.0  # between two looks for nodes that are gone
+_HELLO_S = 60.0  # for new nodes to say who they are
 
 
 class GridCarrier:
     """Carries orders over Flower's grid.
 
-    A node that was started anew since an order went to it gets the order again: carrying one out
-    twice does no harm. One that is gone for good is reported so by Flower itself.
+    Where a node is gone, its client's order is kept for a while, and goes to the node once it is
+    back, or to another one that is this client now: carrying an order out twice does no harm. A
+    client that was waited for in vain is not waited for again before it has come back.
 
     Args:
         grid: of the server app.
         timeout_s: for the answers to orders that go out together; None waits as long as it takes.
         wait_s: for all clients to come, at the beginning.
+        rejoin_s: for a node that is gone to come back.
     """
 
-    def __init__(self, grid: Grid, timeout_s: float | None, wait_s: float) -> None:
+    def __init__(self, grid: Grid, timeout_s: float | None, wait_s: float, rejoin_s: float) -> None:
         self._grid, self._timeout_s, self._wait_s = grid, timeout_s, wait_s
+        self._rejoin_s = rejoin_s
+        self._gone: set[int] = set()  # clients that were waited for in vain
         self._nodes: dict[int, int] = {}  # by client
         self._heard: set[int] = set()  # nodes that said who they are, or why they are nobody
         self.bytes_sent = self.bytes_received = 0  # of messages, as Flower counts them
@@ -104,74 +111,76 @@ class GridCarrier:
     ) -> Mapping[int, Answer | Exception]:
         """Bring an order to each of some clients at once, and return what came of it."""
         found: dict[int, Answer | Exception] = {}
-        started = self._started()
-        self._look_for(set(orders), started)
         waiting: dict[str, int] = {}
-        for client, order in orders.items():
-            self._send(client, order, round_number, waiting, found)
-        until = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        # Clients without a node, why, and until when it may come back.
+        away: dict[int, tuple[Exception, float]] = {}
+
+        def send(client: int) -> None:
+            content, node = pack_order(orders[client]), self._nodes[client]
+            message = Message(content, node, kind(orders[client]), group_id=str(round_number))
+            identity = self._push(message)
+            if identity is None:
+                leave(client, GoneError(f"client {client} has no node that takes messages"))
+            else:
+                waiting[identity] = client
+
+        def leave(client: int, error: Exception) -> None:
+            known = away.get(client, (error, time.monotonic() + self._rejoin_s))
+            away[client] = error, -math.inf if client in self._gone else known[1]
+
+        there = self._look_for(set(orders))
+        for client in orders:
+            if client in there:
+                send(client)
+            else:
+                leave(client, GoneError(f"client {client} has no node that is connected"))
+        until = math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s
         looked = time.monotonic()
-        while waiting:
+        while (waiting or away) and time.monotonic() < until:
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
                 try:
                     found[client] = answer_of(client, reply)
+                    self._gone.discard(client)
+                except GoneError as error:
+                    leave(client, error)
                 except Exception as error:
                     found[client] = error
-            if until is not None and time.monotonic() >= until:
-                break
-            if waiting and time.monotonic() - looked >= _NODES_S:
-                looked, now = time.monotonic(), self._started()
-                for message, client in list(waiting.items()):
-                    node = self._nodes[client]
-                    if now.get(node, started.get(node)) != started.get(node):
-                        del waiting[message]
-                        log.info("client %d was started anew and is asked again", client)
-                        retried(client)
-                        self._send(client, orders[client], round_number, waiting, found)
-                started |= now
-            time.sleep(_PULL_S if waiting else 0.0)
-        for client in waiting.values():
+            for client, (reason, latest) in list(away.items()):
+                if time.monotonic() >= latest:
+                    del away[client]
+                    self._gone.add(client)
+                    found[client] = reason
+            if away and time.monotonic() - looked >= _NODES_S:
+                looked = time.monotonic()
+                for client in self._look_for(set(away)):
+                    del away[client]
+                    log.info("client %d is back and gets its order again", client)
+                    retried(client)
+                    send(client)
+            time.sleep(_PULL_S if waiting or away else 0.0)
+        for client in (*waiting.values(), *away):
             found[client] = NoAnswerError(
                 f"client {client} did not answer within {self._timeout_s:g} s"
             )
         return found
 
-    def _started(self) -> dict[int, str]:
-        """Return when each node that is there was last started; "" where Flower does not tell."""
-        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
-
-    def _look_for(self, clients: set[int], there: Mapping[int, str]) -> None:
-        """Look among new nodes for clients whose node is gone."""
-        gone = {client for client in clients if self._nodes.get(client) not in there}
-        if not gone:
-            return
-        try:
-            hellos = self._hellos(time.monotonic() + self._wait_s)
-        except ValueError as error:
-            log.warning("%s", error)
-            return
-        for node, facts in hellos.items():
-            client = facts.get("client")
-            if client in gone:
-                self._nodes[client] = node
-
-    def _send(
-        self,
-        client: int,
-        order: Order,
-        round_number: int,
-        waiting: dict[str, int],
-        found: dict[int, Answer | Exception],
-    ) -> None:
-        message = Message(
-            pack_order(order), self._nodes[client], kind(order), group_id=str(round_number)
-        )
-        identity = self._push(message)
-        if identity is None:
-            found[client] = NoAnswerError(f"client {client} has no node that takes messages")
-        else:
-            waiting[identity] = client
+    def _look_for(self, clients: set[int]) -> set[int]:
+        """Return which of some clients have a node that is connected, maybe another than before."""
+        there = set(self._grid.get_node_ids())
+        missing = {client for client in clients if self._nodes[client] not in there}
+        if missing:
+            try:
+                hellos = self._hellos(time.monotonic() + _HELLO_S)
+            except ValueError as error:
+                log.warning("%s", error)
+                hellos = {}
+            for node, facts in hellos.items():
+                client = facts.get("client")
+                if client in missing:
+                    self._nodes[client] = node
+                    missing.discard(client)
+        return clients - missing
 
     def _push(self, message: Message) -> str | None:
         size = size_of(message.content)

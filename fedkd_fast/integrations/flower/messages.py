@@ -6,9 +6,15 @@ import json
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedkd_fast.node import Answer, Order
 from fedkd_fast.remote import ClientError, NoAnswerError, read_answer
+
+
+class GoneError(NoAnswerError):
+    """The node of a client is not connected."""
+
 
 HELLO = "hello"
 _RECORD, _TEXT, _FRAME = "fedkd", "text", "frame"
@@ -49,11 +55,13 @@ def answer_of(client: int, message: Message) -> Answer:
     """Return the answer in a message.
 
     Raises:
-        NoAnswerError: Flower says that there is none.
+        NoAnswerError: Flower says that there is none; `GoneError` where the node is gone.
         ClientError: it is none.
     """
     if message.has_error():
-        raise NoAnswerError(f"client {client}: {message.error.reason or message.error.code}")
+        gone = message.error.code == ErrorCode.NODE_UNAVAILABLE
+        text = f"client {client}: {message.error.reason or message.error.code}"
+        raise GoneError(text) if gone else NoAnswerError(text)
     try:
         record: dict[str, Any] = dict(_record(message))
     except ValueError as error:

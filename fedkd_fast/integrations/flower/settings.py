@@ -14,8 +14,8 @@ from fedkd_fast.tasks import Task as Task
 from fedkd_fast.tasks import TaskOptions, build_task
 from fedkd_fast.trainer import configure
 
-_WAIT = "wait"  # the one key that is none of `TrainConfig`
-_WAIT_S = 600.0
+# Keys that are none of `TrainConfig`, with their seconds where they are not given.
+_TIMES = {"wait": 600.0, "rejoin": 120.0}
 _DISTILLATION = "distillation."
 _FIELDS = {one.name for one in dataclasses.fields(TrainConfig)} - {"distillation"}
 _SERVER_ONLY = {"out", "overwrite", "tensorboard"}
@@ -42,6 +42,7 @@ class Settings:
     task: Task
     fields: Mapping[str, Any]  # of the configuration, that were given
     wait_s: float  # for clients: at the beginning, and to score the final models
+    rejoin_s: float  # for a node that is gone to come back, before its client has failed
 
 
 def settings(
@@ -59,15 +60,15 @@ def settings(
         TypeError: values of a wrong type.
     """
     fields: dict[str, Any] = dict(_FIXED)
-    distillation, wait_s = {}, _WAIT_S
+    distillation, times = {}, dict(_TIMES)
     for key, value in run_config.items():
         if value == "":
             continue
         name = key.replace("-", "_")
         if key in _WITHOUT:
             raise ValueError(f"run config {key!r} must be left out: {_WITHOUT[key]}")
-        if key == _WAIT:
-            wait_s = _seconds(value)
+        if key in times:
+            times[key] = _seconds(key, value)
         elif key.startswith(_DISTILLATION):
             distillation[key.removeprefix(_DISTILLATION).replace("-", "_")] = value
         elif "_" in key or name not in _FIELDS:
@@ -84,16 +85,17 @@ def settings(
         fields["out"] = _absolute(str(fields["out"]))
     name, method = fields.pop("task", "digits"), fields.pop("method", "fedkd")
     task = _task(name, task_options(configure(name, method, fields)))
-    return Settings(configure(task, method, fields), task, fields, wait_s)
+    config = configure(task, method, fields)
+    return Settings(config, task, fields, wait_s=times["wait"], rejoin_s=times["rejoin"])
 
 
 def _missing() -> set[str]:
     return {one.replace("-", "_") for one in _WITHOUT}
 
 
-def _seconds(value: object) -> float:
+def _seconds(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"run config {_WAIT!r} must be seconds, at least 0, got {value!r}")
+        raise ValueError(f"run config {key!r} must be seconds, at least 0, got {value!r}")
     return float(value)
 
 
