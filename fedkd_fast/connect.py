@@ -12,6 +12,7 @@ from fedkd_fast.config import TrainConfig
 from fedkd_fast.evaluation import Evaluation
 from fedkd_fast.journal import Journal
 from fedkd_fast.loop import Connect
+from fedkd_fast.methods import get_method
 from fedkd_fast.remote import Carrier, RemotePool
 from fedkd_fast.remote_scores import RemoteEvaluation
 from fedkd_fast.server import Server
@@ -62,6 +63,10 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
     ):
         if getattr(config, name) != least:
             raise ValueError(f"{name} must be {least}, got {getattr(config, name)!r}: {why}")
+    if get_method(config.method).pools_data:
+        raise ValueError(
+            f"method must be one that leaves data with the clients, got {config.method!r}"
+        )
 
     def found(
         first: Client, server: Server | None, journal: Journal

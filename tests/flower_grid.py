@@ -1,6 +1,6 @@
 """Flower's messages without its runtime: the server app and the client app in one process.
 
-Run by Flower's Python as ``flower_grid.py FOLDER CASE``; writes the run folder ``FOLDER/CASE``.
+Run by Flower's Python as ``flower_grid.py FOLDER``; writes a run folder for each case in it.
 """
 
 from __future__ import annotations
@@ -110,10 +110,7 @@ def moved(grid: FakeGrid) -> Answers:
 CASES = {"plain": None, "restarted": restarted, "unavailable": unavailable, "moved": moved}
 
 
-def run() -> None:
-    folder, case = Path(sys.argv[1]), sys.argv[2]
-    carrier._PULL_S, carrier._NODES_S = 0.001, 0.01
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+def run(folder: Path, case: str) -> None:
     config = {"task": "digits", "clients": CLIENTS, "rounds": 3, "samples-per-client": 40}
     config |= {"out": str(folder / case), "data": "", "feedback": "both", "wait": 5}
     config["rejoin"] = 0.5
@@ -125,4 +122,7 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    carrier._PULL_S, carrier._NODES_S = 0.001, 0.01
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    for one in CASES:
+        run(Path(sys.argv[1]), one)

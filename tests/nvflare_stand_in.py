@@ -9,6 +9,7 @@ import copy
 import importlib
 import logging
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -147,28 +148,31 @@ def stand_ins(version: str = "2.9.0") -> dict[str, ModuleType]:
     return {"nvflare": top, "nvflare.apis": ModuleType("nvflare.apis"), **made}
 
 
-def forget_ours() -> None:
-    parent = importlib.import_module("fedkd_fast.integrations")
-    for name in OURS:
-        sys.modules.pop(name, None)
-        parent.__dict__.pop(name.rpartition(".")[2], None)
+def put(modules: Mapping[str, ModuleType | None]) -> None:
+    """Make these what is imported; None for what is not."""
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        if module is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = module
+        if name in OURS and module is None:
+            sys.modules[parent].__dict__.pop(last, None)
+        elif name in OURS:
+            setattr(sys.modules[parent], last, module)
 
 
 def load(version: str | None = None) -> Any:
     """Import the adapter on NVFLARE's classes, or on those above; a version is pretended."""
     if REAL and version is None:
         return importlib.import_module(OURS[0])
-    before = {name: sys.modules.get(name) for name in stand_ins()}
-    sys.modules.update(stand_ins(version or "2.9.0"))
-    forget_ours()
+    importlib.import_module("fedkd_fast.integrations")
+    before = {name: sys.modules.get(name) for name in (*stand_ins(), *OURS)}
+    put({**stand_ins(version or "2.9.0"), **dict.fromkeys(OURS)})
     try:
         return importlib.import_module(OURS[0])
     finally:
-        forget_ours()
-        for name, module in before.items():
-            sys.modules.pop(name)
-            if module is not None:
-                sys.modules[name] = module
+        put(before)
 
 
 def travelled(shareable: Any) -> Any:

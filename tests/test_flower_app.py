@@ -135,8 +135,7 @@ def test_the_example_has_all_options_and_none_that_is_refused() -> None:
 def test_messages_of_flower_change_nothing(tmp_path: Path) -> None:
     """Without the runtime: also where a node comes back, is gone for good, or is another one."""
     script = str(ROOT / "tests" / "flower_grid.py")
-    for case in ("plain", "restarted", "moved", "unavailable"):
-        run_flower(tmp_path, script, str(tmp_path), case, timeout_s=300)
+    run_flower(tmp_path, script, str(tmp_path), timeout_s=900)
     fields = {"clients": 2, "rounds": 3, "samples_per_client": 40, "feedback": "both"}
     train("digits", out=str(tmp_path / "here"), **fields)
     for case in ("plain", "restarted", "moved"):
@@ -159,14 +158,18 @@ def test_a_simulation_is_the_same_run(tmp_path: Path) -> None:
     options = "seed=1 samples-per-client=60 out='" + str(tmp_path / "there") + "'"
     flwr = str(flower_python().with_name("flwr"))
     try:
-        found = subprocess.run(
-            [flwr, "run", str(EXAMPLE), "--stream", "--run-config", options],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        for _ in range(5):
+            found = subprocess.run(
+                [flwr, "run", str(EXAMPLE), "--stream", "--run-config", options],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            # Flower gives its SuperLink 15 s to start, which a busy machine may not.
+            if "Failed to start local SuperLink" not in found.stdout + found.stderr:
+                break
     finally:
         end_superlink(environment["FLWR_LOCAL_CONTROL_API_PORT"])
     assert (tmp_path / "there").is_dir(), found.stdout + found.stderr

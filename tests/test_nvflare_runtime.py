@@ -33,7 +33,7 @@ def run(*arguments: str, folder: Path = ROOT, timeout_s: float = 300) -> str:
 
 @needs_nvflare
 def test_the_filters_on_nvflares_own_classes() -> None:
-    tests = ["tests/test_nvflare.py", "tests/nvflare_job.py"]
+    tests = ["tests/test_nvflare.py", "tests/test_nvflare_recipe.py", "tests/nvflare_job.py"]
     found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     passed = re.search(r"(\d+) passed", found)
     assert passed is not None and int(passed[1]) >= 45, found[-2000:]
@@ -64,3 +64,12 @@ def test_the_example_in_the_simulator(mode: str, tmp_path: Path) -> None:
     assert sum(up for _, up in plain) > 40 * sum(up for _, up in small)
     assert sum(down for down, _ in plain[1:]) > 20 * sum(down for down, _ in small[1:])
     assert score > plain_score - 0.03
+
+
+@pytest.mark.slow
+@needs_nvflare
+def test_a_job_survives_a_client_whose_replies_are_damaged(tmp_path: Path) -> None:
+    run(str(ROOT / "tests/nvflare_hostile.py"), str(tmp_path))
+    log = (tmp_path / "hostile/server/log.txt").read_text()
+    assert log.count("refused the reply of site-2: frame is truncated") == 2
+    assert "refused the reply of site-1" not in log and "Finished FedAvg" in log

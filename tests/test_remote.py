@@ -313,6 +313,11 @@ def test_options_of_one_process_are_refused(tmp_path: Path, name: str, value: ob
         remote(tmp_path, **{name: value})
 
 
+def test_data_are_not_put_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leaves data with the clients, got 'central'"):
+        remote(tmp_path, "central")
+
+
 def test_a_node_with_data_of_its_own_trains_on_all_of_them(tmp_path: Path) -> None:
     config = configure(TinyTask(), "fedkd", {"clients": 3})
     shared = Node(config, TinyTask(), 1, tmp_path / "a").hello()

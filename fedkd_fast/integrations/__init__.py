@@ -2,6 +2,6 @@
 
 Nothing here is imported until it is used, and each module needs the framework that it is for:
 ``flower``, ``nvflare``, ``openfl``, ``appfl``; torch alone is enough for ``process_group``,
-``outer_step`` and ``ddp``. `link` needs nothing: it is what Flower and NVFLARE have in common, and a
-start for an adapter of one's own.
+``outer_step`` and ``ddp``. `link` needs nothing: it is what Flower and NVFLARE have in common, and
+a start for an adapter of one's own.
 """

@@ -115,7 +115,7 @@ class Compressing(Filter):
 
     def __init__(
         self,
-        energy: float = 0.8,
+        energy: float = Compression.energy,
         feedback: bool = True,
         codec: str = "wf1",
         scope: str = "tensor",
