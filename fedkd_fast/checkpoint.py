@@ -116,6 +116,12 @@ class Store:
             self._unread.discard(name)
         return read_tree(path)
 
+    def intact(self) -> str:
+        """Say which checkpoint there is."""
+        if not self.facts:
+            return "there is no checkpoint yet"
+        return f"the checkpoint after round {self.facts['counts'][0]} is intact in {self.folder}"
+
     def commit(self, facts: Mapping[str, Any], clock: Mapping[str, Any] | None = None) -> str:
         """Make the newest states the checkpoint; when this returns, they are on the disk.
 

@@ -131,6 +131,11 @@ class Compressor:
         for state in self._state().values():
             state.claim(self)
 
+    @property
+    def feedback(self) -> ErrorFeedback | EF21 | None:
+        """What keeps residuals or estimates, where there is feedback."""
+        return self._feedback
+
     def compress(
         self,
         update: Mapping[str, object],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedkd_fast.remote import Carrier, RemotePool
 from fedkd_fast.remote_scores import RemoteEvaluation
 from fedkd_fast.server import Server
 from fedkd_fast.tasks import Task
+
+_MOST_SAMPLES = 2**53  # up to there, weights of replies are exact
 
 
 class RemoteShards(Shards):
@@ -76,7 +79,7 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
         for index, hello in sorted(hellos.items()):
             _check_hello(index, hello, config.clients, digest)
         sizes = [hellos[index].get("samples") for index in range(config.clients)]
-        shards = RemoteShards(sizes, bytes.fromhex(str(hellos[0].get("sample", ""))))
+        shards = RemoteShards(sizes, bytes.fromhex(hellos[0]["sample"]))
         if config.weighting == "samples" and shards.sizes() is None:
             raise ValueError("weighting by samples needs clients that tell how many they have")
         pool = RemotePool(first.learner, config.clients, server is not None, carrier, journal)
@@ -96,6 +99,9 @@ def _check_hello(index: int, hello: Mapping[str, Any], clients: int, digest: str
             raise ValueError(
                 f"client {index} has {name} {hello.get(name)!r}, the server {wanted!r}: {why}"
             )
+    sample = hello.get("sample")
+    if not (isinstance(sample, str) and re.fullmatch("(?:[0-9a-f]{2})*", sample)):
+        raise ValueError(f"client {index} says its first batch is {str(sample)[:80]!r}")
     samples = hello.get("samples")
-    if not (samples is None or (isinstance(samples, int) and samples >= 0)):
-        raise ValueError(f"client {index} says it has {samples!r} samples")
+    if not (samples is None or (isinstance(samples, int) and 0 <= samples < _MOST_SAMPLES)):
+        raise ValueError(f"client {index} says it has {str(samples)[:80]} samples")

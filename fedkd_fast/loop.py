@@ -222,11 +222,10 @@ class Loop:
         try:
             with row.timed():
                 row.losses = client.train(number, config.lr_share(number))
+            row.add(*client.elsewhere)
             if self.server is not None:
                 with row.timed(codec=True):
                     row.frame = client.upload(energy, factor=self.delivery.factor(index))
-            row.add(*client.elsewhere)
-            if self.server is not None:
                 self.delivery.send(client, row, current.replies, self.server)
         except DiskError:
             raise
@@ -294,13 +293,12 @@ class Loop:
 
     def _refresh(self, number: int, client: Peer, row: ClientRow) -> None:
         """Let a mentor learn from the fresh mentee; where that fails, it goes on without."""
-        alone = self.config.quorum == 1.0
-        before = None if alone else self.pool.before(client.index)
+        before = None if self.config.quorum == 1.0 else self.pool.before(client.index)
         try:
             with row.timed():
                 client.refresh(self.config.lr_share(number))
         except Exception as error:
-            if alone:
+            if self.config.quorum == 1.0:
                 raise
             self.pool.undo(client.index, before)
             self.journal.add("failed", round=number, client=client.index, reason=str(error))
@@ -366,15 +364,13 @@ class Loop:
         if self._store is None:
             return
         assert self.writer is not None
-        started, done = time.perf_counter(), self.recorder.rounds_done
-        store = self._store
+        store, started, done = self._store, time.perf_counter(), self.recorder.rounds_done
         try:
             self.pool.write_changed()
             if self.server is not None:
                 store.write(_SERVER, self.server.state())
-            coins = self._coins and json.dumps(self._coins.bit_generator.state)
             under_way = {
-                "coins": coins,
+                "coins": self._coins and json.dumps(self._coins.bit_generator.state),
                 "pending": pending and pending.state(),
                 "late": self.delivery.state(),
             }
@@ -401,10 +397,7 @@ class Loop:
 
     def intact(self) -> str:
         """Say where a run whose disk is full will go on."""
-        if self._store is None or not self._store.facts:
-            return "there is no checkpoint yet"
-        last = self._store.facts["counts"][0]
-        return f"the checkpoint after round {last} is intact in {self._store.folder}"
+        return "there is no checkpoint yet" if self._store is None else self._store.intact()
 
     def _load(self, store: Store) -> None:
         """Go on where the checkpoint was made."""

@@ -141,23 +141,28 @@ class Node:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Wait for another process of this client, which a killed node may have left behind."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # What lies there was learned from the client's data: no other user's affair.
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self._folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _execute(self, order: Order) -> Answer:
         store = Store(self._folder / "state")
+        scores = [step for step in order.steps if step[0] == _SCORE]
+        changed = len(order.steps) > len(scores)
+        newest = max(store.facts.values(), default=0)
+        if changed and order.number < newest:
+            # Its outcome would take the place of one that the server goes on from.
+            raise ValueError(f"order {order.number} comes too late: order {newest} is carried out")
         client, frame, place = self._client(store, order.base)
         doing = _Doing(client, frame, iter(order.frames))
         answer = doing.answer
-        scores = [step for step in order.steps if step[0] == _SCORE]
         for name, *arguments in order.steps:
             if name not in _STEPS:
                 raise ValueError(f"order has the unknown step {name!r}: is the server newer?")
             if name != _SCORE:
                 getattr(doing, name)(*arguments)
-        changed = len(order.steps) > len(scores)
         if changed:
             state = {"client": client.state(), "frame": doing.frame}
             store.write(place, state)

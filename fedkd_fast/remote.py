@@ -248,9 +248,13 @@ class RemotePool:
 
 def finite(value: object, name: str) -> float:
     """Return a number that a client sent."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ClientError(f"{name} must be a finite number, got {value!r}")
-    return value
+    try:
+        # Integers of hundreds of digits overflow.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ClientError(f"{name} must be a finite number, got {str(value)[:80]}")
 
 
 def read_answer(index: int, text: object, frame: object) -> Answer:

@@ -116,7 +116,8 @@ class RemoteEvaluation(Evaluation):
             for index in missing:
                 client = self._remote.take(index)
                 try:
-                    found[index] = _scores_of(index, asked[index], client.facts().get("scores"))
+                    scores = client.facts().get("scores")
+                    found[index] = _scores_of(index, asked[index], scores, self._task.metric)
                 except NoAnswerError as error:
                     last = error
             if last is None:
@@ -141,13 +142,15 @@ class RemoteEvaluation(Evaluation):
         return scores, self.merged()
 
 
-def _scores_of(index: int, roles: Sequence[tuple[str, int]], found: Any) -> dict[str, Metrics]:
+def _scores_of(
+    index: int, roles: Sequence[tuple[str, int]], found: Any, metric: str
+) -> dict[str, Metrics]:
     """Return metrics by role as a client gives them, after a look at each."""
     scores: dict[str, Metrics] = {}
     for role, _ in roles:
         metrics = found.get(role) if isinstance(found, Mapping) else None
-        if not isinstance(metrics, Mapping):
-            raise ClientError(f"client {index} gives no scores of its {role}")
+        if not isinstance(metrics, Mapping) or metric not in metrics:
+            raise ClientError(f"client {index} gives no {metric} of its {role}")
         scores[role] = {
             str(name): finite(value, f"{name} of the {role} of client {index}")
             for name, value in metrics.items()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkd_fast import wire
+from fedkd_fast.decompression import decompress
 from fedkd_fast.integrations.link import (
     Broadcaster,
     Compression,
@@ -291,3 +292,21 @@ def test_hostile_replies_are_refused() -> None:
     with pytest.raises(wire.WireError):
         client.receive(Letter(server.run, 2, (server.letter("x").frames[0][:40],)))
     assert client.version == 1 and client.digest == digest_of(base)
+
+
+def test_models_may_be_larger_than_what_strangers_may_claim(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = 1 << 12
+    monkeypatch.setattr(wire, "DEFAULT_MAX_BYTES", most)
+    assert decompress.__kwdefaults__ is not None
+    monkeypatch.setitem(decompress.__kwdefaults__, "max_bytes", most)
+    first = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}
+    server, client, later = Broadcaster(), Receiver(), Receiver()
+    server.publish(first)
+    received = client.receive(server.letter("a"))
+    server.confirm("a", 1)
+    later.load(client.state())
+    server.weights(later.reply({"w": received["w"] + 1}))
+    server.publish({"w": first["w"] * 2})
+    assert torch.equal(later.receive(server.letter("a"))["w"], server.held["w"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import Tensor, nn
 
-from fedkd_fast import Compressor
+from fedkd_fast import EF21, Compressor
 from fedkd_fast.integrations import process_group
 from fedkd_fast.integrations.outer_step import OuterStep
 from fedkd_fast.integrations.process_group import compressed_mean
@@ -54,6 +54,15 @@ def failing(call: Any) -> str:
 def mean_of(weight: float = 1.0, **kwargs: Any) -> Any:
     rank = dist.get_rank()
     return compressed_mean(an_update(rank), weight=weight, **kwargs)
+
+
+def with_estimates(rank: int) -> str:
+    return failing(lambda: mean_of(compressor=Compressor(feedback=EF21())))
+
+
+def test_estimates_are_refused(ranks: Ranks) -> None:
+    for found in ranks.run(with_estimates):
+        assert "compressor must have no EF21" in found
 
 
 def a_mean(rank: int) -> Any:

@@ -186,6 +186,20 @@ def test_an_order_may_be_carried_out_twice(tmp_path: Path) -> None:
     assert_same(tmp_path, run, here(tmp_path, feedback="both"))
 
 
+def test_an_order_that_comes_too_late_spoils_nothing(tmp_path: Path) -> None:
+    task = TinyTask()
+    node = Node(configure(task, "fedkd", {**NEEDED, "clients": 3}), task, 0, tmp_path / "node")
+
+    def order(base: int, number: int) -> Answer:
+        return node.execute(Order(base, number, [["train", number, 1.0], ["upload", 0.9]]))
+
+    assert order(0, 1).facts["state"] == 1 and order(1, 3).facts["state"] == 3
+    late = order(1, 2)  # given up by the server before order 3
+    assert late.facts == {"error": "order 2 comes too late: order 3 is carried out"}
+    assert order(3, 4).facts["state"] == 4
+    assert (tmp_path / "node").stat().st_mode & 0o077 == 0, "others can read it"
+
+
 def test_a_client_that_lost_its_state_begins_anew(tmp_path: Path) -> None:
     def forget(mail: Mail) -> None:
         def remove(client: int, order: Order) -> None:
@@ -219,6 +233,23 @@ def test_a_round_without_a_client_to_score_has_no_scores(tmp_path: Path) -> None
     assert len(run.summary["scores_mentor"]) == 3
 
 
+@pytest.mark.parametrize("nonsense", [{}, {"accuracy": 10**400}, {"accuracy": None}, []])
+def test_scores_that_are_nonsense_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonsense: object
+) -> None:
+    def execute(node: Node, order: Order) -> Answer:
+        answer = whole(node, order)
+        if node._index == 1 and order.steps[-1][0] == "score" and not order.steps[-1][3]:
+            answer.facts["scores"] = dict.fromkeys(answer.facts["scores"], nonsense)
+        return answer
+
+    whole = Node.execute
+    monkeypatch.setattr(Node, "execute", execute)
+    remote(tmp_path, rounds=2)
+    found = {(line["round"], line["split"]) for line in lines(tmp_path / "remote")}
+    assert found == {(1, None), (2, "test")}
+
+
 def test_a_final_score_that_does_not_come_ends_the_run(tmp_path: Path) -> None:
     def deaf(mail: Mail) -> None:
         mail.before = lambda client, order: (
@@ -245,6 +276,7 @@ def test_too_few_answers_are_no_quorum(tmp_path: Path) -> None:
         ({"losses": [float("nan"), 1.0]}, "loss of client 1 must be a finite number, got nan"),
         ({"losses": "low"}, "losses of client 1 must be two, got 'low'"),
         ({"seconds": True}, "seconds of client 1 must be a finite number, got True"),
+        ({"seconds": 10**400}, "seconds of client 1 must be a finite number, got 1000"),
         ({"state": None}, "state of client 1 must be a finite number, got None"),
         ({"error": ["no"]}, r"\['no'\]"),
     ],
@@ -292,7 +324,7 @@ def test_a_frame_that_is_damaged_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("version", "0"), ("clients", 9), ("digest", "00"), ("samples", -1)],
+    [("version", "0"), ("clients", 9), ("digest", "00"), ("samples", -1), ("samples", 10**30)],
 )
 def test_a_client_that_does_not_fit_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object

@@ -157,7 +157,8 @@ class Broadcaster:
         else:
             base = Base(run=self.run, round=self.version)
             frame = self._compressor.compress(tensors, base=self.held, relative_to=base)
-            self.held = decompress(frame, schema=self.held, base=self.held, relative_to=base)
+            most = max(_dense(self.held), 1)
+            self.held = decompress(frame, self.held, self.held, relative_to=base, max_bytes=most)
             self._frames[self.version + 1] = frame
             self._frames.pop(self.version + 1 - self._keep, None)
         self.version += 1
@@ -182,8 +183,7 @@ class Broadcaster:
         if known is not None:
             missed = [self._frames.get(one) for one in range(known + 1, self.version + 1)]
             frames = tuple(frame for frame in missed if frame is not None)
-            whole = sum(value.nbytes for value in self.held.values())
-            if len(frames) == len(missed) and sum(map(len, frames)) < whole:
+            if len(frames) == len(missed) and sum(map(len, frames)) < _dense(self.held):
                 return Letter(self.run, self.version, frames)
         if self._whole_frame is None:
             self._whole_frame = self._whole.compress(self.held)
@@ -211,7 +211,7 @@ class Broadcaster:
             WireError: the bytes are damaged, hold NaN or Inf, or are more than the model.
             ValueError: made against another version, or for other tensors.
         """
-        dense = sum(value.nbytes for value in self.held.values())
+        dense = _dense(self.held)
         most = int(_FRAME_SLACK * dense) + _FRAME_EXTRA
         if len(frame) > most:
             raise wire.WireError(f"a reply must be at most {most} bytes, got {len(frame)}")
@@ -257,7 +257,7 @@ class Receiver:
         held, version = self._held, self.version
         whole = bool(letter.frames) and wire.header(letter.frames[0]).base is None
         if whole:
-            held, version = decompress(letter.frames[0]), letter.version
+            held, version = _whole(letter.frames[0]), letter.version
         elif letter.digest and version == 0:
             held, version = self._first(letter.digest), letter.version
         else:
@@ -269,9 +269,10 @@ class Receiver:
                     f"{letter.version}, but version {version} is held here: the whole model must "
                     "be sent"
                 )
+            most = max(_dense(held), 1)
             for frame in letter.frames[version - start :]:
                 base = Base(run=letter.run, round=version)
-                held = decompress(frame, schema=held, base=held, relative_to=base)
+                held = decompress(frame, held, held, relative_to=base, max_bytes=most)
                 version += 1
         self._held, self.version = held, version
         return {name: value.clone() for name, value in held.items()}
@@ -333,7 +334,7 @@ class Receiver:
         base = wire.header(state).base
         if base is None or base.run is None or base.round is None:
             raise ValueError("state must be what Receiver.state returned: it names no run")
-        kept = decompress(state, relative_to=base)
+        kept = _whole(state, base)
         found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}}
         for name, value in kept.items():
             prefix = next((one for one in found if name.startswith(one)), None)
@@ -342,6 +343,16 @@ class Receiver:
             found[prefix][name.removeprefix(prefix)] = value
         self._compressor.load_state_dict(found[_KEPT])
         self._run, self.version, self._held = base.run, base.round, found[_HELD]
+
+
+def _dense(state: State) -> int:
+    return sum(value.nbytes for value in state.values())
+
+
+def _whole(frame: bytes, base: Base | None = None) -> dict[str, Tensor]:
+    """Decode what is raw, and so about as long as what it says, however large a model is."""
+    most = max(wire.DEFAULT_MAX_BYTES, 2 * len(frame))
+    return decompress(frame, relative_to=base, max_bytes=most)
 
 
 def _like(value: Tensor, held: Tensor) -> Tensor:

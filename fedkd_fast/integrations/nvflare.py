@@ -40,13 +40,14 @@ from fedkd_fast.integrations.nvflare_ends import (
     ReturnCode,
     ServerLink,
     Shareable,
+    applied,
     content_of,
     link_of,
     packed,
     peer_of,
     restored,
 )
-from fedkd_fast.tensors import as_tensors, check_same_names
+from fedkd_fast.tensors import as_tensors
 
 REFUSALS = ("skip", "fail")
 _NO_WEIGHT = 1e-12  # of a reply in a mean; NVFLARE takes 0 for 1
@@ -196,10 +197,7 @@ class CompressReply(_ClientFilter, Compressing):
         receiver = link_of(fl_ctx, CLIENT, "CompressReply")
         weights = as_tensors(dxo.data, "the reply's weights")
         if dxo.data_kind == DataKind.WEIGHT_DIFF:
-            check_same_names(weights, receiver.held, "the reply")
-            weights = {
-                name: (held + weights[name]).to(held.dtype) for name, held in receiver.held.items()
-            }
+            weights = applied(receiver.held, weights)
         frame = receiver.reply(weights)
         self.log_info(fl_ctx, f"reply to version {receiver.version}: {len(frame)} bytes")
         return packed(dxo, {"frame": frame})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from threading import Lock
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fedkd_fast.integrations.link import Broadcaster, Compression, Letter
+from fedkd_fast.tensors import check_same_names
 
 _WHAT = "fedkd_fast.integrations.nvflare"
 try:
@@ -22,7 +24,7 @@ try:
     from nvflare.apis.shareable import Shareable
 except ImportError as error:
     raise ImportError(f'{_WHAT} needs nvflare: pip install "fedkd-fast[nvflare]"') from error
-if not VERSION.startswith("2.") or int(VERSION.split(".")[1]) < 9:
+if not re.match(r"2\.(9|[1-9]\d)", VERSION):
     raise ImportError(f"{_WHAT} needs nvflare>=2.9,<3, found {VERSION}")
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ReturnCode",
     "ServerLink",
     "Shareable",
+    "applied",
     "content_of",
     "link_of",
     "packed",
@@ -176,3 +179,19 @@ def restored(dxo: DXO, weights: Mapping[str, Tensor], numpy: bool) -> DXO:
     dxo.data = {name: value.numpy() if numpy else value for name, value in weights.items()}
     dxo.meta = {k: v for k, v in dxo.meta.items() if k != MetaKey.PROCESSED_ALGORITHM}
     return dxo
+
+
+def applied(held: Mapping[str, Tensor], difference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what differences turn weights into.
+
+    Raises:
+        ValueError: other names or shapes.
+    """
+    check_same_names(difference, held, "the reply")
+    for name, value in held.items():
+        if difference[name].shape != value.shape:
+            raise ValueError(
+                f"the reply does not match: {name!r} is {tuple(difference[name].shape)}, what was "
+                f"received is {tuple(value.shape)}"
+            )
+    return {name: (value + difference[name]).to(value.dtype) for name, value in held.items()}

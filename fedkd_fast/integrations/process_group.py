@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedkd_fast.aggregation import aggregate
 from fedkd_fast.compress import Compressor
+from fedkd_fast.feedback import EF21
 
 # Before its frame each rank says how long it is, what it weighs, and whether it is one at all or
 # the reason why there is none.
@@ -52,7 +53,7 @@ def compressed_mean(
         group: the default group where left out; with NCCL, frames pass through the current GPU.
         compressor: of this rank, kept from call to call where it has error feedback, which adds to
             each update what the frames before left out. A stateless one with energy 0.95 where left
-            out. `EF21` does not work here: receivers would have to keep estimates.
+            out. `EF21` is refused: receivers would have to keep estimates.
         energy: overrides what the compressor was asked for in this call.
         weight: of this rank, for instance its number of samples; finite and at least 0.
 
@@ -69,6 +70,8 @@ def compressed_mean(
     compressor = Compressor(stateless=True) if compressor is None else compressor
     before = compressor.state_dict()
     try:
+        if isinstance(compressor.feedback, EF21):
+            raise ValueError("compressor must have no EF21: receivers keep no estimates here")
         sent = _Sent(compressor.compress(update, energy=energy), _checked(weight))
     # Whatever it is, the other ranks are waiting.
     except Exception as error:

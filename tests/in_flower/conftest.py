@@ -1,4 +1,4 @@
-"""Tests that need Flower; `test_frameworks.py` runs them in an environment that has it."""
+"""Tests that need Flower; `test_flower_mod.py` runs them in an environment that has it."""
 
 from __future__ import annotations
 

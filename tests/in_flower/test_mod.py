@@ -259,6 +259,27 @@ def test_the_server_outlives_what_a_client_sends(
     assert gaps[-1] < gaps[0]
 
 
+class Overflowing(FedAvg):
+    """Makes weights in the second round that are not finite."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if server_round == 2:
+            bad = np.full((32, 48), np.inf, np.float32)
+            arrays = ArrayRecord({**arrays, "weight": Array(bad)})
+        return arrays, metrics
+
+
+def test_a_mean_that_is_not_finite_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = type("Small", (CompressedStrategyMixin, Overflowing), {})()
+    logging.getLogger("flwr").propagate = True
+    with caplog.at_level(logging.ERROR, "flwr"):
+        found = strategy.start(LocalGrid(small), start(), num_rounds=3)
+    assert "round 2: the mean is not finite" in caplog.text
+    gaps = [row["gap"] for row in found.evaluate_metrics_clientapp.values()]
+    assert gaps[0] == gaps[1] > gaps[2]
+
+
 def test_a_client_that_lost_its_state_is_named_and_gets_the_whole_model() -> None:
     strategy, grid = Compressed(), LocalGrid(small)
     arrays = start()

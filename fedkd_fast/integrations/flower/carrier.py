@@ -48,6 +48,7 @@ class GridCarrier:
         self._rejoin_s = rejoin_s
         self._gone: set[int] = set()  # clients that were waited for in vain
         self._nodes: dict[int, int] = {}  # by client
+        self._clients: dict[int, Mapping[str, Any]] = {}  # what they said at the beginning
         self._heard: set[int] = set()  # nodes that said who they are, or why they are nobody
         self.bytes_sent = self.bytes_received = 0  # of messages, as Flower counts them
 
@@ -62,6 +63,8 @@ class GridCarrier:
         until = time.monotonic() + self._wait_s
         while len(found) < clients:
             for node, facts in self._hellos(until).items():
+                if isinstance(facts, ValueError):
+                    raise ValueError(f"node {node}: {facts}") from facts
                 client = facts.get("client")
                 if not isinstance(client, int) or not 0 <= client < clients:
                     raise ValueError(f"node {node} is client {client!r}, the run has {clients}")
@@ -77,21 +80,18 @@ class GridCarrier:
                     f"clients {', '.join(missing)} did not come within {self._wait_s:g} s"
                 )
             time.sleep(_PULL_S if missing else 0.0)
+        self._clients = found
         return found
 
-    def _hellos(self, until: float) -> dict[int, Mapping[str, Any]]:
-        """Ask nodes that have not been asked who they are.
-
-        Raises:
-            ValueError: a node says that it cannot be a client.
-        """
+    def _hellos(self, until: float) -> dict[int, Mapping[str, Any] | ValueError]:
+        """Ask nodes that have not been asked who they are, or why they cannot be a client."""
         waiting: dict[str, int] = {}
         for node in set(self._grid.get_node_ids()) - self._heard:
             content = RecordDict({HELLO: ConfigRecord({"who": "are you"})})
             message = self._push(Message(content, node, f"query.{HELLO}"))
             if message is not None:
                 waiting[message] = node
-        found: dict[int, Mapping[str, Any]] = {}
+        found: dict[int, Mapping[str, Any] | ValueError] = {}
         while waiting and time.monotonic() < until:
             for reply in self._pull(waiting):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
@@ -102,7 +102,7 @@ class GridCarrier:
                 try:
                     found[node] = facts_of(reply)
                 except ValueError as error:
-                    raise ValueError(f"node {node}: {error}") from error
+                    found[node] = error
             time.sleep(_PULL_S)
         return found
 
@@ -170,16 +170,18 @@ class GridCarrier:
         there = set(self._grid.get_node_ids())
         missing = {client for client in clients if self._nodes[client] not in there}
         if missing:
-            try:
-                hellos = self._hellos(time.monotonic() + _HELLO_S)
-            except ValueError as error:
-                log.warning("%s", error)
-                hellos = {}
-            for node, facts in hellos.items():
+            for node, facts in self._hellos(time.monotonic() + _HELLO_S).items():
+                if isinstance(facts, ValueError):
+                    log.warning("node %d: %s", node, facts)
+                    continue
                 client = facts.get("client")
-                if client in missing:
-                    self._nodes[client] = node
-                    missing.discard(client)
+                if not isinstance(client, int) or client not in missing:
+                    continue
+                if facts != self._clients.get(client):
+                    log.warning("node %d says it is client %d, but is another", node, client)
+                    continue
+                self._nodes[client] = node
+                missing.discard(client)
         return clients - missing
 
     def _push(self, message: Message) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
+from fedkd_fast._files import parse_json
 from fedkd_fast.node import Answer, Order
 from fedkd_fast.remote import ClientError, NoAnswerError, read_answer
 
@@ -76,7 +76,7 @@ def facts_of(message: Message) -> dict[str, Any]:
         ValueError: it says why it cannot be a client, or nothing that makes sense.
     """
     record: dict[str, Any] = dict(_record(message, HELLO))
-    facts = json.loads(str(record.get("facts")))
+    facts = parse_json(str(record.get("facts")), "hello")
     if not isinstance(facts, dict):
         raise ValueError(f"hello must be a JSON object, got {facts!r}")
     if "error" in facts:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedkd_fast.integrations.flower.records import (
     CONTROL,
     app,
@@ -49,7 +51,11 @@ class CompressedStrategyMixin:
     goes on seeing weights: those that clients hold, which differ from what it made by what a
     message leaves out; that is added to the next one. Each version of the weights is encoded once.
     Clients need `compress_mod`. A reply that is damaged, made from other weights or for another
-    model is dropped, by name in the log.
+    model is dropped, by name in the log; nothing of it is sent again.
+
+    Strategies that average weights will do. FedAvgM goes on from weights of its own instead of
+    those that clients hold, so it takes what a message left out into account twice: give it
+    ``Compression(feedback=False)``.
 
     Args:
         args: of the strategy.
@@ -94,14 +100,22 @@ class CompressedStrategyMixin:
     def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> Any:
         """Hand the strategy what clients trained, as weights."""
         counting = self._counting(server_round, replies, trained=True)
-        found = super().aggregate_train(server_round, counting)  # type: ignore[misc]
+        arrays, metrics = super().aggregate_train(server_round, counting)  # type: ignore[misc]
+        if arrays is not None and not all(
+            np.isfinite(one).all() for one in weights_of(arrays).values()
+        ):
+            # Of finite replies as well: they may add up to more than a float holds.
+            _log.error(
+                "fedkd_fast: round %d: the mean is not finite and does not count", server_round
+            )
+            arrays = None
         sent = self._row(server_round)
         _log.info(
             "fedkd_fast: round %d: %s bytes down of %s, %s up of %s",
             server_round,
             *(f"{one:,}" for one in (sent.down, sent.dense_down, sent.up, sent.dense_up)),
         )
-        return found
+        return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> Any:
         """Note what clients hold."""

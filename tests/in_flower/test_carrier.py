@@ -1,0 +1,77 @@
+"""Nodes that are gone, and what others say in their place."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from grid import through_proto
+
+from fedkd_fast.integrations.flower import carrier
+from fedkd_fast.integrations.flower.messages import HELLO, pack_answer
+from fedkd_fast.node import Answer, Order
+
+GONE = 101
+
+
+class Nodes:
+    """A grid of nodes that say of themselves what they are told to, and do what they are asked."""
+
+    def __init__(self) -> None:
+        self.hellos = {100: '{"client": 0}', GONE: '{"client": 1}'}
+        self._numbers, self._replies = itertools.count(), dict[str, Message]()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.hellos)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        identities = []
+        for message in messages:
+            identity, node = str(next(self._numbers)), message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = identity
+            content = pack_answer(Answer({"state": node}))
+            if message.metadata.message_type.startswith("query"):
+                content = RecordDict({HELLO: ConfigRecord({"facts": self.hellos[node]})})
+            self._replies[identity] = through_proto(Message(content, reply_to=message))
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, identities: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(one) for one in list(identities) if one in self._replies]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        '{"error": "no data"}',
+        '{"client": []}',
+        '{"client": 1, "version": "9"}',
+        "[" * 100_000,
+        "{}",
+        "1",
+    ],
+)
+def test_nonsense_of_a_new_node_does_not_keep_others_away(
+    monkeypatch: pytest.MonkeyPatch, nonsense: str
+) -> None:
+    monkeypatch.setattr(carrier, "_PULL_S", 0.001)
+    nodes = Nodes()
+    found = carrier.GridCarrier(nodes, 5.0, 5.0, 0.5)  # type: ignore[arg-type]
+    assert found.gather(2).keys() == {0, 1}
+    del nodes.hellos[GONE]
+    nodes.hellos.update({200: nonsense, 201: '{"client": 1}', 202: nonsense})
+    answers = found.exchange({0: Order(0, 1, []), 1: Order(0, 2, [])}, 1, lambda client: None)
+    assert {client: one.facts for client, one in answers.items() if isinstance(one, Answer)} == {
+        0: {"state": 100},
+        1: {"state": 201},
+    }
+
+
+def test_a_node_that_cannot_be_a_client_ends_the_beginning() -> None:
+    nodes = Nodes()
+    nodes.hellos[102] = '{"error": "no data"}'
+    found = carrier.GridCarrier(nodes, 5.0, 5.0, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="node 102: no data"):
+        found.gather(3)
