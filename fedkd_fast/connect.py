@@ -10,6 +10,7 @@ from fedkd_fast import __version__
 from fedkd_fast.assembly import Shards
 from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
+from fedkd_fast.envelopes import SealedCarrier
 from fedkd_fast.evaluation import Evaluation
 from fedkd_fast.journal import Journal
 from fedkd_fast.loop import Connect
@@ -50,7 +51,7 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
     Args:
         config: of the run.
         task: the models; its data are not used.
-        carrier: brings orders to clients.
+        carrier: brings orders to clients; with ``encrypt`` an `envelopes.SealedCarrier`.
         wait_s: how long clients are waited for whose final models are to be scored.
 
     Raises:
@@ -62,10 +63,15 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
         ("retries", 0, "the network sends again what was damaged"),
         ("faults", 0.0, "faults on purpose need clients in one process"),
         ("attackers", 0.0, "attacks on purpose need clients in one process"),
-        ("encrypt", False, "seals within one process hide nothing; TLS does between processes"),
     ):
         if getattr(config, name) != least:
             raise ValueError(f"{name} must be {least}, got {getattr(config, name)!r}: {why}")
+    if config.encrypt != isinstance(carrier, SealedCarrier):
+        raise ValueError(
+            f"encrypt must be {not config.encrypt} with a carrier that "
+            f"{'does not seal' if config.encrypt else 'seals'}, got {config.encrypt}: with keys "
+            "of `fedkd-fast keygen`, `envelopes.SealedCarrier` seals for any carrier"
+        )
     if get_method(config.method).pools_data:
         raise ValueError(
             f"method must be one that leaves data with the clients, got {config.method!r}"
@@ -90,6 +96,8 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
 
 def _check_hello(index: int, hello: Mapping[str, Any], clients: int, digest: str) -> None:
     """Refuse a client that cannot take part."""
+    if hello.get("sealed"):
+        raise ValueError(f"client {index} takes sealed orders only, the server does not seal")
     for name, wanted, why in (
         ("version", __version__, "server and clients need the same fedkd_fast"),
         ("clients", clients, "its data are dealt to another number of clients"),

@@ -53,13 +53,18 @@ class Delivery:
         config: of the run.
         clients: how many there are.
         journal: takes down what goes wrong.
+        remote: clients are in other processes; what seals cost is counted here, and who sends
+            to them seals it.
     """
 
-    def __init__(self, config: TrainConfig, clients: int, journal: Journal) -> None:
+    def __init__(
+        self, config: TrainConfig, clients: int, journal: Journal, *, remote: bool = False
+    ) -> None:
         self._config, self._journal = config, journal
         share, attackers = config.faults, config.attackers
         self._faults = Faults(share, attackers, config.attack_factor, clients, config.seed)
-        self._seals = _Seals() if config.encrypt else None
+        self._seals = _Seals() if config.encrypt and not remote else None
+        self._seal_bytes = SEAL_BYTES if config.encrypt else 0
         # Replies that come one round too late: client, its round, the frame.
         self._late: list[tuple[int, int, bytes]] = []
 
@@ -81,7 +86,7 @@ class Delivery:
             row.frame = not_finite_frame(*server.expected())
         for attempt in range(1 + self._config.retries):
             message = self._sealed(index, number, row.frame)
-            row.bytes_up += len(message)
+            row.bytes_up += len(row.frame) + self._seal_bytes
             row.messages += 1
             if fault == "late":
                 self._late.append((index, number, row.frame))
@@ -95,7 +100,7 @@ class Delivery:
             if attempt < self._config.retries:
                 self._journal.add("retry", round=number, client=index, attempt=attempt + 1)
         if fault == "duplicate":
-            row.bytes_up += len(message)
+            row.bytes_up += len(row.frame) + self._seal_bytes
             row.messages += 1
             self._arrive(index, number, message, row.seconds, replies)
         if refused is not None:
@@ -160,8 +165,7 @@ class Delivery:
 
     def broadcast_bytes(self, frames: Sequence[bytes]) -> int:
         """Return what it costs to send these to one client."""
-        seals = 0 if self._seals is None else SEAL_BYTES * len(frames)
-        return sum(map(len, frames)) + seals
+        return sum(map(len, frames)) + self._seal_bytes * len(frames)
 
     def state(self) -> Tree:
         """Return the replies that are under way."""

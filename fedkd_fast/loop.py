@@ -89,7 +89,7 @@ class Loop:
             self.pool, self.shards, self.evaluation = connect(first, self.server, self.journal)
         self.sizes = model_sizes(task, self.pool.look(0).learner)
         self.recorder = Recorder(config, self.method, len(self.pool), writer)
-        self.delivery = Delivery(config, len(self.pool), self.journal)
+        self.delivery = Delivery(config, len(self.pool), self.journal, remote=connect is not None)
         # Who takes part is part of what differential privacy rests on, and as secret as the noise.
         self._coins: np.random.Generator | None = None
         if config.dp_clip is not None and self.server is not None:

@@ -90,6 +90,16 @@ class Answer:
         return json.dumps(self.facts)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for another process of this client, which a killed node may have left behind."""
+    # What lies there was learned from the client's data: no other user's affair.
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Node:
     """A client whose state lies in a folder.
 
@@ -130,22 +140,13 @@ class Node:
     def execute(self, order: Order) -> Answer:
         """Carry an order out; whatever goes wrong with it is in the answer."""
         try:
-            with self._locked():
+            with locked(self._folder / "lock"):
                 return self._execute(order)
         except MissingStateError as error:
             return Answer({"error": str(error), "missing": True})
         except Exception as error:
             _log.exception("client %d, order %d", self._index, order.number)
             return Answer({"error": str(error) or repr(error)})
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait for another process of this client, which a killed node may have left behind."""
-        # What lies there was learned from the client's data: no other user's affair.
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self._folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def _execute(self, order: Order) -> Answer:
         store = Store(self._folder / "state")

@@ -5,6 +5,7 @@ Run by Flower's Python as ``flower_grid.py FOLDER``; writes a run folder for eac
 
 from __future__ import annotations
 
+import json
 import sys
 import uuid
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedkd_fast.integrations.flower import carrier, client_app
 from fedkd_fast.integrations.flower.app_server import main
+from fedkd_fast.sealing import PrivateKey
 
 CLIENTS, RUN_ID = 2, 7
 Answers = Callable[[Message, Callable[[], Message]], "Message | None"]
@@ -27,6 +29,7 @@ class FakeGrid:
 
     def __init__(self, folder: Path, run_config: dict[str, Any]) -> None:
         self._folder, self._run_config = folder, run_config
+        self._keys = folder.parent / "keys"
         self._replies: dict[str, Message] = {}
         self.nodes = {100 + index: index for index in range(CLIENTS)}
         self.answers: Answers = lambda message, answer: answer()
@@ -49,6 +52,9 @@ class FakeGrid:
         node = message.metadata.dst_node_id
         own = {"partition-id": self.nodes[node], "num-partitions": CLIENTS}
         own["state-dir"] = str(self._folder / "state")
+        if self._run_config["encrypt"]:
+            own["key"] = str(self._keys / f"client-{self.nodes[node]}.key")
+            own["server-key"] = str(self._keys / "server.key.pub")
         context = Context(RUN_ID, node, own, RecordDict(), self._run_config)
         return client_app(message, context)
 
@@ -57,7 +63,7 @@ class FakeGrid:
 
 
 def is_train(message: Message, client: int, round_number: int) -> bool:
-    """Tell whether a message asks a client to train in a round."""
+    """Tell whether a message asks a client to train in a round; under seal, or to score."""
     metadata = message.metadata
     return (metadata.message_type, metadata.dst_node_id - 100, metadata.group_id) == (
         "train",
@@ -110,11 +116,29 @@ def moved(grid: FakeGrid) -> Answers:
 CASES = {"plain": None, "restarted": restarted, "unavailable": unavailable, "moved": moved}
 
 
-def run(folder: Path, case: str) -> None:
+def make_keys(folder: Path) -> None:
+    """Make pairs of keys of the server and the clients, and the server's list of these."""
+    folder.mkdir()
+    server = PrivateKey.generate()
+    server.save(folder / "server.key")
+    (folder / "server.key.pub").write_text(f"{server.public}\n")
+    known = {}
+    for client in range(CLIENTS):
+        own = PrivateKey.generate()
+        own.save(folder / f"client-{client}.key")
+        known[str(client)] = str(own.public)
+    (folder / "clients.json").write_text(json.dumps(known))
+
+
+def run(folder: Path, case: str, encrypt: bool) -> None:
+    """Run a case; under seal all nodes have keys."""
+    name = f"{case}-sealed" if encrypt else case
     config = {"task": "digits", "clients": CLIENTS, "rounds": 3, "samples-per-client": 40}
-    config |= {"out": str(folder / case), "data": "", "feedback": "both", "wait": 5}
-    config["rejoin"] = 0.5
-    grid = FakeGrid(folder / f"{case}-nodes", config)
+    config |= {"out": str(folder / name), "data": "", "feedback": "both", "wait": 5}
+    config |= {"rejoin": 0.5, "encrypt": encrypt}
+    config |= {"server-key": str(folder / "keys" / "server.key")}
+    config |= {"enrolment": str(folder / "keys" / "clients.json")}
+    grid = FakeGrid(folder / f"{name}-nodes", config)
     special = CASES[case]
     if special is not None:
         grid.answers = special(grid)
@@ -124,5 +148,7 @@ def run(folder: Path, case: str) -> None:
 if __name__ == "__main__":
     carrier._PULL_S, carrier._NODES_S = 0.001, 0.01
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    make_keys(Path(sys.argv[1]) / "keys")
     for one in CASES:
-        run(Path(sys.argv[1]), one)
+        run(Path(sys.argv[1]), one, False)
+    run(Path(sys.argv[1]), "restarted", True)

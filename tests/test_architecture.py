@@ -34,7 +34,7 @@ FLOORS = {
         "spectra",
         "sweep",
         *("checkpoint", "delivery", "evaluation", "journal", "loop", "pool", "recorder", "writer"),
-        *("node", "remote", "remote_scores", "connect"),
+        *("node", "remote", "remote_scores", "connect", "envelopes"),
     },
     5: {"__main__", "cli", "report", "integrations"},
 }

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from flower_env import ROOT, end_superlink, flower_environment, flower_python, run_flower
 
+from fedkd_fast.envelopes import SealedCarrier, SealedNode
 from fedkd_fast.integrations import flower
+from fedkd_fast.integrations.flower.seals import make_node, sealed_carrier
 from fedkd_fast.integrations.flower.settings import partition, settings, state_folder
+from fedkd_fast.sealing import PrivateKey
 from fedkd_fast.trainer import train
 
 EXAMPLE = ROOT / "examples" / "flower"
@@ -82,7 +85,6 @@ def test_a_node_may_have_things_elsewhere() -> None:
         ({"local_epochs": 3}, "unknown name 'local_epochs'; known are .*local-epochs"),
         ({"faults": 0.1}, "'faults' must be left out: .*one process"),
         ({"checkpoint-every": 1}, "'checkpoint-every' must be left out"),
-        ({"encrypt": True}, "'encrypt' must be left out: TLS"),
         ({"out": "runs/a"}, "'out' must be an absolute path, got 'runs/a'"),
         ({"wait": "long"}, "'wait' must be seconds, at least 0, got 'long'"),
         ({"wait": float("nan")}, "'wait' must be seconds, at least 0, got nan"),
@@ -121,15 +123,46 @@ def test_the_example_has_all_options_and_none_that_is_refused() -> None:
     app = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     nested = app["config"].pop("distillation")
     config = {**app["config"], **{f"distillation.{k}": v for k, v in nested.items()}}
-    assert settings(config).config.rounds == 2
+    assert settings(config).config.rounds == 2 and not settings(config).config.encrypt
     with pytest.raises(ValueError, match="known are (.*)") as error:
         settings({"?": 1})
     known = set(str(error.value).split("known are ")[1].split(", "))
-    assert known == set(app["config"]) - {"wait", "rejoin"}
+    assert known == set(app["config"]) - {"wait", "rejoin", "server-key", "enrolment"}
     assert app["components"] == {
         "serverapp": "fedkd_fast.integrations.flower:server_app",
         "clientapp": "fedkd_fast.integrations.flower:client_app",
     }
+
+
+def test_a_run_is_sealed_unless_it_says_otherwise(tmp_path: Path) -> None:
+    found = settings({})
+    assert found.config.encrypt and settings({}, {}).config.encrypt
+    how = "make pairs of keys with `fedkd-fast keygen FILE`.*or set the run config encrypt=false"
+    carrier: Any = object()
+    with pytest.raises(ValueError, match=f"run config lacks 'server-key' and 'enrolment': {how}"):
+        sealed_carrier(carrier, found.config, {"server-key": ""}, 7)
+    own = PrivateKey.generate()
+    own.save(tmp_path / "own")
+    with pytest.raises(ValueError, match=f"node config lacks 'server-key': {how}"):
+        make_node(found, 0, tmp_path, {"key": str(tmp_path / "own")}, 7)
+    with pytest.raises(ValueError, match="node config 'key' must be an absolute path, got 'own'"):
+        make_node(found, 0, tmp_path, {"key": "own", "server-key": "server"}, 7)
+    (tmp_path / "pub").write_text(str(PrivateKey.generate().public))
+    (tmp_path / "clients").write_text(json.dumps({"0": str(own.public)}))
+    keys = {"key": str(tmp_path / "own"), "server-key": str(tmp_path / "pub")}
+    assert isinstance(make_node(found, 0, tmp_path, keys, 7), SealedNode)
+    files = {"server-key": str(tmp_path / "own"), "enrolment": str(tmp_path / "clients")}
+    assert isinstance(sealed_carrier(carrier, found.config, files, 7), SealedCarrier)
+
+
+def test_a_node_with_a_key_takes_part_in_sealed_runs_alone(tmp_path: Path) -> None:
+    """Else whoever brings the run's configuration could have its updates in the clear."""
+    plain = settings({"encrypt": False})
+    carrier: Any = object()
+    assert sealed_carrier(carrier, plain.config, {}, 7) is carrier
+    assert not isinstance(make_node(plain, 0, tmp_path, {}, 7), SealedNode)
+    with pytest.raises(ValueError, match="encrypt must be true for a node that has a 'key'"):
+        make_node(plain, 0, tmp_path, {"key": "/keys/own"}, 7)
 
 
 def test_messages_of_flower_change_nothing(tmp_path: Path) -> None:
@@ -140,6 +173,14 @@ def test_messages_of_flower_change_nothing(tmp_path: Path) -> None:
     train("digits", out=str(tmp_path / "here"), **fields)
     for case in ("plain", "restarted", "moved"):
         assert metrics(tmp_path / case) == metrics(tmp_path / "here"), case
+    fields["encrypt"] = True
+    train("digits", out=str(tmp_path / "here-sealed"), **fields)
+    assert metrics(tmp_path / "restarted-sealed") == metrics(tmp_path / "here-sealed")
+    assert (
+        summary(tmp_path / "restarted-sealed")["bytes_up"] > summary(tmp_path / "plain")["bytes_up"]
+    )
+    retries = [line["event"] for line in events(tmp_path / "restarted-sealed")].count("retry")
+    assert retries == 1
     faults = [
         (line["event"], line["round"], line["client"])
         for case in ("restarted", "unavailable")
@@ -181,14 +222,14 @@ def test_a_simulation_is_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True], ids=["plain", "killed"])
 def test_a_deployment_is_the_same_run(tmp_path: Path, kill: bool) -> None:
-    """With TLS and node authentication; also where a SuperNode is killed and started again."""
+    """With TLS, node authentication, seals; also where a SuperNode is killed and comes back."""
     options = ["--kill-round", "2"] if kill else []
     found = run_flower(
         tmp_path,
         *(str(EXAMPLE / "deploy.py"), str(tmp_path / "deployed"), *options),
         timeout_s=1800,
     )
-    train("digits", clients=2, rounds=2, out=str(tmp_path / "here"))
+    train("digits", clients=2, rounds=2, encrypt=True, out=str(tmp_path / "here"))
     there = tmp_path / "deployed" / "run"
     assert ("killed SuperNode 1 in round 2" in found.stdout) == kill
     failed = [line for line in events(there) if line["event"] == "failed"]

@@ -2,109 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_task import TinyTask, tiny_task
+from remote_support import (
+    NEEDED,
+    Happens,
+    Mail,
+    assert_same,
+    here,
+    journal,
+    lines,
+    remote,
+    summary,
+)
+from tiny_task import TinyTask
 
 from fedkd_fast._errors import QuorumError
 from fedkd_fast.client import Client
-from fedkd_fast.connect import connect
 from fedkd_fast.delivery import Delivery
 from fedkd_fast.faults import InjectedFault
 from fedkd_fast.methods import METHODS
 from fedkd_fast.node import Answer, Node, Order
 from fedkd_fast.remote import ClientError, NoAnswerError, read_answer
-from fedkd_fast.trainer import Run, configure, train
+from fedkd_fast.trainer import configure
 
 METHODS_WITH_CLIENTS = [name for name, method in METHODS.items() if not method.pools_data]
-# What only one of both has, or what takes time.
-CLOCKS = ("seconds", "seconds_codec")
-NEEDED = {"checkpoint_every": 0, "retries": 0}
-
-Happens = Callable[[int, Order], Exception | None]
 
 
-class Mail:
-    """Carries orders as text and bytes to nodes, each made anew, as processes are."""
-
-    def __init__(
-        self, folder: Path, task: TinyTask, method: str, fields: Mapping[str, Any]
-    ) -> None:
-        self._folder, self._task = folder, task
-        self.config = configure(task, method, fields)
-        self.before: Happens = lambda client, order: None  # an error: the order does not arrive
-        self.after: Happens = lambda client, order: None  # an error: the answer does not
-        self.orders: list[tuple[int, Order]] = []
-
-    def node(self, client: int) -> Node:
-        return Node(self.config, self._task, client, self._folder / str(client))
-
-    def gather(self, clients: int) -> Mapping[int, Mapping[str, Any]]:
-        return {index: json.loads(json.dumps(self.node(index).hello())) for index in range(clients)}
-
-    def exchange(
-        self, orders: Mapping[int, Order], round_number: int, retried: Callable[[int], None]
-    ) -> Mapping[int, Answer | Exception]:
-        found: dict[int, Answer | Exception] = {}
-        for client, order in reversed(orders.items()):  # answers come in any order
-            self.orders.append((client, order))
-            error = self.before(client, order)
-            if error is None:
-                answer = self.node(client).execute(Order.read(order.text(), order.frames))
-                error = self.after(client, order)
-            found[client] = error or read_answer(client, answer.text(), answer.frame)
-        return found
-
-
-def remote(
-    tmp_path: Path,
-    method: str = "fedkd",
-    *,
-    mail: Callable[[Mail], None] = lambda mail: None,
-    **fields: Any,
-) -> tuple[Run, Mail]:
-    """Train with clients of their own."""
-    task = tiny_task(method)
-    fields = {**NEEDED, **fields, "out": str(tmp_path / "remote")}
-    found = Mail(tmp_path / "nodes", task, method, fields)
-    mail(found)
-    ways = connect(found.config, task, found, wait_s=0.0)
-    return train(task, method, connect=ways, **fields), found
-
-
-def here(tmp_path: Path, method: str = "fedkd", **fields: Any) -> Run:
-    """Train in this process."""
-    return train(tiny_task(method), method, out=str(tmp_path / "here"), **fields)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics without times."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in found]
-
-
-def summary(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.summary.items() if name not in CLOCKS}
-
-
-def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-
-
-def assert_same(tmp_path: Path, run: Run, other: Run) -> None:
-    assert lines(tmp_path / "remote") == lines(tmp_path / "here")
-    assert summary(run) == summary(other)
-
-
-@pytest.mark.parametrize("method", METHODS_WITH_CLIENTS)
-def test_scores_and_bytes_are_those_of_one_process(tmp_path: Path, method: str) -> None:
-    fields = {"rounds": 3, "clients": 3}
+@pytest.mark.parametrize(
+    ("method", "encrypt"),
+    [(name, False) for name in METHODS_WITH_CLIENTS]
+    + [(name, True) for name in ("fedkd", "scaffold", "local")],
+)
+def test_scores_and_bytes_are_those_of_one_process(
+    tmp_path: Path, method: str, encrypt: bool
+) -> None:
+    fields = {"rounds": 3, "clients": 3, "encrypt": encrypt}
     run, _ = remote(tmp_path, method, **fields)
     assert_same(tmp_path, run, here(tmp_path, method, **fields))
 
@@ -119,6 +56,7 @@ def test_scores_and_bytes_are_those_of_one_process(tmp_path: Path, method: str) 
         {"server_optimizer": "momentum", "aggregation": "median", "lr_end": 0.1},
         {"dp_clip": 1.0, "dp_seed": 3, "participation": 0.5, "clients": 4},
         {"codec": "raw", "spectra": True},
+        {"encrypt": True, "participation": 0.5, "clients": 4, "feedback": "both"},
     ],
     ids=lambda fields: " ".join(fields),
 )
@@ -175,15 +113,22 @@ def test_an_order_that_did_not_arrive_is_as_good_as_an_answer_that_did_not(tmp_p
     assert lines(tmp_path / "before" / "remote") == lines(tmp_path / "after" / "remote")
 
 
-def test_an_order_may_be_carried_out_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "sealed"])
+def test_an_order_may_be_carried_out_twice(tmp_path: Path, encrypt: bool) -> None:
+    """Whichever of the answers arrives, and under seal without the same nonce twice."""
+    fields = {"feedback": "both", "encrypt": encrypt}
+
     def twice(mail: Mail) -> None:
-        def again(client: int, order: Order) -> None:
-            assert "error" not in mail.node(client).execute(order).facts
+        def again(client: int, order: Order, answer: Answer) -> Answer:
+            second = mail.node(client).execute(order)
+            assert "error" not in second.facts
+            assert not encrypt or not answer.frame or second.frame[18:30] != answer.frame[18:30]
+            return second if client == 1 else answer
 
-        mail.after = again
+        mail.changed = again
 
-    run, _ = remote(tmp_path, mail=twice, feedback="both")
-    assert_same(tmp_path, run, here(tmp_path, feedback="both"))
+    run, _ = remote(tmp_path, mail=twice, **fields)
+    assert_same(tmp_path, run, here(tmp_path, **fields))
 
 
 def test_an_order_that_comes_too_late_spoils_nothing(tmp_path: Path) -> None:
@@ -200,19 +145,27 @@ def test_an_order_that_comes_too_late_spoils_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "node").stat().st_mode & 0o077 == 0, "others can read it"
 
 
-def test_a_client_that_lost_its_state_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "sealed"])
+def test_a_client_that_lost_its_state_begins_anew(tmp_path: Path, encrypt: bool) -> None:
+    """Under seal the whole folder, with what it knew of orders."""
+
     def forget(mail: Mail) -> None:
+        forgotten: list[int] = []
+
         def remove(client: int, order: Order) -> None:
-            if client == 0 and any(step[:2] == ["train", 3] for step in order.steps):
-                shutil.rmtree(tmp_path / "nodes" / "0" / "state")
+            if client == 0 and mail.round == 3 and not forgotten:
+                forgotten.append(client)
+                shutil.rmtree(tmp_path / "nodes" / "0" / ("" if encrypt else "state"))
 
         mail.before = remove
 
-    run, mail = remote(tmp_path, mail=forget, rounds=4)
+    run, mail = remote(tmp_path, mail=forget, rounds=4, encrypt=encrypt)
     failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
     assert [(line["round"], line["client"]) for line in failed] == [(3, 0)]
     assert "client 0 has no state after order" in failed[0]["reason"]
     assert run.summary["rounds"] == 4
+    if encrypt:
+        return
     bases = [order.base for client, order in mail.orders if client == 0]
     assert bases[0] == 0 and 0 in bases[3:], "it must begin anew"
 

@@ -1,12 +1,14 @@
 #!/bin/sh
 # Makes what a deployment of two SuperNodes needs: an authority and a certificate for the SuperLink,
-# both for TLS, and a pair of keys for each SuperNode, by which the SuperLink knows it.
+# both for TLS, a pair of keys for each SuperNode, by which the SuperLink knows it, and pairs of keys
+# of FedKD's server and clients, with which they seal what only they shall read (fedkd-fast keygen).
 #   ./certificates.sh FOLDER [HOST] [SUPERNODES]
 set -eu
 umask 077
 folder=${1:?usage: certificates.sh FOLDER [HOST] [SUPERNODES]}
 host=${2:-127.0.0.1}
 nodes=${3:-2}
+fedkd=${FEDKD_FAST:-fedkd-fast}
 case $host in
   *[!0-9.]*) name=DNS:$host ;;
   *) name=IP:$host ;;
@@ -25,10 +27,18 @@ openssl x509 -req -in superlink.csr -CA ca.crt -CAkey ca.key -CAcreateserial -sh
   -extfile superlink.ext -out superlink.crt
 rm superlink.csr superlink.ext
 
+$fedkd keygen --overwrite server.key > /dev/null # and server.key.pub
 node=0
+separator='{'
+: > clients.json
 while [ "$node" -lt "$nodes" ]; do
   rm -f "node-$node" "node-$node.pub"
   ssh-keygen -q -t ecdsa -b 384 -N "" -C "supernode $node" -f "node-$node"
+  public=$($fedkd keygen --overwrite "client-$node.key")
+  printf '%s"%s": "%s"' "$separator" "$node" "$public" >> clients.json
+  separator=', '
   node=$((node + 1))
 done
-echo "$(pwd): ca.crt for all, superlink.crt and superlink.key for the SuperLink, node-N for SuperNode N"
+echo '}' >> clients.json
+echo "$(pwd): ca.crt for all, superlink.crt and superlink.key for the SuperLink, node-N for SuperNode N,"
+echo "  server.key and clients.json for the server app, server.key.pub and client-N.key for client N"

@@ -1,4 +1,4 @@
-"""Run the app as it is deployed, on one machine: a SuperLink, two SuperNodes, TLS, node keys.
+"""Run the app as it is deployed, on one machine: a SuperLink, two SuperNodes, TLS, keys, seals.
 
     python deploy.py FOLDER [--kill-round N] [--run-config 'rounds=3 …']
 
@@ -118,7 +118,10 @@ class Deployment:
 
     def supernode(self, node: int) -> None:
         """Start a SuperNode; its client keeps its state in ``state``."""
-        config = f"partition-id={node} num-partitions={NODES} state-dir='{self.folder / 'state'}'"
+        config = (
+            f"partition-id={node} num-partitions={NODES} state-dir='{self.folder / 'state'}' "
+            f"key='{self.keys / f'client-{node}.key'}' server-key='{self.keys / 'server.key.pub'}'"
+        )
         self.start(
             *(f"supernode-{node}", "flower-supernode", "--superlink", f"{HOST}:{self.port}"),
             *("--root-certificates", str(self.keys / "ca.crt")),
@@ -173,6 +176,7 @@ def deployed(folder: Path) -> Iterator[Deployment]:
         ["sh", str(HERE / "certificates.sh"), str(found.keys), HOST, str(NODES)],
         check=True,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "FEDKD_FAST": f"{sys.executable} -m fedkd_fast"},
     )
     try:
         found.superlink()
@@ -197,7 +201,11 @@ def main() -> int:
         if args.kill_round is not None:
             killing = (args.kill_round,)
             threading.Thread(target=deployment.kill_in, args=killing, daemon=True).start()
-        options = f"out='{folder / 'run'}' {args.run_config}"
+        keys = deployment.keys
+        seals = (
+            f"encrypt=true server-key='{keys / 'server.key'}' enrolment='{keys / 'clients.json'}'"
+        )
+        options = f"out='{folder / 'run'}' {seals} {args.run_config}"
         deployment.run("flwr", "run", str(HERE), "deployment", "--stream", "--run-config", options)
     return 0 if (folder / "run" / "summary.json").is_file() else 1
 

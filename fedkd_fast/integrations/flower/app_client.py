@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedkd_fast._device import require_device
 from fedkd_fast.integrations.flower.messages import HELLO, pack_answer, read_order
+from fedkd_fast.integrations.flower.seals import make_node
 from fedkd_fast.integrations.flower.settings import partition, settings, state_folder
 from fedkd_fast.node import Answer, Node
 
@@ -26,10 +27,7 @@ def _node(context: Context) -> Node:
         torch.set_num_threads(found.config.threads)
     index = partition(own, found.config.clients)
     folder = state_folder(own, context.run_id, index)
-    own_data = own.get("own-data", False)
-    if not isinstance(own_data, bool):
-        raise ValueError(f"node config 'own-data' must be true or false, got {own_data!r}")
-    return Node(found.config, found.task, index, folder, own_data=own_data)
+    return make_node(found, index, folder, own, context.run_id)
 
 
 @client_app.query(HELLO)

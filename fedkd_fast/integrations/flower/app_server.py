@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd_fast.connect import connect
 from fedkd_fast.integrations.flower.carrier import GridCarrier, log
+from fedkd_fast.integrations.flower.seals import sealed_carrier
 from fedkd_fast.integrations.flower.settings import settings
 from fedkd_fast.records import ClientRecord, RoundRecord
 from fedkd_fast.trainer import train
@@ -19,17 +20,19 @@ def main(grid: Grid, context: Context) -> None:
     """Train as the run's configuration says.
 
     Raises:
-        ValueError: the configuration, or a client, does not fit.
+        ValueError: the configuration, a key or a client does not fit.
+        OSError: a file of keys cannot be read.
         QuorumError: too few replies of a round count.
         NoAnswerError: clients did not come, or final models could not be scored.
     """
     found = settings(context.run_config)
     config = found.config
     carrier = GridCarrier(grid, config.client_timeout, found.wait_s, found.rejoin_s)
+    sealed = sealed_carrier(carrier, config, context.run_config, context.run_id)
     run = train(
         found.task,
         config.method,
-        connect=connect(config, found.task, carrier, found.wait_s),
+        connect=connect(config, found.task, sealed, found.wait_s),
         progress=_show,
         **found.fields,
     )

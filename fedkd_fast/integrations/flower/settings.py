@@ -16,11 +16,15 @@ from fedkd_fast.trainer import configure
 
 # Keys that are none of `TrainConfig`, with their seconds where they are not given.
 _TIMES = {"wait": 600.0, "rejoin": 120.0}
+# Of the server's machine; `seals` reads them.
+KEY_FILES = ("server-key", "enrolment")
 _DISTILLATION = "distillation."
 _FIELDS = {one.name for one in dataclasses.fields(TrainConfig)} - {"distillation"}
 _SERVER_ONLY = {"out", "overwrite", "tensorboard"}
 # What has no meaning where clients are other processes; the values hold there.
 _FIXED: dict[str, Any] = {"checkpoint_every": 0, "retries": 0}
+# Unless the run says otherwise, whoever carries messages must not read them.
+_DEFAULTS = {"encrypt": True}
 _WITHOUT = {
     "checkpoint-every": "clients keep their states themselves, and the server has no checkpoints",
     "retries": "the network sends again what was damaged",
@@ -28,7 +32,6 @@ _WITHOUT = {
     "faults": "faults on purpose need all clients in one process: fedkd-fast train",
     "attackers": "attacks on purpose need all clients in one process: fedkd-fast train",
     "attack-factor": "attacks on purpose need all clients in one process: fedkd-fast train",
-    "encrypt": "TLS seals what travels between Flower's processes",
 }
 # What a node may have otherwise than the run: where things lie on its machine, and what it has.
 _OF_NODES = ("data", "mentor", "mentee", "device", "threads")
@@ -59,10 +62,10 @@ def settings(
         ValueError: unknown names, options that need clients in one process, values out of range.
         TypeError: values of a wrong type.
     """
-    fields: dict[str, Any] = dict(_FIXED)
+    fields: dict[str, Any] = {**_FIXED, **_DEFAULTS}
     distillation, times = {}, dict(_TIMES)
     for key, value in run_config.items():
-        if value == "":
+        if value == "" or key in KEY_FILES:
             continue
         name = key.replace("-", "_")
         if key in _WITHOUT:
@@ -82,7 +85,7 @@ def settings(
         fields = {name: value for name, value in fields.items() if name not in _SERVER_ONLY}
         fields.update({name: node_config[name] for name in _OF_NODES if name in node_config})
     elif "out" in fields:
-        fields["out"] = _absolute(str(fields["out"]))
+        fields["out"] = str(absolute_path("run config 'out'", fields["out"]))
     name, method = fields.pop("task", "digits"), fields.pop("method", "fedkd")
     task = _task(name, task_options(configure(name, method, fields)))
     config = configure(task, method, fields)
@@ -99,12 +102,16 @@ def _seconds(key: str, value: object) -> float:
     return float(value)
 
 
-def _absolute(text: str) -> str:
-    """Return the folder of a run, which must not depend on where Flower starts its processes."""
-    path = Path(text).expanduser()
+def absolute_path(name: str, value: object) -> Path:
+    """Return a path, which must not depend on where Flower starts its processes.
+
+    Raises:
+        ValueError: it is not absolute.
+    """
+    path = Path(str(value)).expanduser()
     if not path.is_absolute():
-        raise ValueError(f"run config 'out' must be an absolute path, got {text!r}")
-    return str(path)
+        raise ValueError(f"{name} must be an absolute path, got {str(value)!r}")
+    return path
 
 
 @lru_cache(maxsize=1)
@@ -139,8 +146,6 @@ def state_folder(node_config: Mapping[str, Any], run_id: int, client: int) -> Pa
     Raises:
         ValueError: that is no absolute path.
     """
-    text = str(node_config.get("state-dir", "~/.local/state/fedkd_fast"))
-    root = Path(text).expanduser()
-    if not root.is_absolute():
-        raise ValueError(f"node config 'state-dir' must be an absolute path, got {text!r}")
-    return root / f"run-{run_id}" / f"client-{client}"
+    root = node_config.get("state-dir", "~/.local/state/fedkd_fast")
+    folder = absolute_path("node config 'state-dir'", root)
+    return folder / f"run-{run_id}" / f"client-{client}"
