@@ -51,7 +51,7 @@ WIDTHS = {"1M": 960, "20M": 4416}
 ROUNDS, STEPS, BATCH, LR = 3, 12, 32, 1e-3
 BUILT_IN = ("float16", "adaquant", "blockwise8", "float4", "normfloat4")
 OURS: dict[str, dict[str, Any]] = {
-    "fedkd_fast, preset": {},
+    "fedkd_fast, energy 0.8": {"energy": 0.8},
     "fedkd_fast, energy 0.95": {"energy": 0.95, "feedback": False},
     "fedkd_fast, energy 0.9999": {"energy": 0.9999, "feedback": False},
 }

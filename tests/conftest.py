@@ -12,6 +12,15 @@ from fedkd_fast import ops
 torch.set_num_threads(1)
 
 
+# They compile for minutes. At the end, all other cores would wait for them.
+FIRST = {"test_simt.py", "test_simt_barriers.py", "test_simt_stream.py", "test_wire_fuzz.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests of native executables."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(
     params=[
         "cpu",

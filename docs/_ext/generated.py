@@ -28,6 +28,7 @@ COMMANDS = {
     "distill_memory.json": "python bench/distill_memory.py --out FILE",
     "distill_step.json": "python bench/distill_step.py --rounds 7 --out FILE",
     "kernel_resources.json": "python bench/kernel_resources.py",
+    "nvflare_quantizer.json": "python bench/nvflare_quantizer.py --out FILE",
     "openfl.json": "python bench/openfl_pipelines.py --out FILE",
     "process_group.json": "python bench/process_group.py --seeds 0 1 2 --out FILE",
 }
