@@ -134,26 +134,18 @@ $(VENV)/.dev: $(VENV)/.ready pyproject.toml
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.packages $(VENV)/.native $(VENV)/.ready $@
 
-# NVFLARE beside the packages of .venv, for its tests, benches and example.
-.venv-nvflare: .venv-nvflare/.ready
+# A framework beside the packages of .venv, for its tests, benches and example.
+PACKAGES_flower := 'flwr[simulation]==1.41.0' ray==2.55.1
+PACKAGES_nvflare := nvflare==2.9.0
 
-.venv-nvflare/.ready: $(VENV)/.dev
-	@echo "making .venv-nvflare"
-	@$(BIN)/python -m venv --clear .venv-nvflare
+.venv-flower .venv-nvflare: .venv-%: .venv-%/.ready
+
+.venv-flower/.ready .venv-nvflare/.ready: .venv-%/.ready: $(VENV)/.dev
+	@echo "making .venv-$*"
+	@$(BIN)/python -m venv --clear .venv-$*
 	@printf '%s\n' '$(CURDIR)' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
-	  > "$$(.venv-nvflare/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
-	@.venv-nvflare/bin/pip --disable-pip-version-check --quiet install nvflare==2.9.0
-	@touch $@
-
-# Flower beside the packages of .venv, for its tests and example.
-.venv-flower: .venv-flower/.ready
-
-.venv-flower/.ready: $(VENV)/.dev
-	@echo "making .venv-flower"
-	@$(BIN)/python -m venv --clear .venv-flower
-	@printf '%s\n' '$(CURDIR)' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
-	  > "$$(.venv-flower/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
-	@.venv-flower/bin/pip --disable-pip-version-check --quiet install 'flwr[simulation]==1.41.0' ray==2.55.1
+	  > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
+	@.venv-$*/bin/pip --disable-pip-version-check --quiet install $(PACKAGES_$*)
 	@touch $@
 
 clean:

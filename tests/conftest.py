@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from native_build import simt_ops
+from ranks import Ranks
 
 from fedkd_fast import ops
 
@@ -42,6 +45,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setattr(ops._library, "native", simt_ops())
         return torch.device("cpu")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of one gloo group."""
+    found = Ranks(2, tmp_path_factory.mktemp("store"))
+    yield found
+    found.close()
 
 
 @pytest.fixture

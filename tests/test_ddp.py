@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,6 @@ from fedkd_fast.integrations.ddp import LowRankState, ddp_hook
 
 RANKS = 2
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    found = Ranks(RANKS, tmp_path_factory.mktemp("store"))
-    yield found
-    found.close()
 
 
 def a_model() -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,6 @@ from fedkd_fast.integrations.process_group import compressed_mean
 RANKS = 2
 ENERGY = 0.9
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    found = Ranks(RANKS, tmp_path_factory.mktemp("store"))
-    yield found
-    found.close()
 
 
 def an_update(rank: int, step: int = 0) -> dict[str, Tensor]:
