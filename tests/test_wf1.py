@@ -15,6 +15,7 @@ from updates import model, powerlaw, relative_error
 
 from fedkd_fast import Compressor, WireError, decompress, decompress_from, inspect, ops
 from fedkd_fast.codec import wf1
+from fedkd_fast.codec.coding import ROUNDING, scales_of
 from fedkd_fast.codec.common import raw_entry
 from fedkd_fast.codec.curves import at_error
 from fedkd_fast.codec.targets import MESSAGE_CAP
@@ -69,7 +70,7 @@ def test_never_larger_than_the_best_single_mode(energy: float) -> None:
         (factors,) = ops.truncated_svd_list([matrix], energy=1 - (1 - energy) * 0.35)
         item = wf1.Item(raw, exact, vector=False, factors=factors)
         alone = []
-        for curve in item.curves(0.5 * (1 - energy)):
+        for curve in item.curves(0.5 * (1 - energy), 1.5 * (1 - energy)):
             if at_error(curve, (1 - energy) * item.total) is None:
                 continue
             found = wf1.meeting(item, curve, 1 - energy, wf1.Biases(), ops)
@@ -80,6 +81,22 @@ def test_never_larger_than_the_best_single_mode(energy: float) -> None:
         (entry,) = wf1.encode([item], [1 - energy], ops)
         assert entry is not None
         assert len(entry.payload) <= min(alone)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (400, 200), (200, 400), (60, 60)])
+@pytest.mark.parametrize("energy", [0.9, 0.98])
+def test_factors_say_what_error_they_have(shape: tuple[int, int], energy: float) -> None:
+    # As flat as this, singular vectors are not found to the last digit.
+    exact = powerlaw(*shape, 0.45, seed=6)
+    (factors,) = ops.truncated_svd_list([exact], energy=1 - 0.35 * (1 - energy))
+    item = wf1.Item(raw_entry("w", exact), exact, vector=False, factors=factors)
+    (curve,) = (c for c in item.curves(1e-3) if c.mode is Mode.CODED_FACTORS)
+    found = wf1.meeting(item, curve, 1 - energy, wf1.Biases(), ops)
+    assert found is not None
+    left, right = (segment.double() for segment in found.segments)
+    scales = scales_of(found.mode, found.step, found.sigmas)[0].double()
+    error = (exact.double() - (left * scales[:, None]).T @ right).square().sum().item()
+    assert error <= found.error <= error + 5 * ROUNDING * item.total
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

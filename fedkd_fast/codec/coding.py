@@ -11,7 +11,8 @@ With integers q and r, the step Δ, and σ rounded as the wire carries it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -31,6 +32,7 @@ from fedkd_fast.wire import Mode
 
 Ints = NDArray[np.int16]
 Bytes = NDArray[np.uint8]
+_Product = Callable[[Tensor, Tensor], Tensor]
 
 # Steps travel in 1/256 octave, a sixteenth of what levels and sigmas are measured in.
 STEPS = 16
@@ -38,15 +40,16 @@ LARGEST = 2**22 - 1  # integer that the coder takes
 MOST_ROW_CODES = 63
 # Rows of tensors have heavier tails than Gaussians, which want less of it.
 DENSE_SHRINK = 0.7
-# Smaller matrices are factorised without blocks. Newton's residual is squared by the last step.
-_BLOCK, _NEWTON, _CLOSE = 32, 6, 2e-3
+# Steps of Newton's method at most, by what residuals have to shrink, and the one that the last step
+# may start from: it is squared.
+_NEWTON, _FALLING, _CLOSE = 8, 0.7, 0.05
 # Columns of higher levels might hold integers beyond the largest, in a single peak.
 _FINEST = HIGHEST - 8 * PER_OCTAVE
-# Numbers of a side that are too few for what is rounded in eight bits to cancel, and few enough to
-# form all products of their errors; of more, those of different columns are this share of the
-# squares at most.
-_FEW, _MIXED = 1 << 15, 5e-3
-ROUNDING = 4e-6  # of the squared norm, in sums of products
+# Numbers of a side that are too few for what is rounded in eight bits to cancel: in what is sent,
+# and in the error that is promised.
+_FEW, _FEW_MEASURED = 1 << 15, 1 << 17
+# What sums of products may be off by: shares of the squared norm, and of the error.
+ROUNDING, _NOISE = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Source:
     def __init__(self, matrix: Tensor | LowRank, factors: Factors, total: float) -> None:
         self.shape = (matrix.shape[0], matrix.shape[1])
         self.factors, self.total = factors, total
-        self.tall = self.shape[0] >= self.shape[1]
+        self.tall = self.shape[0] > self.shape[1]
         self._matrix = matrix if self.tall else matrix.T
         sides = factors.right, factors.left
         self.short, self._long = sides if self.tall else sides[::-1]
@@ -161,7 +164,8 @@ class Source:
         """
         rank = len(sent)
         # Two roundings: whether they are fused may depend on how threads share the elements.
-        off = sent - self.short[:rank] * multipliers[:, None]
+        off = self.short[:rank] * multipliers[:, None]
+        torch.sub(sent, off, out=off)
         known = self._long[:rank] * (self.factors.sigma[:rank].float() * multipliers)[:, None]
         narrow = self._narrow if known.numel() >= _FEW else None
         if narrow is None:
@@ -169,29 +173,42 @@ class Source:
         return known.add_(off.bfloat16() @ narrow.T)
 
 
-def _inverse(gram: Tensor) -> Tensor | None:
-    """Invert the Gram matrix of rounded vectors that were orthogonal; None where it is singular.
+def _inverse(beside: Tensor, product: _Product) -> Tensor | None:
+    """Return F with ``(I + E)⁻¹ = I + F`` for the correlations E of vectors that were orthogonal.
 
-    Scaled to a unit diagonal it is ``I + E`` with a small E: ``G = I - E + E²`` and Newton's
-    ``G ← G·(2I - (I + E)·G)`` are products alone, whose bits do not depend on the number of threads
-    as those of LAPACK's blocked factorisations do.
+    Newton's ``F ← F - (I + F)·R`` with ``R = (I + E)·(I + F) - I`` takes products of small numbers
+    alone, so that a few bits of each suffice, and whose bits do not depend on the number of threads
+    as those of LAPACK's blocked factorisations do. None where I + E is singular.
     """
-    if len(gram) > _BLOCK:
-        root = gram.diagonal().rsqrt()
-        unit = gram * root[:, None] * root
-        inverse = unit @ unit - 3.0 * unit
-        inverse.diagonal().add_(3.0)
-        for _ in range(_NEWTON):
-            rest = unit @ inverse
-            rest.diagonal().sub_(1.0)
-            largest = float(torch.linalg.vector_norm(rest))
-            if not largest < 1.0:
-                break
-            inverse -= inverse @ rest
-            if largest < _CLOSE:
-                return inverse * root[:, None] * root
-    factor, failed = torch.linalg.cholesky_ex(gram.double())
-    return None if int(failed) else torch.cholesky_inverse(factor).float()
+    inverse = product(beside, beside).sub_(beside)
+    before = math.inf
+    for _ in range(_NEWTON):
+        rest = product(beside, inverse).add_(beside).add_(inverse)
+        largest = float(torch.linalg.vector_norm(rest))
+        if not largest < _FALLING * before:
+            break
+        inverse -= product(inverse, rest).add_(rest)
+        if largest < _CLOSE:
+            return inverse
+        before = largest
+    whole = beside.double()
+    whole.diagonal().add_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(whole)
+    if int(failed):
+        return None
+    whole = torch.cholesky_inverse(factor)
+    whole.diagonal().sub_(1.0)
+    return whole.float()
+
+
+def _quick_product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply in eight bits, and round what comes out to as many."""
+    return (left.bfloat16() @ right.bfloat16()).float()
+
+
+def _product_for(numel: int, few: int) -> _Product:
+    """Return how to multiply where what is rounded off may cancel over so many numbers."""
+    return _quick_product if numel >= few and _multiplies_bfloat16() else torch.matmul
 
 
 @cache
@@ -219,37 +236,26 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
     shrinks = columns.shrinks()
     near, far = shrinks[::-1] if source.tall else shrinks
     sent = (source.short[: len(scales)] * (multipliers * near)[:, None]).round_()
-    products = source.products(sent, multipliers)  # (K, N)
-    gram = sent @ sent.T
-    inverse = _inverse(gram)
+    norms = torch.linalg.vector_norm(sent, dim=1)
+    if not float(norms.min()) > 0.0:
+        return None
+    products = source.products(sent, multipliers).div_(norms[:, None])  # (K, N)
+    product = _product_for(products.numel(), _FEW)
+    beside = product(sent, sent.T).div_(norms[:, None]).div_(norms).fill_diagonal_(0.0)
+    inverse = _inverse(beside, product)
     if inverse is None:
         return None
-    exact = _almost_diagonal(inverse, products)  # (K, N)
-    # |A - (X + E)·R|² = |A|² - <A·Rᵀ, X> + <E·(R·Rᵀ), E> for the X that fits A best.
-    fitted = torch.linalg.vecdot(products, exact).double().sum()
-    exact.div_(scales[:, None])
-    other = (exact * far[:, None]).round_()
-    off = exact.sub_(other)
-    weights = gram.diagonal().double() * scales.double().square()
-    squares = torch.linalg.vector_norm(off, dim=1).double().square() @ weights
-    if off.numel() < _FEW:
-        off *= scales[:, None]
-        beside = gram.fill_diagonal_(0.0)
-        mixed = torch.linalg.vecdot(off, beside @ off).double().sum()
-    else:
-        # Errors of different columns have nothing to do with each other.
-        mixed = _MIXED * squares
-    error = float(source.total - fitted + squares + mixed)
+    # With the rows of R = I + E scaled to one, the X that fits A best is (I + F)·R·A, and any X
+    # has |A - Xᵀ·R|² = |A|² + <X, X - 2·R·A + E·X>.
+    back = scales * norms
+    other = product(inverse, products).add_(products).mul_((far / back)[:, None]).round_()
+    fitted = other * back[:, None]
+    # Small integers stay exact in eight bits; multiples of them would all be off by one share.
+    product = _product_for(products.numel(), _FEW_MEASURED)
+    off = product(beside * back, other).add_(fitted).sub_(products, alpha=2.0)
+    error = source.total + float(off.mul_(fitted).sum(1).double().sum())
     sides = (other, sent) if source.tall else (sent, other)
-    return _factors_coding(columns, sides, error + ROUNDING * source.total)
-
-
-def _almost_diagonal(inverse: Tensor, products: Tensor) -> Tensor:
-    """Multiply with a matrix whose entries beside the diagonal are small: these in eight bits."""
-    if products.numel() < _FEW or not _multiplies_bfloat16():
-        return inverse @ products
-    beside = inverse.bfloat16().fill_diagonal_(0.0)
-    return (products * inverse.diagonal()[:, None]).add_(beside @ products.bfloat16())
+    return _factors_coding(columns, sides, (1 + _NOISE) * error + ROUNDING * source.total)
 
 
 def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:

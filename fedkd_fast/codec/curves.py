@@ -158,7 +158,7 @@ def _dense(spectrum: Spectrum, steps: Floats) -> Curve:
     return Curve(Mode.CODED_DENSE, steps, error, size, np.zeros(len(steps), np.int64))
 
 
-def _hybrid(spectrum: Spectrum, steps: Floats, columns: _Columns) -> Curve:
+def _hybrid(spectrum: Spectrum, steps: Floats, columns: _Columns, middle: float | None) -> Curve:
     heads = np.array([head for head in _HEADS if head <= len(spectrum.singular)])
     numel = float(spectrum.rows * spectrum.cols)
     _, error_long, error_short, bits = (part[:, : heads[-1]] for part in columns)
@@ -177,6 +177,9 @@ def _hybrid(spectrum: Spectrum, steps: Floats, columns: _Columns) -> Curve:
     # With the bits at the price of this step: dD/dR = Δ²/6 · ln 2.
     best = np.argmin(error + scale * (8 * math.log(2) / 6) * size, axis=1)
     every = np.arange(len(steps))
+    if middle is not None:
+        # Near one error one head serves, and the curve has no jumps to miss it by.
+        best[:] = best[np.argmin(np.abs(np.log(error[every, best] / middle)))]
     size = size[every, best] + heads[best] / 8 + 21
     return Curve(Mode.CODED_HYBRID, steps, error[every, best], size, heads[best])
 
@@ -199,7 +202,8 @@ def curves_of(
         columns = _columns(spectrum, steps)
         found.append(_factors(spectrum, steps, columns))
         if len(found) > 1 and _may_mix(found[0], found[1], most_error):
-            found.append(_hybrid(spectrum, steps, columns))
+            middle = None if most_error is None else 0.5 * (least_error + most_error)
+            found.append(_hybrid(spectrum, steps, columns, middle))
     return found
 
 

@@ -8,7 +8,7 @@ the smallest payload is sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import ModuleType
@@ -37,21 +37,23 @@ from fedkd_fast.codec.common import (
     to_bytes,
 )
 from fedkd_fast.codec.curves import Curve, Point, Spectrum, at_error, curves_of
-from fedkd_fast.codec.gaussian import Floats
+from fedkd_fast.codec.gaussian import PER_OCTAVE, Floats
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode, half_payload
 
 # Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
 # coded again where it would use less than this share of it.
-AIM, FULL_USE = 0.98, 0.95
+AIM, FULL_USE = 0.985, 0.95
 ATTEMPTS = 8
 # Modes that may be this much larger than the most promising one are tried as well.
-MARGIN = 1.06
+MARGIN = 1.03
 # Where less than this may be lost, float32 sums cannot tell whether it was.
 EXACT_SHARE = 1e-3
 _STRIDE = 64  # a quarter of an octave
+_STEEPEST = 2 * math.log(2) / (STEPS * PER_OCTAVE)  # growth a step of errors that are all rounding
 _REMEMBERED = 8  # misses of the curves
+_MANY = 8  # columns, whose miss says something of the next tensor
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
 _USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
 
@@ -135,19 +137,23 @@ def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -
 
 
 class Biases:
-    """By how much errors miss what the curves say, in each mode, as seen in the message so far."""
+    """By how much errors miss what the curves say, as seen in the message so far.
+
+    The curves know neither the tails of real columns nor how the two roundings of factors mix; both
+    depend on the mode and on the shape.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[Mode, list[float]] = {}
+        self._seen: dict[Hashable, list[float]] = {}
 
-    def __getitem__(self, mode: Mode) -> float:
-        """Return what errors of a mode are over what is aimed at."""
-        seen = self._seen.get(mode, [])[-_REMEMBERED:]
-        return math.exp(sum(seen) / (len(seen) + 1))
+    def of(self, kind: Hashable) -> float:
+        """Return what errors of a kind are over what is aimed at."""
+        seen = self._seen.get(kind, [])[-_REMEMBERED:]
+        return math.exp(sum(seen) / (len(seen) + 0.5))
 
-    def note(self, mode: Mode, ratio: float) -> None:
+    def note(self, kind: Hashable, ratio: float) -> None:
         """Remember an error over what was aimed at."""
-        self._seen.setdefault(mode, []).append(math.log(min(4.0, max(0.25, ratio))))
+        self._seen.setdefault(kind, []).append(math.log(min(4.0, max(0.25, ratio))))
 
 
 def meeting(
@@ -155,10 +161,13 @@ def meeting(
 ) -> Coding | None:
     """Find the coarsest coding of a mode that loses at most the share `allowed`."""
     target = allowed * item.total
-    aim = AIM * target / biases[curve.mode]
+    short, long = sorted(item.matrix.shape)
+    kind = curve.mode, round(math.log2(long / short))
+    aim = AIM * target / biases.of(kind)
     place = at_error(curve, aim)
     best: Coding | None = None
     used, beyond = 0.0, math.inf  # the error of the best, and a step that is too coarse for it
+    slope, before = 0.5 * _STEEPEST, None
     for attempt in range(ATTEMPTS):
         if place is None:
             break
@@ -168,14 +177,18 @@ def meeting(
             place = place._replace(step=place.step - 1)
             continue
         error = _measured(coding, item, allowed, backend)
-        if attempt == 0:
-            biases.note(curve.mode, error / aim)
+        if attempt == 0 and coding.rank >= _MANY:
+            biases.note(kind, error / aim)
         if used < error <= target:
             best, used = coding, error
         elif best is not None:
             beyond = min(beyond, coding.step)
         if FULL_USE * target <= error <= target:
             break
+        if before is not None and coding.step != before[0]:
+            slope = math.log(max(error, 1e-300) / before[1]) / (coding.step - before[0])
+            slope = min(max(slope, 0.1 * _STEEPEST), _STEEPEST)
+        before = coding.step, max(error, 1e-300)
         if best is None or (attempt == 0 and error <= target):
             aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
             place = at_error(curve, aim)
@@ -183,8 +196,8 @@ def meeting(
         # The curve has done what it can: from here on the columns of the best are kept.
         if beyond - best.step < 2:
             break
-        coarser = min(0.5 * (best.step + beyond), best.step + _STRIDE)
-        place = place._replace(step=coarser / STEPS)
+        ahead = min(math.log(AIM * target / used) / slope, _STRIDE, beyond - best.step - 1)
+        place = place._replace(step=(best.step + max(1.0, ahead)) / STEPS)
     return best
 
 
