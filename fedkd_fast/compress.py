@@ -44,14 +44,11 @@ def _dense(value: Tensor) -> Tensor:
     return value if value.layout == torch.strided else value.to_dense()
 
 
-def _found(name: str, value: Tensor, dtype: torch.dtype, lossy: bool) -> Rows:
-    """Return the rows that are sent; what goes in is finite."""
-    found = touched(value, exactly=not (lossy and value.is_floating_point()))
-    if dtype.is_floating_point and not all_finite(found.values.to(dtype)):
-        raise ValueError(
-            f"update[{name!r}], less its base and with its residual, overflows {DTYPES[dtype]}"
-        )
-    return found
+def _fits(found: Rows, dtype: torch.dtype) -> bool:
+    """Tell whether what is sent of a tensor is finite in the dtype that it is sent in."""
+    return not dtype.is_floating_point or all_finite(
+        torch.tensor(found.largest, dtype=torch.float64).to(dtype)
+    )
 
 
 class Compressor:
@@ -263,13 +260,14 @@ class Compressor:
         base = None if base is None else dict(as_mapping(base, "base").items())
         names = list(update)
         known, update = self._known(update, base, target)
-        tensors = as_tensors(update, "update", sparse=True)
+        # What is sent is looked at for NaN and Inf, which says it of what it is made of.
+        tensors = as_tensors(update, "update", sparse=True, finite=False)
         if tied is None:
             tied = tied_names(update)
         if base is not None or self._feedback:
             tensors = {name: _dense(value) for name, value in tensors.items()}
         if base is not None:
-            bases = as_tensors(base, "base")
+            bases = as_tensors(base, "base", finite=False)
             check_same_tensors(tensors, bases, "base")
             base_ties = tied_names(base)
             tied = {name: owner for name, owner in tied.items() if base_ties.get(name) == owner}
@@ -287,10 +285,18 @@ class Compressor:
             }
         lossy = self.codec != "raw" and target.energy != 1.0
         rows = {
-            name: _found(name, value, tensors[name].dtype, lossy)
+            name: touched(value, exactly=not (lossy and value.is_floating_point()))
             for name, value in sent.items()
             if name not in tied
         }
+        odd = [name for name, found in rows.items() if not _fits(found, tensors[name].dtype)]
+        if odd:
+            as_tensors(update, "update", sparse=True)
+            as_tensors(base or {}, "base")
+            raise ValueError(
+                f"update[{odd[0]!r}], less its base and with its residual, overflows "
+                f"{DTYPES[tensors[odd[0]].dtype]}"
+            )
         if known:
             places, ties = distinct(known)
             tied, known = {**tied, **ties}, {n: known[n] for n in known if n not in ties}

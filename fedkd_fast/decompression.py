@@ -23,7 +23,7 @@ from fedkd_fast.tensors import (
     tied_names,
 )
 from fedkd_fast.updates import surely_finite
-from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode, WireError
+from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Frame, Mode, WireError
 
 
 class NotFiniteError(WireError):
@@ -37,22 +37,25 @@ def decode_frame(
     schema_name: str = "schema",
     max_bytes: int = DEFAULT_MAX_BYTES,
     backend: str = "native",
+    finite: bool = True,
 ) -> tuple[dict[str, Tensor], Base | None]:
     """Decode a frame without applying it to a base; also return what it is relative to.
 
     The schema is compared before anything is decoded, so that a frame costs no more than what the
-    receiver expects. `schema_name` is what messages call it.
+    receiver expects. `schema_name` is what messages call it. Without `finite`, the caller looks for
+    NaN and Inf in what it makes of the tensors.
     """
-    found, base = decode_frame_parts(
-        frame, schema, schema_name=schema_name, max_bytes=max_bytes, module=backend_named(backend)
-    )
-    written: dict[int, Tensor] = {}
-    tensors = {}
-    for entry, parts in found:
-        if id(parts) not in written:
-            written[id(parts)] = _written(entry, parts, backend_named(backend))
-        tensors[entry.name] = written[id(parts)]
-    return tensors, base
+    module = backend_named(backend)
+    parsed = _parsed(frame, schema, schema_name, max_bytes)
+    tensors: dict[str, Tensor] = {}
+    order: list[Tensor] = []
+    for entry in parsed.entries:
+        if entry.mode is Mode.ALIAS:
+            order.append(order[entry.rank])
+        else:
+            order.append(_decoded(entry, module, finite=finite))
+        tensors[entry.name] = order[-1]
+    return tensors, parsed.base
 
 
 def decode_frame_parts(
@@ -64,11 +67,7 @@ def decode_frame_parts(
     module: ModuleType,
 ) -> tuple[list[tuple[Entry, Parts]], Base | None]:
     """Decode a frame but for the products of factors; tied tensors have the same parts."""
-    # A frame without a schema of its own needs the receiver's, and its order.
-    needed = None if schema is None or wire.header(frame).schema_embedded else specs_of(schema)
-    parsed = wire.decode(frame, schema=needed, max_bytes=max_bytes)
-    if schema is not None:
-        check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
+    parsed = _parsed(frame, schema, schema_name, max_bytes)
     found: list[tuple[Entry, Parts]] = []
     for entry in parsed.entries:
         if entry.mode is Mode.ALIAS:
@@ -80,6 +79,20 @@ def decode_frame_parts(
             _written(entry, parts, module)
         found.append((entry, parts))
     return found, parsed.base
+
+
+def _parsed(
+    frame: bytes | bytearray | memoryview,
+    schema: Mapping[str, Shaped] | None,
+    schema_name: str,
+    max_bytes: int,
+) -> Frame:
+    # A frame without a schema of its own needs the receiver's, and its order.
+    needed = None if schema is None or wire.header(frame).schema_embedded else specs_of(schema)
+    parsed = wire.decode(frame, schema=needed, max_bytes=max_bytes)
+    if schema is not None:
+        check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
+    return parsed
 
 
 @contextmanager
@@ -96,19 +109,24 @@ def _naming(entry: Entry) -> Iterator[None]:
         raise WireError(f"tensor {entry.name!r} {entry.shape} does not fit in memory") from None
 
 
-def _written(entry: Entry, parts: Parts, module: ModuleType) -> Tensor:
+def _written(entry: Entry, parts: Parts, module: ModuleType, *, finite: bool = True) -> Tensor:
     """Return the tensor that parts stand for."""
     with _naming(entry):
         tensor = written_out(entry, parts, module)
-    if tensor.is_floating_point() and not all_finite(tensor):
-        raise NotFiniteError(f"tensor {entry.name!r} decodes to NaN or Inf")
+    if finite:
+        _check_finite(entry.name, tensor)
     return tensor
 
 
-def _decoded(entry: Entry, module: ModuleType) -> Tensor:
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise NotFiniteError(f"tensor {name!r} decodes to NaN or Inf")
+
+
+def _decoded(entry: Entry, module: ModuleType, *, finite: bool) -> Tensor:
     with _naming(entry):
         parts = decode_parts(entry, module)
-    return _written(entry, parts, module)
+    return _written(entry, parts, module, finite=finite)
 
 
 def decompress(
@@ -144,10 +162,15 @@ def decompress(
     """
     # Once each: of values that are loaded when asked for, one may lie where another one lay.
     base = None if base is None else dict(as_mapping(base, "base").items())
-    bases = None if base is None else as_tensors(base, "base")
+    bases = None if base is None else as_tensors(base, "base", finite=False)
     wanted, name = (bases, "base") if schema is None else (schema, "schema")
     tensors, made_against = decode_frame(
-        frame, wanted, schema_name=name, max_bytes=max_bytes, backend=backend
+        frame,
+        wanted,
+        schema_name=name,
+        max_bytes=max_bytes,
+        backend=backend,
+        finite=base is None,
     )
     _check_base(made_against, base, relative_to)
     if base is None or bases is None:
@@ -192,9 +215,9 @@ def decompress_from(
         check_same_names({info.name: info for info in reader.entries}, base, "base")
     for index, info in enumerate(reader.entries):
         entry = reader.read(info.rank if info.mode is Mode.ALIAS else index)
-        tensor = _decoded(entry, module)
+        tensor = _decoded(entry, module, finite=base is None)
         if base is not None:
-            before = as_tensors({info.name: base[info.name]}, "base")
+            before = as_tensors({info.name: base[info.name]}, "base", finite=False)
             tensor = _applied(info.name, before[info.name], tensor)
         yield info.name, tensor
 
@@ -204,6 +227,9 @@ def _applied(name: str, base: Tensor, difference: Tensor) -> Tensor:
         return difference
     result = base + difference
     if not all_finite(result):
+        # It is so wherever one of the two is not finite.
+        as_tensors({name: base}, "base")
+        _check_finite(name, difference)
         raise ValueError(f"base[{name!r}] + difference overflows {DTYPES[result.dtype]}")
     return result
 

@@ -94,11 +94,11 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-def representable(exact: Tensor) -> bool:
-    """Tell whether the factors of a tensor stay clear of float32's limits; not of one of zeros."""
-    if not exact.numel():
-        return False
-    largest = max(abs(float(extreme)) for extreme in exact.aminmax())
+def representable(largest: float) -> bool:
+    """Tell whether factors stay clear of float32's limits, from a tensor's largest absolute value.
+
+    Those of a tensor of zeros do not.
+    """
     return SMALLEST_SCALE * 2**20 < largest < LARGEST_SCALE
 
 

@@ -76,7 +76,7 @@ class Message:
         self._lossy = {
             name: wide(found.values)
             for name, found in rows.items()
-            if found.values.is_floating_point() and representable(found.values)
+            if found.values.is_floating_point() and representable(found.largest)
         }
         self.factors: dict[str, Factors] = {}
 

@@ -28,13 +28,14 @@ class Rows(NamedTuple):
 
     ids: Tensor | None  # (R,) int64, ascending; None: all
     values: Tensor  # (R, …), or the tensor
+    largest: float  # of the absolute values; NaN or Inf where one of them is; of integers 0
 
 
 def touched(tensor: Tensor, *, exactly: bool) -> Rows:
     """Return the rows that are not zero where they are at most half of all, else the whole tensor.
 
     Args:
-        tensor: strided, on the CPU, without NaN; or sparse, coalesced, with one sparse dimension.
+        tensor: strided, on the CPU; or sparse, coalesced, with one sparse dimension.
         exactly: a row with a bit set anywhere is not zero; otherwise -0.0 is zero as well.
     """
     if tensor.layout == torch.sparse_coo:
@@ -44,25 +45,34 @@ def touched(tensor: Tensor, *, exactly: bool) -> Rows:
         if bool((ids[1:] <= ids[:-1]).any()):
             # Marked as coalesced, and is not.
             raise ValueError("indices of a sparse tensor must ascend")
-        kept = _nonzero(values, exactly)  # what is listed may be zero
-        return Rows(ids[kept], values[kept])
+        kept, largest = _nonzero(values, exactly)  # what is listed may be zero
+        return Rows(ids[kept], values[kept], largest)
     if tensor.dim() < 2 or len(tensor) < 2 or math.prod(tensor.shape[1:]) < MIN_ROW:
-        return Rows(None, tensor)
-    kept = _nonzero(tensor, exactly)
+        return Rows(None, tensor, _largest(tensor))
+    kept, largest = _nonzero(tensor, exactly)
     if not 0 < 2 * len(kept) <= len(tensor):
-        return Rows(None, tensor)
-    return Rows(kept, tensor[kept])
+        return Rows(None, tensor, largest)
+    return Rows(kept, tensor[kept], largest)
 
 
-def _nonzero(tensor: Tensor, exactly: bool) -> Tensor:
-    """Return the ids of rows that are not zero, at one or two looks at each element."""
+def _nonzero(tensor: Tensor, exactly: bool) -> tuple[Tensor, float]:
+    """Return the ids of rows that are not zero, and the largest absolute value."""
     if not tensor.numel():
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64), 0.0
     matrix = tensor.contiguous().flatten(1)
-    if exactly:
-        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0]
-    # Reductions to a number run at the speed of memory; any() and count_nonzero() do not.
-    return (matrix.amax(1) != 0).logical_or_(matrix.amin(1) != 0).nonzero()[:, 0]
+    if exactly or not tensor.is_floating_point():
+        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0], _largest(tensor)
+    # Reductions to a number run at the speed of memory, and keep NaN; norms, any() and
+    # count_nonzero() do not.
+    ends = torch.stack([matrix.amax(1), matrix.amin(1).neg_()])
+    return (ends != 0).any(0).nonzero()[:, 0], float(ends.amax())
+
+
+def _largest(tensor: Tensor) -> float:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    low, high = tensor.aminmax()
+    return float(torch.maximum(-low, high))
 
 
 def placed(rows: Tensor, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
