@@ -29,9 +29,10 @@ from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode
 
 CODECS = ("wf1", "wf0", "factors-fp32", "raw")
-# Where wf0 and wf1 cut the spectrum before they weigh columns against bits: at this share of what
-# may be lost. Columns below are never worth their bits at the prices that meet the target.
-TAIL_SHARE = 0.35
+# Where wf1 and wf0 cut the spectrum before they weigh columns against bits: at this share of what
+# may be lost. Next to no column below is worth its bits at the prices that meet the target: a third
+# instead of a half takes up to half more time and saves a thousandth of the bytes, wf0 a hundredth.
+TAIL_SHARE, WF0_TAIL_SHARE = 0.5, 0.35
 # A budget is used to this share at least, where the tensors allow it.
 FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
 _BUDGET_ATTEMPTS = 12
@@ -118,7 +119,7 @@ class Message:
 
     def encode_wf0(self, energy: float) -> list[Entry]:
         """Meet an energy with integer bits for each column or row."""
-        self._factorise(1.0 - (1.0 - energy) * TAIL_SHARE)
+        self._factorise(1.0 - (1.0 - energy) * WF0_TAIL_SHARE)
         paying = self._paying()
         return self._listed(
             {
