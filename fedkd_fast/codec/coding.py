@@ -47,9 +47,10 @@ _NEWTON, _FALLING, _CLOSE = 8, 0.7, 0.05
 _FINEST = HIGHEST - 8 * PER_OCTAVE
 # Numbers of a side that are too few for what is rounded in eight bits to cancel: in what is sent,
 # and in the error that is promised.
-_FEW, _FEW_MEASURED = 1 << 15, 1 << 17
+_FEW, _FEW_MEASURED = 1 << 16, 1 << 17
+_WINDOW, _DICE = 61, 1 << 22  # between the windows of rows; numbers in all
 # What sums of products may be off by: shares of the squared norm, and of the error.
-ROUNDING, _NOISE = 1e-5, 1e-4
+ROUNDING, NOISE = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -145,22 +146,23 @@ class Source:
         self.shape = (matrix.shape[0], matrix.shape[1])
         self.factors, self.total = factors, total
         self.tall = self.shape[0] > self.shape[1]
-        self._matrix = matrix if self.tall else matrix.T
+        self._stored, self._matrix = matrix, matrix if self.tall else matrix.T
         sides = factors.right, factors.left
         self.short, self._long = sides if self.tall else sides[::-1]
 
     @cached_property
     def _narrow(self) -> Tensor | None:
         """The matrix in bfloat16, where that is what the machine multiplies fastest."""
-        if isinstance(self._matrix, LowRank) or not _multiplies_bfloat16():
+        if isinstance(self._stored, LowRank) or not _multiplies_bfloat16():
             return None
-        return self._matrix.bfloat16()
+        narrow = _dithered(self._stored)
+        return narrow if self.tall else narrow.T
 
     def products(self, sent: Tensor, multipliers: Tensor) -> Tensor:
         """Return ``sent · matrixᵀ``, (K, N), for what short vectors times `multipliers` round to.
 
         Of the exact vectors the products are known. Those of what was rounded off are small, and
-        eight bits of them suffice.
+        eight bits of them suffice, if what these leave out has nothing to do with the vectors.
         """
         rank = len(sent)
         # Two roundings: whether they are fused may depend on how threads share the elements.
@@ -170,7 +172,26 @@ class Source:
         narrow = self._narrow if known.numel() >= _FEW else None
         if narrow is None:
             return known.add_((self._matrix @ off.T).T)
-        return known.add_(off.bfloat16() @ narrow.T)
+        return known.add_(_dithered(off) @ narrow.T)
+
+
+def _dithered(matrix: Tensor) -> Tensor:
+    """Round to bfloat16, up or down by a fixed die: on average, nothing is lost.
+
+    To the nearest, equal numbers, as those of updates by signs, would all lose the same share.
+    """
+    rows, cols = matrix.shape
+    # Rows see shifted windows of few numbers, which stay in a cache.
+    stride = max(1, min(_WINDOW, _DICE // rows))
+    dice = _dice((rows * stride + cols - 1).bit_length()).as_strided((rows, cols), (stride, 1))
+    bits = (matrix.contiguous().view(torch.int32) + dice).bitwise_and_(-65536)
+    return bits.view(torch.float32).bfloat16()
+
+
+@cache
+def _dice(length_bits: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1 << 16, (1 << length_bits,), dtype=torch.int32, generator=generator)
 
 
 def _inverse(beside: Tensor, product: _Product) -> Tensor | None:
@@ -236,7 +257,8 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
     shrinks = columns.shrinks()
     near, far = shrinks[::-1] if source.tall else shrinks
     sent = (source.short[: len(scales)] * (multipliers * near)[:, None]).round_()
-    norms = torch.linalg.vector_norm(sent, dim=1)
+    # Sums of squares of integers, exact in any order.
+    norms = torch.linalg.vector_norm(sent, dim=1, dtype=torch.float64).float()
     if not float(norms.min()) > 0.0:
         return None
     products = source.products(sent, multipliers).div_(norms[:, None])  # (K, N)
@@ -255,7 +277,7 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
     off = product(beside * back, other).add_(fitted).sub_(products, alpha=2.0)
     error = source.total + float(off.mul_(fitted).sum(1).double().sum())
     sides = (other, sent) if source.tall else (sent, other)
-    return _factors_coding(columns, sides, (1 + _NOISE) * error + ROUNDING * source.total)
+    return _factors_coding(columns, sides, (1 + NOISE) * error + ROUNDING * source.total)
 
 
 def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: float) -> Coding:

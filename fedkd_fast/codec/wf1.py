@@ -53,7 +53,7 @@ EXACT_SHARE = 1e-3
 _STRIDE = 64  # a quarter of an octave
 _STEEPEST = 2 * math.log(2) / (STEPS * PER_OCTAVE)  # growth a step of errors that are all rounding
 _REMEMBERED = 8  # misses of the curves
-_MANY = 8  # columns, whose miss says something of the next tensor
+_MANY = 8  # columns whose miss says something of the next tensor's
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
 _USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
 
@@ -176,8 +176,9 @@ def meeting(
             # Too coarse for the last column, perhaps.
             place = place._replace(step=place.step - 1)
             continue
-        error = _measured(coding, item, allowed, backend)
-        if attempt == 0 and coding.rank >= _MANY:
+        error = _measured(coding, item, allowed, backend)  # Inf where it overflows 16 bits
+        many = curve.mode is not Mode.CODED_FACTORS or coding.rank >= _MANY
+        if attempt == 0 and many and error < math.inf:
             biases.note(kind, error / aim)
         if used < error <= target:
             best, used = coding, error
@@ -185,10 +186,10 @@ def meeting(
             beyond = min(beyond, coding.step)
         if FULL_USE * target <= error <= target:
             break
-        if before is not None and coding.step != before[0]:
+        if before is not None and coding.step != before[0] and error < math.inf:
             slope = math.log(max(error, 1e-300) / before[1]) / (coding.step - before[0])
             slope = min(max(slope, 0.1 * _STEEPEST), _STEEPEST)
-        before = coding.step, max(error, 1e-300)
+        before = (coding.step, max(error, 1e-300)) if error < math.inf else None
         if best is None or (attempt == 0 and error <= target):
             aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
             place = at_error(curve, aim)
