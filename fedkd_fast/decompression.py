@@ -218,6 +218,7 @@ def decompress_from(
         tensor = _decoded(entry, module, finite=base is None)
         if base is not None:
             before = as_tensors({info.name: base[info.name]}, "base", finite=False)
+            check_same_tensors({info.name: tensor}, before, "base")
             tensor = _applied(info.name, before[info.name], tensor)
         yield info.name, tensor
 

@@ -80,7 +80,7 @@ def as_tensors(
     Raises:
         TypeError: no mapping, a name that is no non-empty str, or a value that is no dense tensor
             or array of a known dtype; names the tensor.
-        ValueError: NaN or Inf; names the tensor.
+        ValueError: with `finite`, NaN or Inf; names the tensor.
     """
     return {
         name: _as_tensor(f"{argument}[{name!r}]", value, sparse, finite)

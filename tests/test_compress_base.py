@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -129,3 +130,24 @@ def test_float16_that_factors_would_overflow_travels_raw() -> None:
     exact = ((left @ right).clamp(-1, 1) * 65504).half()
     decoded = decompress(Compressor(0.8, "factors-fp32").compress({"w": exact}))["w"]
     assert relative_error(exact.float(), decoded.float()) <= 0.2
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(1, 40), torch.zeros(40, 40, dtype=torch.float64)], ids=["shape", "dtype"]
+)
+def test_a_base_of_another_kind_is_refused(other: torch.Tensor) -> None:
+    # The frame names its base by its round alone.
+    version = Base(run=1, round=2)
+    frame = Compressor().compress({"w": powerlaw(40, 40)}, relative_to=version)
+    with pytest.raises(ValueError, match="base"):
+        decompress(frame, base={"w": other}, relative_to=version)
+    with pytest.raises(ValueError, match="base"):
+        list(fedkd_fast.decompress_from(io.BytesIO(frame), base={"w": other}, relative_to=version))
+
+
+@pytest.mark.parametrize("where", ["update", "base"])
+def test_whoever_brings_nan_is_named(where: str) -> None:
+    tensors = {"update": {"a": torch.ones(4, 20)}, "base": {"a": torch.zeros(4, 20)}}
+    tensors[where]["a"][2, 3] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{where}\['a'\] holds NaN or Inf$"):
+        Compressor().compress(tensors["update"], base=tensors["base"])
