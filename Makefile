@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# Of thousands of modules that come along a tenth is ever imported; Python compiles these as they are.
+export PIP_NO_COMPILE := 1
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 DEMO_METHODS := local central fedavg fedkd
 WHEEL := build/wheel
