@@ -137,8 +137,8 @@ class Source:
 
     Args:
         matrix: (P, Q).
-        factors: of the matrix, as `truncated_svd_list` gives them: the vectors of the longer side
-            are the products with those of the shorter one.
+        factors: of the matrix, as `truncated_svd_list` gives them: the vectors of the longer side,
+            the right one of a square, are the products with those of the shorter one.
         total: squared norm of the matrix.
     """
 
