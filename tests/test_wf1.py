@@ -70,7 +70,7 @@ def test_never_larger_than_the_best_single_mode(energy: float) -> None:
         (factors,) = ops.truncated_svd_list([matrix], energy=1 - (1 - energy) * 0.35)
         item = wf1.Item(raw, exact, vector=False, factors=factors)
         alone = []
-        for curve in item.curves(0.5 * (1 - energy), 1.5 * (1 - energy)):
+        for curve in item.curves(0.5 * (1 - energy)):
             if at_error(curve, (1 - energy) * item.total) is None:
                 continue
             found = wf1.meeting(item, curve, 1 - energy, wf1.Biases(), ops)

@@ -179,7 +179,8 @@ def _hybrid(spectrum: Spectrum, steps: Floats, columns: _Columns, middle: float 
     every = np.arange(len(steps))
     if middle is not None:
         # Near one error one head serves, and the curve has no jumps to miss it by.
-        best[:] = best[np.argmin(np.abs(np.log(error[every, best] / middle)))]
+        above = np.flatnonzero(error[every, best] > middle)
+        best[:] = best[max(int(above[0]) - 1, 0) if len(above) else -1]
     size = size[every, best] + heads[best] / 8 + 21
     return Curve(Mode.CODED_HYBRID, steps, error[every, best], size, heads[best])
 

@@ -44,7 +44,7 @@ from fedkd_fast.wire import Entry, Mode, half_payload
 
 # Errors are aimed a little below what is allowed, so that one attempt mostly does; a tensor is
 # coded again where it would use less than this share of it.
-AIM, FULL_USE = 0.985, 0.95
+AIM, FULL_USE = 0.99, 0.95
 ATTEMPTS = 8
 # Modes that may be this much larger than the most promising one are tried as well.
 MARGIN = 1.03
