@@ -1,6 +1,7 @@
 """FedAvg on handwritten digits with NVFLARE, with and without compression.
 
-    python job.py [--plain] [--diff] [--rounds 3] [--clients 2] [--seed 0] [--workspace runs]
+    python job.py [--plain] [--energy 0.9] [--diff] [--rounds 3] [--clients 2] [--seed 0]
+                  [--workspace runs]
 
 Prints the accuracy of every round, and what crossed between server and clients.
 """
@@ -17,6 +18,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import TransferType
 from nvflare.recipe import SimEnv
 
+from fedkd_fast.integrations.link import Compression
 from fedkd_fast.integrations.nvflare import add_compression
 
 
@@ -24,6 +26,7 @@ def main() -> None:
     """Run one job in the simulator."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="without compression")
+    parser.add_argument("--energy", type=float, default=0.9, help="of replies; less, fewer bytes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,7 +48,7 @@ def main() -> None:
     # What is measured is what travels: after compression down, before decompression up.
     recipe.add_server_input_filter(Measure(str(log), "up"), tasks=["train"])
     if not arguments.plain:
-        add_compression(recipe)
+        add_compression(recipe, up=Compression(energy=arguments.energy))
     recipe.add_server_output_filter(Measure(str(log), "down"), tasks=["train"])
     run = recipe.execute(
         SimEnv(num_clients=arguments.clients, workspace_root=str(arguments.workspace))
