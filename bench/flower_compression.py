@@ -2,7 +2,7 @@
 
     python bench/flower_compression.py --model mlp --out bench/results/flower_mlp.json
     python bench/flower_compression.py --model MINILM_FOLDER --data PSYTAR_FOLDER/by_review \
-        --rounds 5 --lr 5e-5 --out bench/results/flower_minilm.json
+        --bf16 --rounds 3 --lr 5e-5 --out bench/results/flower_minilm.json
 
 Needs Flower. The app is ``examples/flower_quickstart``. With ``--runtime simulation`` it runs by
 ``flwr run``, else its very apps, strategies and messages in this process, which takes less time and
@@ -46,11 +46,8 @@ def local(config: dict[str, Any]) -> None:
 
 def simulation(config: dict[str, Any]) -> None:
     """Run by ``flwr run``."""
-
-    def text(value: Any) -> str:
-        return f'"{value}"' if isinstance(value, str) else str(value)
-
-    given = " ".join(f"{name}={text(value)}" for name, value in config.items())
+    # JSON writes text, numbers and truth as TOML does.
+    given = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -71,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mlp")
     parser.add_argument("--data", default="")
+    parser.add_argument("--bf16", action="store_true", help="the encoder's products in bfloat16")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -91,6 +89,7 @@ def main() -> None:
                 config = {
                     "model": arguments.model,
                     "data": arguments.data,
+                    "bf16": arguments.bf16,
                     "rounds": arguments.rounds,
                     "local-epochs": 1,
                     "lr": arguments.lr,
@@ -105,7 +104,7 @@ def main() -> None:
             model = "mlp" if arguments.model == "mlp" else "MINILM_FOLDER"
             result |= {
                 "command": f"python bench/flower_compression.py --model {model} "
-                f"--rounds {arguments.rounds} --lr {arguments.lr}",
+                f"{'--bf16 ' * arguments.bf16}--rounds {arguments.rounds} --lr {arguments.lr}",
                 "clients": CLIENTS,
                 "facts": facts(0),
                 "commit": commit(),

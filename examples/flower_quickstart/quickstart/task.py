@@ -41,10 +41,11 @@ def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 class Encoder(nn.Module):
     """A transformers encoder and a layer on the mean of its tokens."""
 
-    def __init__(self, folder: str, seed: int) -> None:
+    def __init__(self, folder: str, seed: int, bf16: bool) -> None:
         super().__init__()
         from transformers import AutoModel
 
+        self.bf16 = bf16
         self.encoder = AutoModel.from_pretrained(folder)
         for parameter in self.encoder.embeddings.parameters():
             parameter.requires_grad_(False)
@@ -54,7 +55,9 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits of token ids; 0 is padding."""
         mask = ids != 0
-        hidden = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        hidden = hidden.float()
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return self.head(pooled)
 
@@ -90,7 +93,7 @@ def make_model(config: dict[str, Any]) -> nn.Module:
     """Return the model that the run's configuration names, new."""
     if config["model"] == "mlp":
         return digits_model(int(config["seed"]))
-    return Encoder(str(config["model"]), int(config["seed"]))
+    return Encoder(str(config["model"]), int(config["seed"]), bool(config["bf16"]))
 
 
 def make_data(config: dict[str, Any]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
