@@ -70,6 +70,14 @@ inline std::pair<Tensor, int> cholesky(const Tensor& symmetric) {
   return {torch::stable::detail::to<Tensor>(stack[0]), info.const_data_ptr<int32_t>()[0]};
 }
 
+// (LLᵀ)⁻¹
+inline Tensor cholesky_inverse(const Tensor& lower) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(lower),
+                                    torch::stable::detail::from(false)};
+  call_torch("aten::cholesky_inverse", "", stack);
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 // X of lower · X = rows, contiguous where the rows are.
 inline Tensor solve_lower(const Tensor& lower, const Tensor& rows) {
   // Column-major is what LAPACK takes and gives: Xᵀ · lowerᵀ = rowsᵀ.

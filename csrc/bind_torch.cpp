@@ -41,6 +41,10 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
         "Tensor(e!) sums) "
         "-> ()");
 #undef FEDKD_FAST_LAYER_ARGUMENTS
+  m.def(
+      "fit_factors(Tensor matrix, Tensor? through, Tensor near, Tensor far, Tensor sigma, Tensor "
+      "multiplier, Tensor near_shrink, Tensor far_shrink, Tensor scale) -> (Tensor near, Tensor "
+      "far, Tensor gain)");
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
@@ -58,6 +62,7 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("distill_loss_out", TORCH_BOX(&bind::distill_loss_out));
   m.impl("layer_mse", TORCH_BOX(&bind::layer_mse));
   m.impl("layer_mse_out", TORCH_BOX(&bind::layer_mse_out));
+  m.impl("fit_factors", TORCH_BOX(&bind::fit_factors));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));

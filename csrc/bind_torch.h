@@ -152,6 +152,12 @@ void layer_mse_out(const Tensor& mentor, const Tensor& mentee, const Tensor& sca
                    const Tensor& errors, const std::optional<Tensor>& grad_mentor,
                    const std::optional<Tensor>& grad_mentee, const Tensor& sums);
 
+std::tuple<Tensor, Tensor, Tensor> fit_factors(const Tensor& matrix,
+                                               const std::optional<Tensor>& through,
+                                               const Tensor& near, const Tensor& far,
+                                               const Tensor& sigma, const Tensor& multiplier,
+                                               const Tensor& near_shrink, const Tensor& far_shrink,
+                                               const Tensor& scale);
 Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);
 Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);
 Tensor reconstruct(const Tensor& left, const Tensor& right);

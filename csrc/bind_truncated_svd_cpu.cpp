@@ -5,17 +5,14 @@
 // less than kFinestShare: their rank is the optimum.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 
 #include "bind_eigen.h"
 #include "bind_products.h"
+#include "bind_share.h"
 #include "bind_truncated_svd.h"
 #include "kernels.h"
-
-// Of MKL, where torch was built with it.
-extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 
 namespace fedkd_fast::bind::on_cpu_half {
 namespace {
@@ -103,8 +100,8 @@ Factors exactly(const Tensor& matrix, const MatrixScan& scan, const Wanted& want
 
 // ---- fp32 ---------------------------------------------------------------------------------------
 
-struct NotFinite : std::exception {
-  const char* what() const noexcept override { return " holds NaN or Inf"; }
+struct NotFinite : Complaint {
+  const char* what() const noexcept override { return "holds NaN or Inf"; }
 };
 
 struct Scanned {
@@ -227,47 +224,6 @@ Factors factorise(const Tensor& matrix, const Wanted& wanted, const Earlier& ear
   return exactly<Scalar>(matrix, scan, wanted);
 }
 
-// torch's libraries use one thread in a parallel region, but MKL, once told a number of threads,
-// plans its factorisations for that many and waits for them for ever.
-class OneThread {
- public:
-  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
-  ~OneThread() {
-    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
-  }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-
- private:
-  int before_;
-};
-
-// Does the work of each index, in this order; whoever is free takes the next. Always inside a
-// parallel region and with one thread each, even for one matrix, so that results do not depend on
-// how many there are.
-template <typename Work>
-void share_out(const std::vector<int64_t>& order, const Work& work) {
-  std::vector<std::string> problems(order.size());
-  std::atomic<size_t> next = 0;
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  torch::stable::parallel_for(0, std::max<int64_t>(threads, 2), 1, [&](int64_t, int64_t) {
-    const OneThread one_thread;
-    for (size_t turn = next++; turn < order.size(); turn = next++) {
-      const auto i = static_cast<size_t>(order[turn]);
-      try {
-        work(i);
-      } catch (const NotFinite& error) {
-        problems[i] = error.what();
-      } catch (const std::exception& error) {
-        // An exception does not cross torch's C interface with its words.
-        problems[i] = std::string(": ") + error.what();
-      }
-    }
-  });
-  for (size_t i = 0; i < problems.size(); ++i)
-    STD_TORCH_CHECK(problems[i].empty(), "matrix ", i, problems[i]);
-}
-
 }  // namespace
 
 std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
@@ -283,7 +239,7 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   std::vector<Factors> factors(matrices.size());
-  share_out(order, [&](size_t i) {
+  share_out(order, "matrix", [&](size_t i) {
     const Tensor matrix = torch::stable::contiguous(matrices[i]);
     const auto random = static_cast<uint64_t>(seed);
     factors[i] = matrix.scalar_type() == ScalarType::Float

@@ -1,4 +1,5 @@
 // The part of module _C that splits and builds entropy-coded payloads, without their streams.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -84,7 +85,7 @@ void define_coded(py::module_* module) {
               "Encode uint8 row codes of `width` bits.");
   module->def("half_log2", &half_log2, py::arg("count"),
               "128 * log2(count) to the nearest integer, by integers alone.");
-  module->def("exp2_fixed", &exp2_fixed, py::arg("exponent"),
+  module->def("exp2_fixed", py::vectorize(&exp2_fixed), py::arg("exponent"),
               "2 ** (exponent / 256), the same bits on every machine.");
 }
 

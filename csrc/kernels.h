@@ -15,6 +15,7 @@
 #include "common/layer_mse.h"
 #include "common/macros.h"
 #include "common/truncated_svd.h"
+#include "kernels_fit_factors.h"
 #include "kernels_pack_factors.h"
 #include "kernels_rans.h"
 

@@ -1,7 +1,9 @@
 """The wire codec on byte buffers, and the facts of this build (csrc/bind_wire*.cpp)."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 version: str
@@ -48,5 +50,8 @@ def split_coded(record: _Sent) -> tuple[int, int, bytes, int, int, bytes, bytes,
 def pack_gaps(sigmas: Buffer) -> bytes: ...
 def pack_codes(codes: Buffer, width: int) -> bytes: ...
 def half_log2(count: int) -> int: ...
+@overload
 def exp2_fixed(exponent: int) -> float: ...
+@overload
+def exp2_fixed(exponent: NDArray[np.integer[Any]]) -> NDArray[np.float64]: ...
 def crc32c(data: Buffer, value: int = 0, *, portable: bool = False) -> int: ...

@@ -98,6 +98,12 @@ def test_packing_paths_give_the_bits_of_the_formula_under_sanitizers() -> None:
     assert re.match(r"\d{4,} cases, paths:.* portable", done.stdout)
 
 
+def test_passes_of_fitting_do_what_their_formulas_say_under_sanitizers() -> None:
+    done = run("fit_factors_address")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"\d{3,} cases\n", done.stdout)
+
+
 @pytest.mark.parametrize("build", ["plain", "address"])
 def test_eigenvalues_and_vectors_of_symmetric_matrices(build: str) -> None:
     done = run(f"eigen_{build}")

@@ -12,9 +12,8 @@ With integers q and r, the step Δ, and σ rounded as the wire carries it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
 from types import ModuleType
 
 import numpy as np
@@ -32,7 +31,6 @@ from fedkd_fast.wire import Mode
 
 Ints = NDArray[np.int16]
 Bytes = NDArray[np.uint8]
-_Product = Callable[[Tensor, Tensor], Tensor]
 
 # Steps travel in 1/256 octave, a sixteenth of what levels and sigmas are measured in.
 STEPS = 16
@@ -40,15 +38,8 @@ LARGEST = 2**22 - 1  # integer that the coder takes
 MOST_ROW_CODES = 63
 # Rows of tensors have heavier tails than Gaussians, which want less of it.
 DENSE_SHRINK = 0.7
-# Steps of Newton's method at most, by what residuals have to shrink, and the one that the last step
-# may start from: it is squared.
-_NEWTON, _FALLING, _CLOSE = 8, 0.7, 0.05
 # Columns of higher levels might hold integers beyond the largest, in a single peak.
 _FINEST = HIGHEST - 8 * PER_OCTAVE
-# Numbers of a side that are too few for what is rounded in eight bits to cancel: in what is sent,
-# and in the error that is promised.
-_FEW, _FEW_MEASURED = 1 << 16, 1 << 17
-_WINDOW, _DICE = 61, 1 << 22  # between the windows of rows; numbers in all
 # What sums of products may be off by: shares of the squared norm, and of the error.
 ROUNDING, NOISE = 1e-5, 1e-3
 
@@ -81,6 +72,11 @@ class Coding:
 
 def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:
     return (values / scale).round_().clamp_(-LARGEST, LARGEST)
+
+
+def _powers(logs: NDArray[np.integer]) -> Tensor:
+    """Return 2^(log / 256) as every receiver computes it."""
+    return torch.from_numpy(_C.exp2_fixed(logs).astype(np.float32))
 
 
 def row_squares(values: Tensor) -> Floats:
@@ -119,13 +115,11 @@ class _Columns:
 
     def scales(self) -> Tensor:
         """Return Δ² / σ as the receiver computes it."""
-        logs = 2 * self.step - 16 * self.codes
-        return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+        return _powers(2 * self.step - 16 * self.codes)
 
     def multipliers(self) -> Tensor:
         """Return σ / Δ."""
-        logs = 16 * self.codes - self.step
-        return torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
+        return _powers(16 * self.codes - self.step)
 
 
 def _shrinks(levels: Ints, strength: float = 1.0) -> Tensor:
@@ -133,7 +127,7 @@ def _shrinks(levels: Ints, strength: float = 1.0) -> Tensor:
 
 
 class Source:
-    """A matrix with leading factors, to be sent as factors; keeps what several steps share.
+    """A matrix with leading factors, to be sent as factors.
 
     Args:
         matrix: (P, Q).
@@ -146,104 +140,25 @@ class Source:
         self.shape = (matrix.shape[0], matrix.shape[1])
         self.factors, self.total = factors, total
         self.tall = self.shape[0] > self.shape[1]
-        self._stored, self._matrix = matrix, matrix if self.tall else matrix.T
         sides = factors.right, factors.left
-        self.short, self._long = sides if self.tall else sides[::-1]
-
-    @cached_property
-    def _narrow(self) -> Tensor | None:
-        """The matrix in bfloat16, where that is what the machine multiplies fastest."""
-        if isinstance(self._stored, LowRank) or not _multiplies_bfloat16():
-            return None
-        narrow = _dithered(self._stored)
-        return narrow if self.tall else narrow.T
-
-    def products(self, sent: Tensor, multipliers: Tensor) -> Tensor:
-        """Return ``sent · matrixᵀ``, (K, N), for what short vectors times `multipliers` round to.
-
-        Of the exact vectors the products are known. Those of what was rounded off are small, and
-        eight bits of them suffice, if what these leave out has nothing to do with the vectors.
-        """
-        rank = len(sent)
-        # Two roundings: whether they are fused may depend on how threads share the elements.
-        off = self.short[:rank] * multipliers[:, None]
-        torch.sub(sent, off, out=off)
-        known = self._long[:rank] * (self.factors.sigma[:rank].float() * multipliers)[:, None]
-        narrow = self._narrow if known.numel() >= _FEW else None
-        if narrow is None:
-            return known.add_((self._matrix @ off.T).T)
-        return known.add_(_dithered(off) @ narrow.T)
+        self.short, self.long = sides if self.tall else sides[::-1]
+        # The matrix with the longer side first: product of both where the second is not None.
+        self.matrix: Tensor
+        self.through: Tensor | None = None
+        if isinstance(matrix, LowRank):
+            tall = matrix if self.tall else matrix.T
+            self.matrix, self.through = tall.left.T, tall.right
+        else:
+            self.matrix = matrix if self.tall else matrix.T
 
 
-def _dithered(matrix: Tensor) -> Tensor:
-    """Round to bfloat16, up or down by a fixed die: on average, nothing is lost.
-
-    To the nearest, equal numbers, as those of updates by signs, would all lose the same share.
-    """
-    rows, cols = matrix.shape
-    # Rows see shifted windows of few numbers, which stay in a cache.
-    stride = max(1, min(_WINDOW, _DICE // rows))
-    dice = _dice((rows * stride + cols - 1).bit_length()).as_strided((rows, cols), (stride, 1))
-    bits = (matrix.contiguous().view(torch.int32) + dice).bitwise_and_(-65536)
-    return bits.view(torch.float32).bfloat16()
-
-
-@cache
-def _dice(length_bits: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1 << 16, (1 << length_bits,), dtype=torch.int32, generator=generator)
-
-
-def _inverse(beside: Tensor, product: _Product) -> Tensor | None:
-    """Return F with ``(I + E)⁻¹ = I + F`` for the correlations E of vectors that were orthogonal.
-
-    Newton's ``F ← F - (I + F)·R`` with ``R = (I + E)·(I + F) - I`` takes products of small numbers
-    alone, so that a few bits of each suffice, and whose bits do not depend on the number of threads
-    as those of LAPACK's blocked factorisations do. None where I + E is singular.
-    """
-    inverse = product(beside, beside).sub_(beside)
-    before = math.inf
-    for _ in range(_NEWTON):
-        rest = product(beside, inverse).add_(beside).add_(inverse)
-        largest = float(torch.linalg.vector_norm(rest))
-        if not largest < _FALLING * before:
-            break
-        inverse -= product(inverse, rest).add_(rest)
-        if largest < _CLOSE:
-            return inverse
-        before = largest
-    whole = beside.double()
-    whole.diagonal().add_(1.0)
-    factor, failed = torch.linalg.cholesky_ex(whole)
-    if int(failed):
-        return None
-    whole = torch.cholesky_inverse(factor)
-    whole.diagonal().sub_(1.0)
-    return whole.float()
-
-
-def _quick_product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply in eight bits, and round what comes out to as many."""
-    return (left.bfloat16() @ right.bfloat16()).float()
-
-
-def _product_for(numel: int, few: int) -> _Product:
-    """Return how to multiply where what is rounded off may cancel over so many numbers."""
-    return _quick_product if numel >= few and _multiplies_bfloat16() else torch.matmul
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
+def code_factors(source: Source, step: int, backend: ModuleType, least: int = 0) -> Coding | None:
     """Quantise factors at a step.
 
     Args:
         source: the matrix.
         step: log2 Δ in 1/256 octave.
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
         least: keep so many columns, even where the step is too coarse for them.
 
     Returns:
@@ -251,32 +166,26 @@ def code_factors(source: Source, step: int, least: int = 0) -> Coding | None:
         shorter side is not independent.
     """
     columns = _Columns(source.factors, source.shape, step, least, len(source.factors.sigma))
-    if not len(columns.codes) or columns.levels().max() > _FINEST:
+    rank = len(columns.codes)
+    if not rank or columns.levels().max() > _FINEST:
         return None
-    scales, multipliers = columns.scales(), columns.multipliers()
     shrinks = columns.shrinks()
-    near, far = shrinks[::-1] if source.tall else shrinks
-    sent = (source.short[: len(scales)] * (multipliers * near)[:, None]).round_()
-    # Sums of squares of integers, exact in any order.
-    norms = torch.linalg.vector_norm(sent, dim=1, dtype=torch.float64).float()
-    if not float(norms.min()) > 0.0:
+    near_shrink, far_shrink = shrinks[::-1] if source.tall else shrinks
+    near, far, gain = backend.fit_factors(
+        source.matrix,
+        source.through,
+        source.short[:rank],
+        source.long[:rank],
+        source.factors.sigma[:rank].float(),
+        columns.multipliers(),
+        near_shrink,
+        far_shrink,
+        columns.scales(),
+    )
+    if float(gain) == -math.inf:
         return None
-    products = source.products(sent, multipliers).div_(norms[:, None])  # (K, N)
-    product = _product_for(products.numel(), _FEW)
-    beside = product(sent, sent.T).div_(norms[:, None]).div_(norms).fill_diagonal_(0.0)
-    inverse = _inverse(beside, product)
-    if inverse is None:
-        return None
-    # With the rows of R = I + E scaled to one, the X that fits A best is (I + F)·R·A, and any X
-    # has |A - Xᵀ·R|² = |A|² + <X, X - 2·R·A + E·X>.
-    back = scales * norms
-    other = product(inverse, products).add_(products).mul_((far / back)[:, None]).round_()
-    fitted = other * back[:, None]
-    # Small integers stay exact in eight bits; multiples of them would all be off by one share.
-    product = _product_for(products.numel(), _FEW_MEASURED)
-    off = product(beside * back, other).add_(fitted).sub_(products, alpha=2.0)
-    error = source.total + float(off.mul_(fitted).sum(1).double().sum())
-    sides = (other, sent) if source.tall else (sent, other)
+    error = source.total - float(gain)
+    sides = (far, near) if source.tall else (near, far)
     return _factors_coding(columns, sides, (1 + NOISE) * error + ROUNDING * source.total)
 
 
@@ -327,7 +236,8 @@ def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding 
     sent = _rounded(values, scale / _shrinks(levels, DENSE_SHRINK)[:, None])
     if width:
         sent[torch.from_numpy(codes == 0)] = 0.0
-    error = float(row_squares(values - sent * scale).sum())
+    lost = sent * scale
+    error = float(row_squares(torch.sub(values, lost, out=lost)).sum())
     none = np.empty(0, np.int16)
     return Coding(
         mode=Mode.CODED_HYBRID if head else Mode.CODED_DENSE,
@@ -356,7 +266,7 @@ def code_hybrid(
     left, right = ((side * multipliers).round_() for side in sides)
     decoded = backend.reconstruct(left * columns.scales()[:, None], right)
     head = _factors_coding(columns, (left, right), 0.0)
-    return code_dense((matrix - decoded).reshape(rows, -1), step, head)
+    return code_dense(torch.sub(matrix, decoded, out=decoded).reshape(rows, -1), step, head)
 
 
 # ---- what the receiver makes of them -------------------------------------------------------------
@@ -367,10 +277,9 @@ def scales_of(mode: Mode, step: int, sigmas: Ints) -> list[Tensor]:
     scales = []
     if mode is not Mode.CODED_DENSE:
         logs = 2 * step - 16 * sigmas.astype(np.int64)
-        left = torch.tensor([_C.exp2_fixed(int(e)) for e in logs], dtype=torch.float32)
-        scales += [left, torch.ones(len(sigmas))]
+        scales += [_powers(logs), torch.ones(len(sigmas))]
     if mode is not Mode.CODED_FACTORS:
-        scales.append(torch.tensor([_C.exp2_fixed(step)], dtype=torch.float32))
+        scales.append(_powers(np.array([step])))
     return scales
 
 

@@ -1,8 +1,8 @@
 """wf1: the mode and the step of each tensor that meet its error with the fewest bytes.
 
 `curves` says where each mode reaches the wanted error; the most promising ones are built
-(`coding`), measured and corrected, all their integers go through the entropy coder in one call, and
-the smallest payload is sent.
+(`coding`), measured and corrected, their integers go through the entropy coder, and the smallest
+payload is sent.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ _STRIDE = 64  # a quarter of an octave
 _STEEPEST = 2 * math.log(2) / (STEPS * PER_OCTAVE)  # growth a step of errors that are all rounding
 _REMEMBERED = 8  # misses of the curves
 _MANY = 8  # columns whose miss says something of the next tensor's
+# Integers that wait for the entropy coder: some megabytes, whose memory is then used again.
+_MOST_WAITING = 1 << 20
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
 _USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
 
@@ -209,7 +211,7 @@ def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType)
         return code_dense(item.dense, step)
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
-        return code_factors(item.source, step, finer.rank if finer else 0)
+        return code_factors(item.source, step, backend, finer.rank if finer else 0)
     assert isinstance(item.matrix, Tensor)
     rows = item.dense.shape[0]
     return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
@@ -257,36 +259,46 @@ def encode(
     together, with the smallest of all modes; None where raw bytes are smaller than any.
 
     Args:
-        items: the tensors; all their integers go through one call of the entropy coder.
+        items: the tensors; integers of many go through one call of the entropy coder.
         allowed: share that each may lose, in (0, 1).
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
     biases = Biases()
-    codings = [
-        (index, coding)
-        for index, (item, share) in enumerate(zip(items, allowed, strict=True))
-        for coding in _codings(item, share, biases, backend)
-    ]
     entries: list[Entry | None] = [None] * len(items)
-    # Raw bytes of what comes as factors would have to be written out first.
-    held = [
-        math.prod(item.template.shape) * ITEMSIZES[item.template.dtype]
-        if isinstance(item.exact, Tensor)
-        else 2**63
-        for item in items
-    ]
-    for (index, coding), stream in zip(codings, streams(codings, backend), strict=True):
-        item = items[index]
-        payload = coding.payload(stream, item.shift)
-        if len(payload) < held[index]:
-            held[index] = len(payload)
-            entries[index] = replace(
-                item.template, mode=coding.mode, rank=coding.rank, payload=payload
-            )
+    held = [_unencoded(item) for item in items]
+    pending: list[tuple[int, Coding]] = []
+
+    def settle() -> None:
+        for (index, coding), stream in zip(pending, streams(pending, backend), strict=True):
+            item = items[index]
+            payload = coding.payload(stream, item.shift)
+            if len(payload) < held[index]:
+                held[index] = len(payload)
+                entries[index] = replace(
+                    item.template, mode=coding.mode, rank=coding.rank, payload=payload
+                )
+        pending.clear()
+
+    waiting = 0
+    for index, (item, share) in enumerate(zip(items, allowed, strict=True)):
+        for coding in _codings(item, share, biases, backend):
+            pending.append((index, coding))
+            waiting += sum(segment.numel() for segment in coding.segments)
+        if waiting > _MOST_WAITING:
+            settle()
+            waiting = 0
+    settle()
     for index, item in enumerate(items):
         if isinstance(item.exact, Tensor) and _HALF_HEAD + 2 * item.exact.numel() < held[index]:
             entries[index] = _half(item, item.exact, allowed[index]) or entries[index]
     return entries
+
+
+def _unencoded(item: Item) -> int:
+    """Return the bytes of a tensor as it is."""
+    if isinstance(item.exact, LowRank):
+        return 2**63  # it would have to be written out first
+    return math.prod(item.template.shape) * ITEMSIZES[item.template.dtype]
 
 
 def streams(codings: Sequence[tuple[int, Coding]], backend: ModuleType) -> list[bytes]:

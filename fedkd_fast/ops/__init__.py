@@ -11,6 +11,7 @@ from fedkd_fast.ops._distill_loss import (
     distill_loss,
     distill_loss_out,
 )
+from fedkd_fast.ops._fit_factors import fit_factors
 from fedkd_fast.ops._layer_mse import layer_mse, projected_mse
 from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
 from fedkd_fast.ops._rans import rans_decode, rans_encode
@@ -21,6 +22,7 @@ __all__ = [
     "distill_buffers",
     "distill_loss",
     "distill_loss_out",
+    "fit_factors",
     "layer_mse",
     "pack_factors",
     "projected_mse",
