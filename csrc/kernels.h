@@ -18,6 +18,7 @@
 #include "kernels_fit_factors.h"
 #include "kernels_pack_factors.h"
 #include "kernels_rans.h"
+#include "kernels_round_rows.h"
 
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>

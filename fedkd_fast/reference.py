@@ -18,10 +18,11 @@ from torch.nn import functional
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.reference_rans import rans_decode as rans_decode
 from fedkd_fast.reference_rans import rans_encode as rans_encode
+from fedkd_fast.reference_rounding import fit_factors as fit_factors
+from fedkd_fast.reference_rounding import round_rows as round_rows
+from fedkd_fast.reference_rounding import row_squares as row_squares
 
 PAPER = DistillationConfig.paper()
-# Of the variance inflation factors of rows that count as independent of each other.
-MOST_INFLATION = 16.0
 
 # ---- truncated_svd -------------------------------------------------------------------------------
 
@@ -385,34 +386,3 @@ def reconstruct(left: Tensor, right: Tensor) -> Tensor:
     for column, row in zip(left.double(), right.double(), strict=True):
         total = (total.double() + column[:, None] * row[None, :]).float()
     return total
-
-
-def fit_factors(
-    matrix: Tensor,
-    through: Tensor | None,
-    near: Tensor,
-    far: Tensor,
-    sigma: Tensor,
-    multiplier: Tensor,
-    near_shrink: Tensor,
-    far_shrink: Tensor,
-    scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Specify `ops.fit_factors`: the near side as float32 rounds it, all else in float64.
-
-    What `far` and `sigma` know of the matrix is not needed here.
-    """
-    whole = matrix.double() if through is None else matrix.double() @ through.double()
-    sent = (near * (multiplier * near_shrink)[:, None]).round()
-    nothing = sent, torch.zeros_like(far), whole.new_tensor(-math.inf)
-    gram = sent.double() @ sent.double().T
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed):
-        return nothing
-    inflation = torch.cholesky_inverse(factor).diagonal() * gram.diagonal()
-    if not bool((inflation < MOST_INFLATION).all()):
-        return nothing
-    best = torch.cholesky_solve(sent.double() @ whole.T, factor)
-    fitted = (best * (far_shrink.double() / scale.double())[:, None]).round()
-    lost = whole - (fitted * scale.double()[:, None]).T @ sent.double()
-    return sent, fitted.float(), whole.square().sum() - lost.square().sum()

@@ -15,7 +15,7 @@ PACKAGE = Path(fedkd_fast.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = {
     0: {
-        *("ops", "reference", "reference_rans", "distillation", "wire"),
+        *("ops", "reference", "reference_rans", "reference_rounding", "distillation", "wire"),
         *("_C", "_device", "_driver", "_extras", "_files", "_errors", "_memory", "_seeds"),
         "trees",
     },

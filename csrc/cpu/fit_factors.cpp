@@ -1,16 +1,12 @@
 // The passes of fit_factors between its matrix products: loops that vectorise.
 
-#include <algorithm>
 #include <cmath>
 
-#include "common/macros.h"
+#include "cpu/block_sums.h"
 #include "kernels_fit_factors.h"
 
 namespace fedkd_fast::cpu {
 namespace {
-
-constexpr int kLanes = 16;
-constexpr int64_t kBlock = 1024;  // terms that are summed in fp32
 
 // A die of 16 bits, which those of neighbours, in a row or below it, say nothing of: a hash with
 // constants of Wellons' hash-prospector.
@@ -19,23 +15,6 @@ FEDKD_FORMULA uint32_t die(uint32_t place) {
   place = (place ^ place >> 16) * 0x21f0aaadu;
   place = (place ^ place >> 15) * 0x735a2d97u;
   return place >> 16;
-}
-
-// The sum of term(0) to term(count - 1): in sixteen partial sums of a block in fp32, beyond in
-// fp64, in an order of its own.
-template <typename Term>
-FEDKD_FORMULA double sum_in_blocks(int64_t count, const Term& term) {
-  double total = 0.0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t end = std::min(count, first + kBlock);
-    float parts[kLanes] = {};
-    int64_t i = first;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) parts[lane] += term(i + lane);
-    for (; i < end; ++i) parts[0] += term(i);
-    for (const float part : parts) total += static_cast<double>(part);
-  }
-  return total;
 }
 
 }  // namespace
@@ -48,10 +27,10 @@ double round_vector(const float* near, int64_t count, float multiplier, float sh
     sent[i] = std::rint(near[i] * scale);
     off[i] = sent[i] - near[i] * multiplier;
   }
-  double parts[kLanes] = {};
+  double parts[kSumLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane)
+  for (; i + kSumLanes <= count; i += kSumLanes)
+    for (int lane = 0; lane < kSumLanes; ++lane)
       parts[lane] += static_cast<double>(sent[i + lane]) * static_cast<double>(sent[i + lane]);
   for (; i < count; ++i) parts[0] += static_cast<double>(sent[i]) * static_cast<double>(sent[i]);
   double total = 0.0;

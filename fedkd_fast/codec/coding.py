@@ -70,10 +70,6 @@ class Coding:
         return wire.coded_hybrid_payload(step, sigmas, *dense, stream)
 
 
-def _rounded(values: Tensor, scale: Tensor | float) -> Tensor:
-    return (values / scale).round_().clamp_(-LARGEST, LARGEST)
-
-
 def _powers(logs: NDArray[np.integer]) -> Tensor:
     """Return 2^(log / 256) as every receiver computes it."""
     return torch.from_numpy(_C.exp2_fixed(logs).astype(np.float32))
@@ -207,11 +203,11 @@ def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: floa
 # ---- dense rows and the residual of a head -------------------------------------------------------
 
 
-def _row_codes(values: Tensor, step: int) -> tuple[int, int, Bytes]:
+def _row_codes(squares: Floats, length: int, step: int) -> tuple[int, int, Bytes]:
     """Return base, width and codes of the levels of rows, in quarters of an octave."""
-    squares = row_squares(values) / values.shape[1]
     with np.errstate(divide="ignore"):
-        level = np.rint((0.5 * PER_OCTAVE * np.log2(squares) - step / STEPS) / ROW_QUANTUM)
+        level = 0.5 * PER_OCTAVE * np.log2(squares / length) - step / STEPS
+    level = np.rint(level / ROW_QUANTUM)
     level = np.where(np.isfinite(level), level, -(2.0**15)).astype(np.int64)
     top = int(level.max())
     coded = ROW_QUANTUM * level >= LOWEST
@@ -226,30 +222,44 @@ def _row_levels(base: int, codes: Bytes) -> Ints:
     return np.where(codes == 0, wire.ZERO_ROW, levels).astype(np.int16)
 
 
-def code_dense(values: Tensor, step: int, head: Coding | None = None) -> Coding | None:
-    """Quantise rows (R, n) at a step; with a head they are what its decoded factors leave out."""
-    scale = float(np.float32(_C.exp2_fixed(step)))
-    base, width, codes = _row_codes(values, step)
+def code_dense(
+    values: Tensor,
+    squares: Floats,
+    step: int,
+    backend: ModuleType,
+    head: tuple[Coding, Tensor] | None = None,
+) -> Coding | None:
+    """Quantise rows at a step.
+
+    Args:
+        values: (R, n).
+        squares: (R,) squared norms of what is rounded of each row.
+        step: log2 Δ in 1/256 octave.
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
+        head: factors, and what they decode to (R, n): only what they leave out is rounded.
+    """
+    base, width, codes = _row_codes(squares, values.shape[1], step)
     if not LOWEST <= base <= HIGHEST:
         return None
     levels = _row_levels(base, codes)
-    sent = _rounded(values, scale / _shrinks(levels, DENSE_SHRINK)[:, None])
+    scale = float(_powers(np.array([step])))
+    divisors = scale / _shrinks(levels, DENSE_SHRINK)
     if width:
-        sent[torch.from_numpy(codes == 0)] = 0.0
-    lost = sent * scale
-    error = float(row_squares(torch.sub(values, lost, out=lost)).sum())
+        divisors[torch.from_numpy(codes == 0)] = 0.0
+    factors, decoded = head or (None, None)
+    sent, lost = backend.round_rows(values, decoded, divisors, scale)
     none = np.empty(0, np.int16)
     return Coding(
-        mode=Mode.CODED_HYBRID if head else Mode.CODED_DENSE,
-        rank=head.rank if head else values.shape[0],
+        mode=Mode.CODED_HYBRID if factors else Mode.CODED_DENSE,
+        rank=factors.rank if factors else values.shape[0],
         step=step,
-        sigmas=head.sigmas if head else none,
+        sigmas=factors.sigmas if factors else none,
         base=base,
         width=width,
         codes=codes,
-        segments=(*(head.segments if head else ()), sent),
-        levels=np.concatenate([head.levels if head else none, levels]),
-        error=error,
+        segments=(*(factors.segments if factors else ()), sent),
+        levels=np.concatenate([factors.levels if factors else none, levels]),
+        error=float(lost),
     )
 
 
@@ -264,9 +274,11 @@ def code_hybrid(
     sides = [side[: len(columns.codes)] for side in (factors.left, factors.right)]
     multipliers = columns.multipliers()[:, None]
     left, right = ((side * multipliers).round_() for side in sides)
-    decoded = backend.reconstruct(left * columns.scales()[:, None], right)
-    head = _factors_coding(columns, (left, right), 0.0)
-    return code_dense(torch.sub(matrix, decoded, out=decoded).reshape(rows, -1), step, head)
+    decoded = backend.reconstruct(left * columns.scales()[:, None], right).reshape(rows, -1)
+    values = matrix.reshape(rows, -1)
+    squares = backend.row_squares(values, decoded).numpy()
+    head = _factors_coding(columns, (left, right), 0.0), decoded
+    return code_dense(values, squares, step, backend, head)
 
 
 # ---- what the receiver makes of them -------------------------------------------------------------

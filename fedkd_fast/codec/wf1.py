@@ -208,7 +208,7 @@ def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType)
     """Code a tensor at a place of a curve, with no fewer columns than a finer coding has."""
     step = math.floor(STEPS * place.step)
     if place.mode is Mode.CODED_DENSE:
-        return code_dense(item.dense, step)
+        return code_dense(item.dense, item.row_energies, step, backend)
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
         return code_factors(item.source, step, backend, finer.rank if finer else 0)

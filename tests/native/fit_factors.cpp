@@ -1,6 +1,7 @@
-// The passes of fit_factors under sanitizers: each does what its formula says, in rows of all
-// lengths, and touches nothing out of bounds.
+// The passes of fit_factors and round_rows under sanitizers: each does what its formula says, in
+// rows of all lengths, and touches nothing out of bounds.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "kernels_fit_factors.h"
+#include "kernels_round_rows.h"
 
 namespace {
 
@@ -89,6 +91,31 @@ void try_products(const Floats& a, const Floats& b, const std::vector<Product>& 
   check(near(sum, wanted), "sum_gains", count);
 }
 
+void try_rows(size_t count, std::mt19937* generator) {
+  const auto length = static_cast<int64_t>(count);
+  const Floats values = sample(count, generator), minus = sample(count, generator);
+  for (const float* less : {static_cast<const float*>(nullptr), minus.data()})
+    for (const float divisor : {0.0f, 0.3f, 1e-9f}) {
+      Floats sent(count, 7.0f);
+      const float step = divisor == 0.0f ? 0.3f : divisor;
+      double squares = 0.0, lost = 0.0;
+      const double found_squares = cpu::row_squares(values.data(), less, length);
+      const double found_lost =
+          cpu::round_row(values.data(), less, length, divisor, step, sent.data());
+      for (size_t i = 0; i < count; ++i) {
+        const float value = less ? values[i] - less[i] : values[i];
+        float wanted = divisor == 0.0f ? 0.0f : std::rint(value / divisor);
+        wanted = std::min(std::max(wanted, -kLargestInteger), kLargestInteger);
+        check(sent[i] == wanted, "round_row", count);
+        const double off = static_cast<double>(value - wanted * step);
+        squares += static_cast<double>(value) * static_cast<double>(value);
+        lost += off * off;
+      }
+      check(near(found_squares, squares), "row_squares", count);
+      check(near(found_lost, lost), "what round_row loses", count);
+    }
+}
+
 void try_count(size_t count, std::mt19937* generator) {
   const auto length = static_cast<int64_t>(count);
   const Floats a = sample(count, generator), b = sample(count, generator);
@@ -111,6 +138,7 @@ void try_count(size_t count, std::mt19937* generator) {
     check(diced[i].bits == again[i].bits, "places of dice", count);
     check(diced[i].bits == bits || diced[i].bits == bits + 1, "narrow_by_dice", count);
   }
+  try_rows(count, generator);
   const Floats products = sample(count, generator);
   try_products(a, b, products);
   try_products(a, b, rounded(products));
