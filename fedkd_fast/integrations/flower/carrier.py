@@ -26,7 +26,8 @@ from fedkd_fast.remote import NoAnswerError
 log = logging.getLogger("flwr")  # what `flwr run --stream` shows
 _PULL_S = 0.25  # between two looks for replies
 _NODES_S = 2.0  # between two looks for nodes that are gone
-_HELLO_S = 60.0  # for new nodes to say who they are
+_HELLO_S = 60.0  # until a new node that has not said who it is, is asked again
+_GRACE_S = 5.0  # for new nodes, of which one may be a client that was waited for in vain
 
 
 class GridCarrier:
@@ -49,6 +50,7 @@ class GridCarrier:
         self._gone: set[int] = set()  # clients that were waited for in vain
         self._nodes: dict[int, int] = {}  # by client
         self._clients: dict[int, Mapping[str, Any]] = {}  # what they said at the beginning
+        self._asked: dict[str, tuple[int, float]] = {}  # nodes by message, and until when
         self._heard: set[int] = set()  # nodes that said who they are, or why they are nobody
         self.bytes_sent = self.bytes_received = 0  # of messages, as Flower counts them
 
@@ -62,7 +64,7 @@ class GridCarrier:
         found: dict[int, Mapping[str, Any]] = {}
         until = time.monotonic() + self._wait_s
         while len(found) < clients:
-            for node, facts in self._hellos(until).items():
+            for node, facts in self._hellos().items():
                 if isinstance(facts, ValueError):
                     raise ValueError(f"node {node}: {facts}") from facts
                 client = facts.get("client")
@@ -83,27 +85,30 @@ class GridCarrier:
         self._clients = found
         return found
 
-    def _hellos(self, until: float) -> dict[int, Mapping[str, Any] | ValueError]:
-        """Ask nodes that have not been asked who they are, or why they cannot be a client."""
-        waiting: dict[str, int] = {}
-        for node in set(self._grid.get_node_ids()) - self._heard:
+    def _hellos(self) -> dict[int, Mapping[str, Any] | ValueError]:
+        """Ask new nodes who they are, and return what others have said since, or why it is wrong.
+
+        Nobody is waited for: a node that keeps silent keeps nobody away.
+        """
+        now = time.monotonic()
+        self._asked = {one: asked for one, asked in self._asked.items() if now < asked[1]}
+        busy = self._heard | {node for node, _ in self._asked.values()}
+        for node in set(self._grid.get_node_ids()) - busy:
             content = RecordDict({HELLO: ConfigRecord({"who": "are you"})})
             message = self._push(Message(content, node, f"query.{HELLO}"))
             if message is not None:
-                waiting[message] = node
+                self._asked[message] = node, now + _HELLO_S
         found: dict[int, Mapping[str, Any] | ValueError] = {}
-        while waiting and time.monotonic() < until:
-            for reply in self._pull(waiting):
-                node = waiting.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    log.warning("node %d: %s", node, reply.error.reason)
-                    continue  # it is asked again
-                self._heard.add(node)
-                try:
-                    found[node] = facts_of(reply)
-                except ValueError as error:
-                    found[node] = error
-            time.sleep(_PULL_S)
+        for reply in self._pull(self._asked) if self._asked else ():
+            node, _ = self._asked.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                log.warning("node %d: %s", node, reply.error.reason)
+                continue  # it is asked again
+            self._heard.add(node)
+            try:
+                found[node] = facts_of(reply)
+            except ValueError as error:
+                found[node] = error
         return found
 
     def exchange(
@@ -125,8 +130,11 @@ class GridCarrier:
                 waiting[identity] = client
 
         def leave(client: int, error: Exception) -> None:
-            known = away.get(client, (error, time.monotonic() + self._rejoin_s))
-            away[client] = error, -math.inf if client in self._gone else known[1]
+            patience = self._rejoin_s
+            if client in self._gone:
+                patience = _GRACE_S if self._asked else -math.inf
+            _, latest = away.get(client, (error, time.monotonic() + patience))
+            away[client] = error, latest
 
         there = self._look_for(set(orders))
         for client in orders:
@@ -151,7 +159,7 @@ class GridCarrier:
                     del away[client]
                     self._gone.add(client)
                     found[client] = reason
-            if away and time.monotonic() - looked >= _NODES_S:
+            if away and (self._asked or time.monotonic() - looked >= _NODES_S):
                 looked = time.monotonic()
                 for client in self._look_for(set(away)):
                     del away[client]
@@ -170,7 +178,7 @@ class GridCarrier:
         there = set(self._grid.get_node_ids())
         missing = {client for client in clients if self._nodes[client] not in there}
         if missing:
-            for node, facts in self._hellos(time.monotonic() + _HELLO_S).items():
+            for node, facts in self._hellos().items():
                 if isinstance(facts, ValueError):
                     log.warning("node %d: %s", node, facts)
                     continue
