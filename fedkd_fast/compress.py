@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
@@ -32,6 +33,7 @@ from fedkd_fast.wire import Base, Entry
 
 SCOPES = ("tensor", "message")
 DEFAULT_ENERGY = 0.95
+STATISTICS = ("running_mean", "running_var")  # of batch normalisation, as torch calls them
 _FEEDBACK_PREFIX, _CACHE_PREFIX = "feedback.", "cache."
 
 
@@ -84,6 +86,8 @@ class Compressor:
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
         schema: write names, dtypes and shapes into frames, so that they describe themselves; left
             out, receivers have to know them.
+        exact: lose nothing of tensors whose name ends with one of these after its last dot or
+            slash: a running variance that is rounded to nothing or less ruins a model.
         backend: "native", or "reference" where the ops library is not built: the same promise, and
             decoding to the same bits, slowly.
 
@@ -107,8 +111,11 @@ class Compressor:
         cache: SubspaceCache | None = None,
         stateless: bool = False,
         schema: bool = True,
+        exact: Collection[str] = STATISTICS,
         backend: str = "native",
     ) -> None:
+        if isinstance(exact, str):
+            raise TypeError(f"exact must be a collection of endings of names, got {exact!r}")
         if codec not in CODECS:
             raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
         if scope not in SCOPES:
@@ -120,7 +127,7 @@ class Compressor:
         self.target = make_target(energy, error, budget_bytes, bits_per_param, DEFAULT_ENERGY)
         if codec != "wf1" and (self.target.energy is None or scope != "tensor"):
             raise ValueError(f"budgets and scope='message' need codec 'wf1', got {codec!r}")
-        self.codec, self.scope, self.schema = codec, scope, schema
+        self.codec, self.scope, self.schema, self.exact = codec, scope, schema, frozenset(exact)
         self._backend = backend_named(backend)
         self._feedback = ErrorFeedback() if feedback is True else feedback or None
         self._cache = cache
@@ -284,8 +291,9 @@ class Compressor:
                 for name, value in tensors.items()
             }
         lossy = self.codec != "raw" and target.energy != 1.0
+        exact = {name for name in sent if re.split("[./]", name)[-1] in self.exact}
         rows = {
-            name: touched(value, exactly=not (lossy and value.is_floating_point()))
+            name: touched(value, exactly=not (lossy and value.is_floating_point()) or name in exact)
             for name, value in sent.items()
             if name not in tied
         }
@@ -301,7 +309,7 @@ class Compressor:
             places, ties = distinct(known)
             tied, known = {**tied, **ties}, {n: known[n] for n in known if n not in ties}
             tensors = {name: tensors[name] if name in tensors else places[name] for name in names}
-        message = Message(tensors, rows, tied, order, self._cache, self._backend, known)
+        message = Message(tensors, rows, tied, order, self._cache, self._backend, known, exact)
         entries = self._coded(message, target, finish)
 
         def keep() -> None:

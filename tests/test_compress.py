@@ -144,6 +144,38 @@ def test_negative_zeros_survive() -> None:
     assert bool(torch.signbit(decoded).all())
 
 
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_statistics_of_batch_normalisation_lose_nothing(codec: str, feedback: bool) -> None:
+    variance = torch.logspace(-7, 0, 200)
+    update = {"w": powerlaw(60, 40), "norm.running_var": variance, "a/running_mean": variance - 0.5}
+    compressor = Compressor(0.9, codec, feedback=feedback)
+    for _ in range(3):
+        decoded = decompress(compressor.compress(update))
+        assert not torch.equal(decoded["w"], update["w"])
+        for name in ("norm.running_var", "a/running_mean"):
+            assert torch.equal(decoded[name], update[name])
+    # Zeros of either sign, too, and only what is called so.
+    zeros = {"running_var": torch.full((40, 40), -0.0), "running_vary": variance}
+    decoded = decompress(compressor.compress(zeros))
+    assert bool(torch.signbit(decoded["running_var"]).all())
+    if codec != "factors-fp32":
+        assert not torch.equal(decoded["running_vary"], variance)
+
+
+def test_what_loses_nothing_is_a_choice() -> None:
+    update = {"w": powerlaw(60, 40), "running_var": torch.logspace(-7, 0, 200)}
+    for exact, wanted in [((), set()), (("w",), {"w"}), (["running_var"], {"running_var"})]:
+        decoded = decompress(Compressor(0.9, exact=exact).compress(update))
+        assert {name for name in update if torch.equal(decoded[name], update[name])} == wanted
+    # A budget has to have room for it.
+    frame = Compressor(budget_bytes=3000, exact=("running_var",)).compress(update)
+    assert torch.equal(decompress(frame)["running_var"], update["running_var"])
+    assert 0.9 * 3000 < len(frame) <= 3000
+    with pytest.raises(TypeError, match="exact must be a collection of endings .* 'w'"):
+        Compressor(exact="w")
+
+
 def test_big_endian_arrays() -> None:
     array = np.arange(6, dtype=">f4")
     assert decompress(Compressor(codec="raw").compress({"w": array}))["w"].tolist() == list(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -58,6 +58,7 @@ class Message:
         cache: where factorisations start, or None.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
         known: tensors that come as factors; for wf1 by an energy.
+        exact: names of tensors that lose nothing.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Message:
         cache: SubspaceCache | None,
         backend: ModuleType,
         known: Mapping[str, LowRank],
+        exact: Collection[str],
     ) -> None:
         self._tensors, self._rows, self._tied, self._known = tensors, rows, tied, known
         self._order = order or {name: index for index, name in enumerate(tensors)}
@@ -77,7 +79,9 @@ class Message:
         self._lossy = {
             name: wide(found.values)
             for name, found in rows.items()
-            if found.values.is_floating_point() and representable(found.largest)
+            if found.values.is_floating_point()
+            and representable(found.largest)
+            and name not in exact
         }
         self.factors: dict[str, Factors] = {}
 
