@@ -64,6 +64,23 @@ def test_feedback_sends_later_what_was_left_out() -> None:
     assert relative_error(total / 20, step["0.weight"]) < 0.2 * 0.5**0.5
 
 
+@pytest.mark.parametrize("config", [{}, {"energy": 0.95}, {"energy": 0.95, "feedback": True}])
+def test_statistics_of_batch_normalisation_stay_as_they_are(config: dict[str, Any]) -> None:
+    compressor, model = FrameCompressor(config), a_model()
+    weight = model.get_parameter("0.weight")
+    # Two names of one tensor around the statistics, one of each pair.
+    tied = {"first": weight, **model.state_dict(), "last": weight, "again": torch.ones(3)}
+    for fading in range(20):
+        tied["1.running_var"] = torch.logspace(-6, 0, 128) * 0.8**fading
+        found = compressor.decompress_model(compressor.compress_model({"a": tied}), None)["a"]
+        assert list(found) == list(tied)
+        for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+            assert torch.equal(found[name], tied[name])
+        assert torch.equal(found["first"], found["last"])
+    with pytest.raises(ValueError, match=r"running_var'\] holds NaN or Inf"):
+        compressor.compress_model({"w": weight, "running_var": torch.tensor([torch.nan])})
+
+
 def assert_alike(found: Any, wanted: Any) -> None:
     if isinstance(wanted, Tensor):
         assert torch.equal(found, wanted)
