@@ -119,12 +119,13 @@ def serve(kind: str, seed: int, address: str, folder: Path) -> None:
 
 
 class Counted:
-    """A call of the gRPC stub, whose messages are counted both ways; `sent` starts anew."""
+    """A call of the gRPC stub that notes the bytes of its messages, a number for each call."""
 
     def __init__(self, call: Callable[..., Iterable[Any]]) -> None:
         self.call, self.sent, self.received = call, list[int](), list[int]()
 
     def __call__(self, request: Any, **options: Any) -> Iterator[Any]:
+        """Send a message or a stream of them, and pass on what comes back."""
         streams = not hasattr(request, "ByteSize")
         self.sent.append(0 if streams else request.ByteSize())
         self.received.append(0)
