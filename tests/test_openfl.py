@@ -115,6 +115,82 @@ def test_what_is_wrong_is_named(adapter: Any) -> None:
         adapter.FramePipeline(energy=0.0)
 
 
+def test_vectors_and_what_is_stored_lose_nothing(adapter: Any) -> None:
+    pipeline, value = adapter.FramePipeline(energy=ENERGY), a_matrix()
+    for exact in (pipeline.forward(data=value), pipeline.forward(value, lossless=True)):
+        np.testing.assert_array_equal(pipeline.backward(*exact), value)
+    lossy = pipeline.forward(value, lossless=False)
+    assert relative_error(pipeline.backward(*lossy), value) > 0.01
+    variance = np.logspace(-6, 0, 64, dtype=np.float32)
+    np.testing.assert_array_equal(pipeline.backward(*pipeline.forward(variance)), variance)
+    smaller = adapter.FramePipeline(energy=ENERGY, exact_vectors=False)
+    assert len(smaller.forward(variance)[0]) < len(pipeline.forward(variance)[0])
+
+
+@only_installed
+def test_models_that_openfl_stores_lose_nothing(adapter: Any) -> None:
+    from openfl.protocols import utils
+
+    pipeline = adapter.FramePipeline(energy=ENERGY)
+    model = utils.construct_model_proto({"weight": a_matrix()}, 0, pipeline)
+    found, _ = utils.deconstruct_model_proto(model, pipeline)
+    np.testing.assert_array_equal(found["weight"], a_matrix())
+
+
+class Runner:
+    """Stands in for a task runner that is told how to treat its optimizer."""
+
+    def set_optimizer_treatment(self, treatment: str) -> None:
+        pass
+
+
+class Client:
+    """Stands in for the aggregator: weights in the first round, their changes later."""
+
+    def __init__(self, codec: Any) -> None:
+        self.codec = codec
+
+    def get_aggregated_tensor(
+        self, name: str, round_number: int, report: bool, tags: Any, require_lossless: bool
+    ) -> Any:
+        from openfl.protocols import utils
+        from openfl.utilities import TensorKey
+
+        kept = tuple(tag for tag in tags if tag != "lossy_compressed")
+        key = TensorKey(name, "aggregator", round_number, report, kept)
+        key, data, metadata = self.codec.compress(key, a_matrix(), require_lossless)
+        return utils.construct_named_tensor(key, data, metadata, lossless=require_lossless)
+
+
+@only_installed
+def test_collaborators_send_deltas_in_every_round(adapter: Any) -> None:
+    from openfl.pipelines import TensorCodec
+    from openfl.utilities import TensorKey
+
+    from fedkd_fast.integrations.openfl_collaborator import DeltaCollaborator
+
+    pipeline = adapter.FramePipeline(energy=ENERGY)
+    one = DeltaCollaborator(
+        "one",
+        "aggregator",
+        "federation",
+        Client(TensorCodec(pipeline)),
+        Runner(),
+        {},
+        use_delta_updates=True,
+        compression_pipeline=pipeline,
+    )
+    for number in range(4):
+        base = one.get_data_for_tensorkey(
+            TensorKey("weight", "aggregator", number, False, ("model",))
+        )
+        trained = TensorKey("weight", "one", number, False, ("trained",))
+        sent = one.nparray_to_named_tensor(trained, base + a_matrix().T)
+        assert set(sent.tags) == {"trained", "delta", "lossy_compressed"}
+        assert len(sent.data_bytes) < a_matrix().nbytes / 20
+        one.tensor_db.clean_up(1)
+
+
 @only_installed
 def test_in_openfls_plan_codec_and_protobuf(adapter: Any) -> None:
     from openfl.federated import Plan
