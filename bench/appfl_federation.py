@@ -18,12 +18,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from counted import Counted
 from provenance import commit, facts
 
 ROOT = Path(__file__).parent.parent
@@ -116,28 +116,6 @@ def serve(kind: str, seed: int, address: str, folder: Path) -> None:
     model.load_state_dict(agent.aggregator.get_parameters())
     found = {"accuracy": accuracy(model, *digits(seed)[1])}
     (folder / "server.json").write_text(json.dumps(found))
-
-
-class Counted:
-    """A call of the gRPC stub that notes the bytes of its messages, a number for each call."""
-
-    def __init__(self, call: Callable[..., Iterable[Any]]) -> None:
-        self.call, self.sent, self.received = call, list[int](), list[int]()
-
-    def __call__(self, request: Any, **options: Any) -> Iterator[Any]:
-        """Send a message or a stream of them, and pass on what comes back."""
-        streams = not hasattr(request, "ByteSize")
-        self.sent.append(0 if streams else request.ByteSize())
-        self.received.append(0)
-        answer = self.call(self._counting(request) if streams else request, **options)
-        for message in answer:
-            self.received[-1] += message.ByteSize()
-            yield message
-
-    def _counting(self, messages: Iterable[Any]) -> Iterator[Any]:
-        for message in messages:
-            self.sent[-1] += message.ByteSize()
-            yield message
 
 
 def join(number: int, seed: int, address: str, folder: Path) -> None:
