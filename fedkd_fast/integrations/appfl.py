@@ -23,7 +23,6 @@ import json
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,12 +34,8 @@ from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
 from fedkd_fast.wire import WireError
 
-_ANY_SIZE = 2**63 - 1
 _LENGTH = struct.Struct("<I")  # of the form, in bytes; 0 where the frame says everything
 _DEFAULT_ERROR = 0.01
-# Of batch normalisation: a variance that becomes zero or less ruins the model. APPFL sends them
-# whole where the rest is differences, so feedback would be wrong for them too.
-_STATISTICS = ("running_mean", "running_var")
 
 
 class FrameCompressor:
@@ -64,7 +59,6 @@ class FrameCompressor:
             error = _DEFAULT_ERROR
         feedback = bool(compressor_config.get("feedback", False))
         self._compressor = Compressor(energy, error=error, feedback=feedback)
-        self._exact = Compressor(1.0, stateless=True)
 
     def compress_model(self, model: Any, batched: bool = False) -> bytes:
         """Encode a model's tensors.
@@ -81,25 +75,7 @@ class FrameCompressor:
         tensors: dict[str, Tensor] = {}
         form = _taken_apart(model, "", tensors)
         text = b"" if form == _flat(tensors) else json.dumps(form).encode()
-        return _LENGTH.pack(len(text)) + text + self._frame(tensors)
-
-    def _frame(self, tensors: dict[str, Tensor]) -> bytes:
-        """Encode tensors, those that are statistics without loss."""
-        exact = {name: value for name, value in tensors.items() if _is_statistic(name)}
-        if not exact:
-            return self._compressor.compress(tensors)
-        # First, because what cannot be sent must not move residuals on.
-        second = self._exact.compress(exact)
-        first = self._compressor.compress({n: v for n, v in tensors.items() if n not in exact})
-        place = {name: index for index, name in enumerate(tensors)}
-        entries = {}
-        for part in (first, second):
-            found = wire.decode(part, max_bytes=_ANY_SIZE).entries
-            for entry in found:
-                if entry.mode is wire.Mode.ALIAS:
-                    entry = replace(entry, rank=place[found[entry.rank].name])
-                entries[entry.name] = entry
-        return wire.encode([entries[name] for name in tensors], codec="wf1")
+        return _LENGTH.pack(len(text)) + text + self._compressor.compress(tensors)
 
     def decompress_model(
         self, compressed_model: bytes, model: nn.Module | None, batched: bool = False
@@ -144,10 +120,6 @@ class FrameCompressor:
             raise WireError(f"form of the model is damaged: it has no place for {unused[:3]}")
         tensors = decompress(frame)
         return _put_together(form, "", lambda place, _: tensors[place])
-
-
-def _is_statistic(place: str) -> bool:
-    return place.replace("/", ".").rpartition(".")[2] in _STATISTICS
 
 
 def _split(message: bytes) -> tuple[bytes, memoryview]:
