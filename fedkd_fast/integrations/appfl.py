@@ -46,7 +46,8 @@ class FrameCompressor:
             as in `Compressor`; the largest relative error of each tensor is 0.01 otherwise, which
             suits trained weights. Where clients send what they have changed (``send_gradient`` in
             ``train_configs``), ``energy: 0.95`` is enough, and ``feedback: True`` sends what one
-            message leaves out with the next; it would be wrong for weights. Running means and
+            message leaves out with the next; it would be wrong for weights. APPFL's FedAvg takes
+            what was changed for weights too; FedBuff, for one, does not. Running means and
             variances of batch normalisation are sent as they are.
 
     Raises:
