@@ -60,7 +60,7 @@ def measure(matrices: dict[str, Tensor], energy: float, rounds: int) -> dict[str
 
     def items() -> list[wf1.Item]:
         return [
-            wf1.Item(blank, matrix, vector=False, factors=found)
+            wf1.Item(blank, matrix, vector=False, factors=found, backend=ops)
             for blank, matrix, found in zip(blanks, matrices.values(), factors, strict=True)
         ]
 

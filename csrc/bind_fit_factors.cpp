@@ -31,6 +31,12 @@ constexpr int64_t kFew = 1 << 16, kFewMeasured = 1 << 17;
 // Entries of the far side at a time, at most: they stay in a cache, and a product takes a while to
 // begin.
 constexpr int64_t kTile = 512;
+// Products of fewer numbers than these are little work.
+constexpr int64_t kLittle = 1 << 24;
+// Where vectors are as even as this, what comes out of a product has few values, and eight bits
+// round all of them alike. A look at so many numbers of each will do.
+constexpr double kEven = 0.9;
+constexpr int64_t kLook = 2048;
 constexpr int64_t kRankStep = 32;
 constexpr uint32_t kNearDice = 0x9e3779b9u;  // far from those of the matrix
 // Steps of Newton's method at most, by what residuals have to shrink, and the one that the last
@@ -40,6 +46,19 @@ constexpr double kFalling = 0.7, kClose = 0.05;
 // The diagonal of (I + E)⁻¹: how much less of a vector is its own than all of it. Beyond, what
 // eight bits leave of E would count for more than the fit.
 constexpr float kMostInflation = 16.0f;
+
+// Of vectors, by the share that each has of the matrix.
+double evenness_of(const Tensor& vectors, const float* sigma) {
+  const int64_t rank = vectors.size(0), length = vectors.size(1);
+  double total = 0.0, weight = 0.0;
+  for (int64_t k = 0; k < rank; ++k) {
+    const double energy = static_cast<double>(sigma[k]) * static_cast<double>(sigma[k]);
+    total += energy *
+             cpu::evenness(vectors.const_data_ptr<float>() + k * length, std::min(length, kLook));
+    weight += energy;
+  }
+  return weight > 0.0 ? total / weight : 1.0;
+}
 
 bool multiplies_bfloat16() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -120,16 +139,18 @@ std::optional<Tensor> inverse_of(const Tensor& correlations, bool narrow) {
 class Fit {
  public:
   // All in order, but that the matrix may be the transpose of one that is.
-  Fit(const Tensor& matrix, std::optional<Tensor> through, const Tensor& near, const Tensor& far)
+  Fit(const Tensor& matrix, std::optional<Tensor> through, const Tensor& near, const Tensor& far,
+      const float* sigma)
       : matrix_(matrix),
         through_(std::move(through)),
         near_(near),
         far_(far),
         rank_(near.size(0)),
         count_(far.size(1)),
-        narrow_(multiplies_bfloat16() && !through_ && far.numel() >= kFew),
-        narrow_fit_(multiplies_bfloat16() && far.numel() >= kFew),
-        narrow_gain_(multiplies_bfloat16() && far.numel() >= kFewMeasured),
+        narrow_fit_(multiplies_bfloat16() && far.numel() >= kFew &&
+                    evenness_of(near, sigma) < kEven && evenness_of(far, sigma) < kEven),
+        narrow_gain_(narrow_fit_ && far.numel() >= kFewMeasured),
+        narrow_(narrow_fit_ && !through_),
         padded_(narrow_fit_ ? (rank_ + kRankStep - 1) / kRankStep * kRankStep : rank_),
         norms_(static_cast<size_t>(rank_)),
         inverse_norms_(static_cast<size_t>(padded_)) {}
@@ -189,11 +210,13 @@ class Fit {
         weighted[i * padded_ + j] *= back_[static_cast<size_t>(j)];
     correlations_ = narrow_gain_ ? rounded(correlations_, true, padded_)
                                  : part(part(correlations_, 0, 0, rank_), 1, 0, rank_);
+    if (count_ == 0) return 0.0;
     const int64_t tiles = (count_ + kTile - 1) / kTile, width = (count_ + tiles - 1) / tiles;
     std::vector<int64_t> order(static_cast<size_t>(tiles));
     std::iota(order.begin(), order.end(), 0);
     std::vector<double> gains(order.size());
-    share_out(order, "tile", [&](size_t tile) {
+    const bool little = rank_ * count_ * near_.size(1) < kLittle;
+    share_out(order, "tile", little, [&](size_t tile) {
       const int64_t begin = static_cast<int64_t>(tile) * width;
       gains[tile] = fit_tile(begin, std::min(width, count_ - begin));
     });
@@ -255,8 +278,8 @@ class Fit {
   const std::optional<Tensor> through_;
   const Tensor near_, far_;
   const int64_t rank_, count_;
-  // Whether products with A, those of the fit and those of the gain are of bfloat16.
-  const bool narrow_, narrow_fit_, narrow_gain_;
+  // Whether products of the fit, those of the gain and those with A are of bfloat16.
+  const bool narrow_fit_, narrow_gain_, narrow_;
   const int64_t padded_;  // K, and the zeros beside it
   std::vector<float> norms_, inverse_norms_, known_, back_, factor_;
   Tensor off_ = sent, correlations_ = sent, inverse_ = sent;
@@ -296,13 +319,15 @@ std::tuple<Tensor, Tensor, Tensor> fit_factors(const Tensor& matrix,
         std::pair(&scale, "scale")})
     check_vector(*vector, name, rank);
   const bool by_rows = matrix.stride(1) == 1 || matrix.stride(0) == 1;
-  Fit fit(by_rows ? matrix : in_order(matrix), through, in_order(near), in_order(far));
+  const Tensor sigmas = in_order(sigma);
+  Fit fit(by_rows ? matrix : in_order(matrix), through, in_order(near), in_order(far),
+          data_of(sigmas));
   const Tensor factors = in_order(multiplier);
   Tensor gain = empty_on_host({}, ScalarType::Double);
   double& total = *gain.mutable_data_ptr<double>();
   total = -std::numeric_limits<double>::infinity();
   bool independent = false;
-  share_out({0}, "near side", [&](size_t) {
+  share_out({0}, "near side", true, [&](size_t) {
     independent = fit.round_near(data_of(factors), data_of(in_order(near_shrink)));
   });
   if (!independent) {
@@ -310,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> fit_factors(const Tensor& matrix,
     std::fill_n(data_of(fit.fitted), fit.fitted.numel(), 0.0f);
     return {fit.sent, fit.fitted, gain};
   }
-  total = fit.fit_far(data_of(in_order(sigma)), data_of(factors), data_of(in_order(far_shrink)),
+  total = fit.fit_far(data_of(sigmas), data_of(factors), data_of(in_order(far_shrink)),
                       data_of(in_order(scale)));
   return {fit.sent, fit.fitted, gain};
 }

@@ -23,8 +23,10 @@ namespace fedkd_fast::bind {
 // order.
 class OneThread {
  public:
+  // torch sets the number of threads of a thread that has not asked for it yet: not after us.
   OneThread()
-      : mkl_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0),
+      : torch_(torch::stable::get_num_threads()),
+        mkl_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0),
         openmp_(omp_get_max_threads ? omp_get_max_threads() : 0) {
     if (omp_set_num_threads) omp_set_num_threads(1);
   }
@@ -36,21 +38,21 @@ class OneThread {
   OneThread& operator=(const OneThread&) = delete;
 
  private:
+  uint32_t torch_;
   int mkl_, openmp_;
 };
 
 // What a piece throws that is the subject of the sentence.
 struct Complaint : std::exception {};
 
-// Does the work of each index, in this order; whoever is free takes the next. Always inside a
-// parallel region and with one thread each, even for one piece, so that results do not depend on
-// how many there are. `noun` is what errors call a piece.
+// Does the work of each index, in this order; whoever is free takes the next. With one thread each,
+// whether there are more or not, so that results do not depend on how many there are. `noun` is
+// what errors call a piece. Threads wait for each other by spinning: little work is for one.
 template <typename Work>
-void share_out(const std::vector<int64_t>& order, const char* noun, const Work& work) {
+void share_out(const std::vector<int64_t>& order, const char* noun, bool little, const Work& work) {
   std::vector<std::string> problems(order.size());
   std::atomic<size_t> next = 0;
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  torch::stable::parallel_for(0, std::max<int64_t>(threads, 2), 1, [&](int64_t, int64_t) {
+  const auto take = [&](int64_t, int64_t) {
     const OneThread one_thread;
     for (size_t turn = next++; turn < order.size(); turn = next++) {
       const auto i = static_cast<size_t>(order[turn]);
@@ -63,7 +65,12 @@ void share_out(const std::vector<int64_t>& order, const char* noun, const Work& 
         problems[i] = std::string(": ") + error.what();
       }
     }
-  });
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (little || order.size() < 2 || threads < 2)
+    take(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, take);
   for (size_t i = 0; i < problems.size(); ++i)
     STD_TORCH_CHECK(problems[i].empty(), noun, " ", i, problems[i]);
 }

@@ -239,7 +239,7 @@ std::vector<Factors> truncated_svd(const std::vector<Tensor>& matrices,
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   std::vector<Factors> factors(matrices.size());
-  share_out(order, "matrix", [&](size_t i) {
+  share_out(order, "matrix", false, [&](size_t i) {
     const Tensor matrix = torch::stable::contiguous(matrices[i]);
     const auto random = static_cast<uint64_t>(seed);
     factors[i] = matrix.scalar_type() == ScalarType::Float

@@ -29,7 +29,7 @@ def fit_factors(
     What `far` and `sigma` know of the matrix is not needed here.
     """
     whole = matrix.double() if through is None else matrix.double() @ through.double()
-    sent = (near * (multiplier * near_shrink)[:, None]).round()
+    sent = (near * (multiplier * near_shrink)[:, None]).round().clamp(-LARGEST, LARGEST)
     nothing = sent, torch.zeros_like(far), whole.new_tensor(-math.inf)
     gram = sent.double() @ sent.double().T
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -40,6 +40,7 @@ def fit_factors(
         return nothing
     best = torch.cholesky_solve(sent.double() @ whole.T, factor)
     fitted = (best * (far_shrink.double() / scale.double())[:, None]).round()
+    fitted = fitted.clamp(-LARGEST, LARGEST)
     lost = whole - (fitted * scale.double()[:, None]).T @ sent.double()
     return sent, fitted.float(), whole.square().sum() - lost.square().sum()
 

@@ -182,6 +182,39 @@ def test_what_is_not_independent_gains_nothing(shape: tuple[int, int, int], kind
         assert sent.shape == given.near.shape and fitted.shape == given.far.shape
 
 
+def test_nothing_to_fit_gains_nothing() -> None:
+    given = case((50, 7, 3))
+    empty = given._replace(matrix=given.matrix[:0], far=given.far[:, :0])
+    sent, fitted, gain = ops.fit_factors(*empty)
+    assert fitted.shape == (3, 0) and float(gain) == 0.0
+    assert torch.equal(sent, reference.fit_factors(*given)[0])
+
+
+def test_vectors_of_one_magnitude() -> None:
+    # What comes out of products has few values then, which eight bits would round all alike.
+    walsh = torch.ones(1, 1)
+    while len(walsh) < 256:
+        walsh = torch.kron(walsh, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    generator = torch.Generator().manual_seed(5)
+    near = walsh[1:9] / 16.0
+    signs = torch.sign(torch.randn(8, 16384, generator=generator))
+    far = torch.linalg.qr(signs.T.double())[0].T.float()
+    sigma = 1.40975 * (1 + 0.001 * torch.arange(8, 0, -1) / 17)
+    matrix = ((far * sigma[:, None]).T @ near).contiguous()
+    ones = torch.ones(8)
+    for level in (9.3, 36.6, 105.6):
+        given = Case(matrix, None, near, far, sigma, level * ones, ones, ones, sigma / level**2)
+        close(given, ops.fit_factors(*given))
+
+
+def test_integers_stay_within_what_the_coder_takes() -> None:
+    given = case((50, 7, 3))
+    huge = given._replace(multiplier=given.multiplier * 1e9, scale=given.scale / 1e18)
+    for module in (ops, reference):
+        sent, fitted, _ = module.fit_factors(*huge)
+        assert sent.abs().max() == fitted.abs().max() == 2**22 - 1
+
+
 def test_bad_arguments_are_named() -> None:
     given = case((50, 7, 3))
     for wrong, message in [
@@ -192,6 +225,7 @@ def test_bad_arguments_are_named() -> None:
         ({"far": given.far[0]}, "far must have 2 dimensions"),
         ({"sigma": given.sigma[:2]}, "sigma must have a number for each row of near, 3, got 2"),
         ({"scale": given.scale.double()}, "scale has the wrong dtype"),
+        ({"sigma": given.sigma.to("meta")}, "must be on the matrix's device, cpu, got meta"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.fit_factors(*given._replace(**wrong))

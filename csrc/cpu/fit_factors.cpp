@@ -4,9 +4,15 @@
 
 #include "cpu/block_sums.h"
 #include "kernels_fit_factors.h"
+#include "kernels_round_rows.h"
 
 namespace fedkd_fast::cpu {
 namespace {
+
+FEDKD_FORMULA float clamped(float whole) {
+  const float low = whole > -kLargestInteger ? whole : -kLargestInteger;
+  return low < kLargestInteger ? low : kLargestInteger;
+}
 
 // A die of 16 bits, which those of neighbours, in a row or below it, say nothing of: a hash with
 // constants of Wellons' hash-prospector.
@@ -19,12 +25,23 @@ FEDKD_FORMULA uint32_t die(uint32_t place) {
 
 }  // namespace
 
+double evenness(const float* values, int64_t count) {
+  double sum = 0.0, squares = 0.0, used = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = static_cast<double>(values[i]);
+    sum += std::abs(value);
+    squares += value * value;
+    used += value != 0.0 ? 1.0 : 0.0;
+  }
+  return squares > 0.0 ? sum * sum / (used * squares) : 1.0;
+}
+
 FEDKD_CLONES
 double round_vector(const float* near, int64_t count, float multiplier, float shrink, float* sent,
                     float* off) {
   const float scale = multiplier * shrink;
   for (int64_t i = 0; i < count; ++i) {
-    sent[i] = std::rint(near[i] * scale);
+    sent[i] = clamped(std::rint(near[i] * scale));
     off[i] = sent[i] - near[i] * multiplier;
   }
   double parts[kSumLanes] = {};

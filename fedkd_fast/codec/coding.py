@@ -75,13 +75,6 @@ def _powers(logs: NDArray[np.integer]) -> Tensor:
     return torch.from_numpy(_C.exp2_fixed(logs).astype(np.float32))
 
 
-def row_squares(values: Tensor) -> Floats:
-    """Return the squared norm of each row."""
-    # Sums of a row in float32 are good to six digits.
-    norms: Floats = torch.linalg.vector_norm(values, dim=1).double().numpy()
-    return norms**2
-
-
 # ---- factors -------------------------------------------------------------------------------------
 
 
@@ -178,9 +171,9 @@ def code_factors(source: Source, step: int, backend: ModuleType, least: int = 0)
         far_shrink,
         columns.scales(),
     )
-    if float(gain) == -math.inf:
+    if not math.isfinite(float(gain)):
         return None
-    error = source.total - float(gain)
+    error = max(source.total - float(gain), 0.0)
     sides = (far, near) if source.tall else (near, far)
     return _factors_coding(columns, sides, (1 + NOISE) * error + ROUNDING * source.total)
 

@@ -206,13 +206,16 @@ class Message:
                 value,
                 vector=not is_matrix(self._shape(name)),
                 factors=paying.get(name),
+                backend=self._backend,
             )
             for name, value in self._lossy.items()
         }
         for name, value in self._known.items():
             blank = Entry(name, DTYPES[value.dtype], value.shape, Mode.RAW)
             factors = value.factors(1.0 - tail)
-            items[name] = wf1.Item(blank, value, vector=False, factors=factors)
+            items[name] = wf1.Item(
+                blank, value, vector=False, factors=factors, backend=self._backend
+            )
         return items
 
     def _coded(self, items: Mapping[str, wf1.Item], allowed: list[float]) -> list[Entry]:

@@ -25,7 +25,6 @@ from fedkd_fast.codec.coding import (
     code_factors,
     code_hybrid,
     decoded_values,
-    row_squares,
     scales_of,
 )
 from fedkd_fast.codec.common import (
@@ -69,6 +68,7 @@ class Item:
             lose at least EXACT_SHARE.
         vector: whether it is one, which may lose less.
         factors: leading ones of the matrix, or None for dense modes alone.
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Item:
         *,
         vector: bool,
         factors: Factors | None,
+        backend: ModuleType,
     ) -> None:
         self.template, self.share = template, VECTOR_SHARE if vector else 1.0
         self.shift, self.factors = 0, factors
@@ -88,22 +89,24 @@ class Item:
             self.matrix, self.row_energies = exact.matrix(), np.empty(0)
             self.total = exact.squared_norm()
             return
-        self._spread(exact)
+        # In order: equal numbers become equal bytes, however they lie in memory.
+        exact = exact.contiguous()
+        self._spread(exact, backend)
         if not _USUAL[0] < self.total < _USUAL[1]:
             # Squares must stay inside float32.
             self.shift = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
-            self._spread(torch.ldexp(exact, torch.tensor(-self.shift)))
+            self._spread(torch.ldexp(exact, torch.tensor(-self.shift)), backend)
             if factors is not None:
                 sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
                 self.factors = factors._replace(sigma=sigma)
 
-    def _spread(self, exact: Tensor) -> None:
+    def _spread(self, exact: Tensor, backend: ModuleType) -> None:
         """Look at a tensor as a matrix, and as the rows of the dense mode."""
         shape = self.template.shape
         self.exact = exact
         self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
         self.dense = self.matrix.reshape(dense_rows(shape), -1)
-        self.row_energies = row_squares(self.dense)
+        self.row_energies = backend.row_squares(self.dense).numpy()
         self.total = float(self.row_energies.sum())
 
     @cached_property

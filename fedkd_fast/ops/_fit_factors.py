@@ -45,6 +45,11 @@ def fit_factors(
     Raises:
         RuntimeError: a wrong shape, dtype or device.
     """
+    for part in (through, near, far, sigma, multiplier, near_shrink, far_shrink, scale):
+        if part is not None and part.device != matrix.device:
+            raise RuntimeError(
+                f"all tensors must be on the matrix's device, {matrix.device}, got {part.device}"
+            )
     sent, fitted, gain = _library.native.fit_factors(
         matrix.detach(), through, near, far, sigma, multiplier, near_shrink, far_shrink, scale
     )

@@ -179,6 +179,14 @@ int main() {
   cpu::narrow_by_dice(whole.data(), static_cast<int64_t>(whole.size()), 5, diced.data());
   for (size_t i = 0; i < whole.size(); ++i)
     check(load_value(diced[i]) == -1.5f, "dice of short numbers", whole.size());
+  for (const size_t count : {1, 2, 77}) {
+    Floats even(count, -0.3f);
+    even.push_back(0.0f);
+    check(near(cpu::evenness(even.data(), static_cast<int64_t>(even.size())), 1.0), "even", count);
+  }
+  const Floats noise = sample(1 << 16, &generator);
+  check(std::abs(cpu::evenness(noise.data(), 1 << 16) - 0.6366) < 0.01, "noise", noise.size());
+  check(cpu::evenness(noise.data(), 0) == 1.0, "evenness of nothing", 0);
   std::printf("%lld cases\n", static_cast<long long>(tried));
   return 0;
 }
