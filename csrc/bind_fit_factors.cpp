@@ -10,7 +10,7 @@
 // fit and the gain. Vectors of zeros fill the rank up: torch's library makes a program for each
 // shape of a bfloat16 product, which takes longer than to run it, and ranks are of all sizes.
 
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
