@@ -10,7 +10,6 @@ messages that carry models. Runs whose results are in the file already are not r
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from counted import Counted
-from provenance import commit, facts
+from resumable import fill
 
 ROOT = Path(__file__).parent.parent
 TASK = ROOT / "examples" / "flower_quickstart" / "quickstart" / "task.py"
@@ -196,8 +195,6 @@ def federation(kind: str, seed: int) -> dict[str, Any]:
         clients = [json.loads((folder / f"client{n}.json").read_text()) for n in range(CLIENTS)]
         accuracy = json.loads((folder / "server.json").read_text())["accuracy"]
     return {
-        "kind": kind,
-        "seed": seed,
         "accuracy": accuracy,
         "seconds_a_round": max(one["seconds"] for one in clients) / ROUNDS,
         "up_bytes": float(np.mean([size for one in clients for size in one["up"]])),
@@ -208,30 +205,8 @@ def federation(kind: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"runs": []}
-    if arguments.out.exists():
-        result = json.loads(arguments.out.read_text())
-    result |= {
-        "command": "python bench/appfl_federation.py --out bench/results/appfl_federation.json",
-        "clients": CLIENTS,
-        "rounds": ROUNDS,
-        "lr": LR,
-        "appfl": version("appfl"),
-        "facts": facts(1),
-        "commit": commit(),
-    }
-    for seed in arguments.seeds:
-        for kind in arguments.kinds:
-            if any((kind, seed) == (run["kind"], run["seed"]) for run in result["runs"]):
-                continue
-            result["runs"].append(run := federation(kind, seed))
-            print(run, flush=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    about = {"clients": CLIENTS, "rounds": ROUNDS, "lr": LR, "appfl": version("appfl")}
+    fill(Path(__file__).stem, __doc__, list(KINDS), federation, about)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ results are in the file already are not repeated.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import socket
 import sys
@@ -30,7 +28,7 @@ from counted import Counted
 from openfl.federated import Plan, PyTorchDataLoader, PyTorchTaskRunner
 from openfl.protocols import utils
 from openfl.utilities import TensorKey
-from provenance import commit, facts
+from resumable import fill
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "flower_quickstart"))
@@ -188,8 +186,6 @@ def federation(kind: str, seed: int) -> dict[str, Any]:
     error = np.linalg.norm(saved[weight] - held[weight]) / np.linalg.norm(held[weight])
     replies = COLLABORATORS * ROUNDS
     return {
-        "kind": kind,
-        "seed": seed,
         "accuracy": score(model, seed),
         "seconds_a_round": float(np.mean(seconds)),
         "up_bytes": sum(map(sum, up)) / replies,
@@ -201,36 +197,26 @@ def federation(kind: str, seed: int) -> dict[str, Any]:
     }
 
 
+def in_a_folder(kind: str, seed: int) -> dict[str, Any]:
+    """Run one where OpenFL may write."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        try:
+            return federation(kind, seed)
+        finally:
+            os.chdir(before)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"runs": []}
-    if out.exists():
-        result = json.loads(out.read_text())
-    result |= {
-        "command": "python bench/openfl_federation.py --out bench/results/openfl_federation.json",
+    about = {
         "collaborators": COLLABORATORS,
         "rounds": ROUNDS,
         "lr": LR,
         "openfl": version("openfl"),
-        "facts": facts(1),
-        "commit": commit(),
     }
-    for seed in arguments.seeds:
-        for kind in arguments.kinds:
-            if any((kind, seed) == (run["kind"], run["seed"]) for run in result["runs"]):
-                continue
-            with tempfile.TemporaryDirectory() as scratch:
-                os.chdir(scratch)
-                result["runs"].append(run := federation(kind, seed))
-                os.chdir(out.parent)
-            print(run, flush=True)
-            out.write_text(json.dumps(result, indent=1) + "\n")
+    fill(Path(__file__).stem, __doc__, list(KINDS), in_a_folder, about)
 
 
 if __name__ == "__main__":
