@@ -115,7 +115,7 @@ def test_factors_say_what_error_they_have(name: str, energy: float) -> None:
     left, right = (segment.double() for segment in found.segments)
     scales = scales_of(found.mode, found.step, found.sigmas)[0].double()
     error = (exact.double() - (left * scales[:, None]).T @ right).square().sum().item()
-    assert error <= found.error <= (1 + 3 * NOISE) * error + 5 * ROUNDING * item.total
+    assert error <= found.error <= (1 + 1.2 * NOISE) * error + 2 * ROUNDING * item.total
 
 
 @pytest.mark.parametrize("energy", [0.6, 0.9, 0.95, 0.999])
