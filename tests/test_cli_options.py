@@ -52,6 +52,11 @@ def test_options_of_a_recipe_can_be_turned_off() -> None:
     found = options()
     assert {"--no-hidden", "--no-attention", "--no-mutual"} <= set(found)
     assert "--no-gradient-checkpointing" in found
+    for flag in ("--mentor-adapter", "--mentee-adapter"):
+        kind = found[flag].type
+        assert callable(kind)
+        assert kind("none") is None
+        assert kind("lora:4") == "lora:4"
 
 
 def _help(capsys: pytest.CaptureFixture[str]) -> str:

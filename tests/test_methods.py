@@ -210,6 +210,17 @@ def test_labels_of_tokens(method: str) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("method", ["fedkd", "fedavg", "scaffold"])
+def test_a_batch_without_labels_costs_nothing(method: str) -> None:
+    learner = get_method(method).make_learner(TaggingTask(), SETTINGS)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 7, 4, generator=generator)
+    none = torch.full((5, 7), IGNORED_LABEL)
+    losses = learner.train([Batch({"tokens": tokens}, none)])
+    assert {losses.mentor, losses.mentee} <= {None, 0.0}
+    assert all(value.isfinite().all() for value in learner.exchanged().values())
+
+
 def test_no_batches_no_loss() -> None:
     assert SoloLearner(TinyTask(), SETTINGS, "mentee", shares=True).train([]).mentee == 0.0
 

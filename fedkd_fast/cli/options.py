@@ -9,6 +9,12 @@ from pathlib import Path
 
 from fedkd_fast.cli.common import Parser
 
+
+def _adapter(text: str) -> str | None:
+    """Return an adapter's description; ``none`` turns off what a task's recipe turns on."""
+    return None if text == "none" else text
+
+
 # Option, type, name of its value, what it is. Defaults are left to the task and to TrainConfig.
 _Option = tuple[str, Callable[[str], object], str, str]
 _OPTIONS: dict[str, tuple[_Option, ...]] = {
@@ -27,8 +33,18 @@ _OPTIONS: dict[str, tuple[_Option, ...]] = {
             "the same for the mentee; else the mentor's first layers",
         ),
         ("--mentee-layers", int, "N", "layers of the mentee; more: better and costlier"),
-        ("--mentor-adapter", str, "lora:RANK", "train adapters and the head of the mentors only"),
-        ("--mentee-adapter", str, "lora:RANK", "likewise of the mentee, and send only these"),
+        (
+            "--mentor-adapter",
+            _adapter,
+            "lora:RANK",
+            "train adapters and the head of the mentors only; none: all",
+        ),
+        (
+            "--mentee-adapter",
+            _adapter,
+            "lora:RANK",
+            "likewise of the mentee, and send only these; none: all",
+        ),
         ("--max-length", int, "N", "tokens a text; larger cuts less and takes longer"),
     ),
     "federation": (

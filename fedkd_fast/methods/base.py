@@ -316,13 +316,18 @@ class SoloLearner(Learner):
 
 
 def task_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross entropy in nats over the labels (...) that count; logits (..., C)."""
-    return F.cross_entropy(
+    """Return the mean cross entropy in nats over the labels (...) that count; logits (..., C).
+
+    0 where none counts, as in `MutualDistillationLoss`.
+    """
+    total = F.cross_entropy(
         logits.float().flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORED_LABEL,
         label_smoothing=label_smoothing,
+        reduction="sum",
     )
+    return total / (labels != IGNORED_LABEL).sum().clamp_min(1)
 
 
 def mean_loss(total: Tensor, samples: int) -> float:
