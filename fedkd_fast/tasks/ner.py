@@ -89,8 +89,23 @@ class NerTask:
         # What tables of tagged words call them.
         "text_column": "tokens",
         "label_column": "ner_tags",
+        # Alone, MiniLM-L6 scored best with it, out of 5e-5, 1e-4, 2e-4 and 4e-4, on development
+        # data of PsyTAR, BC5CDR and NCBI Disease, trained on a quarter of their sentences.
+        "lr_mentor": 2e-4,
     }
-    METHOD_DEFAULTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {**TextTask.METHOD_DEFAULTS}
+    METHOD_DEFAULTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **TextTask.METHOD_DEFAULTS,
+        # Most tokens are outside of entities and soon cost next to nothing, so that D_i is small
+        # and the divergence would rule: without it the mentee scores higher, and mentors no lower.
+        # Clients with tags of their own pull the mentee apart, so they meet four times an epoch.
+        "fedkd": {
+            **TextTask.METHOD_DEFAULTS["fedkd"],
+            "lr_mentee": 3e-3,
+            "rounds": 12,
+            "local_epochs": 0.25,
+            "distillation": {"denominator": "constant"},
+        },
+    }
 
     def __init__(self, options: TaskOptions) -> None:
         if options.data is None:
