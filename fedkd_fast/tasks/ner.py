@@ -97,7 +97,7 @@ class NerTask:
         **TextTask.METHOD_DEFAULTS,
         # Most tokens are outside of entities and soon cost next to nothing, so that D_i is small
         # and the divergence would rule: without it the mentee scores higher, and mentors no lower.
-        # Clients with tags of their own pull the mentee apart, so they meet four times an epoch.
+        # It also does where clients exchange four times an epoch.
         "fedkd": {
             **TextTask.METHOD_DEFAULTS["fedkd"],
             "lr_mentee": 3e-3,
