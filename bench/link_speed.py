@@ -113,6 +113,8 @@ def main() -> None:
     cases = {
         "default": Compression(),
         "energy .95, no feedback": Compression(energy=0.95, feedback=False),
+        "dense": Compression(codec="dense"),
+        "dense, energy .95, no feedback": Compression(0.95, False, "dense"),
     }
     for threads in arguments.threads:
         torch.set_num_threads(threads)

@@ -86,7 +86,7 @@ class TrainConfig:
     energy_end: float = 0.98  # and in the last; larger keeps finer detail and costs more bytes
     energy_shape: str = "linear"  # between the two; cosine, geometric, public-code
     codec: str | None = (
-        None  # wf1, wf0, factors-fp32 (the paper's payload), raw; None: the method's
+        None  # wf1, dense, wf0, factors-fp32 (the paper's payload), raw; None: the method's
     )
     codec_down: str | None = None  # of the broadcast; None: as the uploads
     feedback: str | None = None  # legs on which what a message leaves out travels with the next

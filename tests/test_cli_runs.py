@@ -133,7 +133,7 @@ def test_reader_that_goes_away_is_no_error() -> None:
     [
         (["--task", "nope"], "task must be one of digits, .*got 'nope'"),
         (["--method", "nope"], "method must be one of fedkd, .*got 'nope'"),
-        (["--codec", "nope"], "codec must be one of wf1, wf0, .*got 'nope'"),
+        (["--codec", "nope"], "codec must be one of wf1, dense, wf0, .*got 'nope'"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--rounds", "two"], "argument --rounds: invalid int value: 'two'"),
         (["--energy-start", "1.5"], r"energy_start must lie in \(0, 1\], got 1.5"),

@@ -18,7 +18,7 @@ from fedkd_fast.codec.common import DTYPES, VECTOR_SHARE
 from fedkd_fast.codec.message import CODECS
 from fedkd_fast.wire import Mode
 
-LOSSY = ("wf1", "wf0", "factors-fp32")
+LOSSY = ("wf1", "dense", "wf0", "factors-fp32")
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.95, 0.98, 0.999])
@@ -268,7 +268,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="scope must be one of .*, got 'model'"):
         Compressor(scope="model")
     for wish in ({"budget_bytes": 100}, {"scope": "message"}):
-        with pytest.raises(ValueError, match="need codec 'wf1', got 'wf0'"):
+        with pytest.raises(ValueError, match="need codec 'wf1' or 'dense', got 'wf0'"):
             Compressor(codec="wf0", **wish)
 
 

@@ -20,7 +20,7 @@ from fedkd_fast.integrations.link import (
 )
 from fedkd_fast.tensors import digest_of
 
-CODECS = ["wf1", "wf0", "factors-fp32", "raw"]
+CODECS = ["wf1", "dense", "wf0", "factors-fp32", "raw"]
 
 
 def model(seed: int = 0) -> dict[str, Tensor]:

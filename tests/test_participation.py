@@ -77,7 +77,7 @@ def test_missed_broadcasts_are_replayed_while_they_are_smaller() -> None:
     assert [server.catch_up(version) for version in range(3)] == [sent, sent[1:], []]
 
 
-@pytest.mark.parametrize("codec", ["raw", "wf1", "wf0"])
+@pytest.mark.parametrize("codec", ["raw", "wf1", "dense", "wf0"])
 def test_the_fewest_bytes_are_sent(codec: str) -> None:
     start, server = make_server(codec)
     sent = broadcasts(server, 40)

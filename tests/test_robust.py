@@ -253,7 +253,7 @@ def test_tied_tensors_stay_tied_and_count_once() -> None:
     assert found.values["a"].tolist() == [1.5, 0.0]
 
 
-@pytest.mark.parametrize("codec", ["wf1", "wf0", "factors-fp32", "raw"])
+@pytest.mark.parametrize("codec", ["wf1", "dense", "wf0", "factors-fp32", "raw"])
 def test_frames_are_averaged_as_they_decode(codec: str) -> None:
     """What decoders deliver, in any mode, is what the rules take."""
     like = {**LIKE, "n": torch.zeros(2, dtype=torch.int64), "empty": torch.zeros(0, 3)}

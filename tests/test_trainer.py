@@ -305,7 +305,7 @@ def test_given_fields_win_over_those_of_the_task() -> None:
         ({"lr_mentee": math.inf}, "lr_mentee must be positive and finite, got inf"),
         ({"lr_end": 0.0}, r"lr_end must lie in \(0, 1\], got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
-        ({"codec": "zip"}, "codec must be one of wf1, wf0, factors-fp32, raw, got 'zip'"),
+        ({"codec": "zip"}, "codec must be one of wf1, dense, wf0, factors-fp32, raw, got 'zip'"),
         ({"method": "fedsgd"}, "method must be one of fedkd, .*, got 'fedsgd'"),
     ],
 )

@@ -76,8 +76,8 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
         "--codec",
         default="wf1",
         metavar="NAME",
-        help="wf1 (quantised and entropy-coded), wf0 (quantised), factors-fp32 (float32 factors) "
-        "or raw (nothing lost)",
+        help="wf1 (quantised, entropy-coded), dense (so, but without factors: faster, "
+        "larger), wf0 (quantised only), factors-fp32 or raw (nothing lost)",
     )
     _add_overwrite(parser, "OUT.fkd")
 

@@ -28,7 +28,9 @@ from fedkd_fast.feedback import SubspaceCache
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode
 
-CODECS = ("wf1", "wf0", "factors-fp32", "raw")
+CODECS = ("wf1", "dense", "wf0", "factors-fp32", "raw")
+# Those that choose a step for each tensor: they take budgets, and one price for a whole message.
+STEPPED = ("wf1", "dense")
 # Where wf1 and wf0 cut the spectrum before they weigh columns against bits: at this share of what
 # may be lost. Next to no column below is worth its bits at the prices that meet the target: a third
 # instead of a half takes up to half more time and saves a thousandth of the bytes, wf0 a hundredth.
@@ -138,15 +140,26 @@ class Message:
             }
         )
 
-    def encode_wf1(self, lost: float, *, one_step: bool) -> list[Entry]:
-        """Lose at most this share of the squared norm, by tensor or as a whole."""
-        items = self._items(lost, one_step)
+    def encode_wf1(self, lost: float, *, one_step: bool, factorise: bool) -> list[Entry]:
+        """Lose at most this share of the squared norm, by tensor or as a whole.
+
+        Args:
+            lost: the share.
+            one_step: as a whole.
+            factorise: whether factors may be sent, and are looked for.
+        """
+        items = self._items(lost, one_step, factorise)
         # A tensor may lose less than its share where others may lose more.
-        priced = _priced(items, 0.1 * lost)
+        priced = _priced(items, 0.1 * lost if one_step else None)
         return self._coded(items, shares_of(priced, lost, one_step=one_step))
 
     def encode_within(
-        self, limit: int, size: Callable[[list[Entry]], int], *, one_step: bool
+        self,
+        limit: int,
+        size: Callable[[list[Entry]], int],
+        *,
+        one_step: bool,
+        factorise: bool,
     ) -> list[Entry]:
         """Lose as little as a frame of this many bytes allows.
 
@@ -154,6 +167,7 @@ class Message:
             limit: bytes of the frame.
             size: tells how long the frame of some entries is.
             one_step: as in `encode_wf1`.
+            factorise: as in `encode_wf1`.
 
         Raises:
             ValueError: even what takes least is larger.
@@ -164,7 +178,7 @@ class Message:
         fixed = self._fixed(size)
         # A little below the limit, because what is expected and what comes differ by less.
         goal = wanted = AIM_BUDGET * limit - fixed
-        items, deepest = self._items(_FIRST_LOST, one_step), _FIRST_LOST
+        items, deepest = self._items(_FIRST_LOST, one_step, factorise), _FIRST_LOST
         priced = _priced(items, 2.0**_FINEST)
         best: list[Entry] | None = None
         used, least = 0, 2**63
@@ -174,7 +188,7 @@ class Message:
             if best is not None and not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
             if lost < deepest:
-                items, deepest = self._items(lost, one_step), lost
+                items, deepest = self._items(lost, one_step, factorise), lost
                 priced = _priced(items, 2.0**_FINEST)
             entries = self._coded(items, shares_of(priced, lost, one_step=one_step))
             found = size(entries)
@@ -196,9 +210,10 @@ class Message:
         payloads = sum(len(self._raw(name).payload) for name in self._lossy)
         return size(self._listed({})) - payloads
 
-    def _items(self, lost: float, one_step: bool) -> dict[str, wf1.Item]:
+    def _items(self, lost: float, one_step: bool, factorise: bool) -> dict[str, wf1.Item]:
         tail = lost * (TAIL_SHARE * LEAST_SHARE if one_step else TAIL_SHARE)
-        self._factorise(1.0 - tail)
+        if factorise:
+            self._factorise(1.0 - tail)
         paying = self._paying()
         items = {
             name: wf1.Item(
@@ -269,10 +284,11 @@ class Message:
         return Entry(name, dtype, shape, Mode.ALIAS, self._order[self._tied[name]])
 
 
-def _priced(items: Mapping[str, wf1.Item], least: float) -> list[Priced]:
-    """Return what tensors cost down to this share of their squared norms."""
+def _priced(items: Mapping[str, wf1.Item], least: float | None) -> list[Priced]:
+    """Return what tensors cost down to this share of their squared norms, where that is asked."""
     return [
-        Priced(item.total, item.share, item.curves(least * item.share)) for item in items.values()
+        Priced(item.total, item.share, [] if least is None else item.curves(least * item.share))
+        for item in items.values()
     ]
 
 

@@ -1,0 +1,100 @@
+"""The codec ``dense``: wf1 without factors, at the same promise, and without their price."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from updates import model, powerlaw, relative_error
+
+from fedkd_fast import Compressor, SubspaceCache, decompress, inspect, ops, wire
+from fedkd_fast.codec.lowrank import LowRank
+from fedkd_fast.integrations.link import Broadcaster, Compression, Receiver
+from fedkd_fast.wire import Mode
+
+
+@pytest.fixture
+def without_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a matrix was factorised")
+
+    monkeypatch.setattr(ops, "truncated_svd_list", refuse)
+
+
+@pytest.mark.usefixtures("without_svd")
+@pytest.mark.parametrize("wish", [{"energy": 0.95}, {"bits_per_param": 2.5}, {"scope": "message"}])
+def test_nothing_is_factorised(wish: dict[str, Any]) -> None:
+    modes = {line.mode for line in inspect(Compressor(codec="dense", **wish).compress(model()))}
+    assert modes.isdisjoint({Mode.CODED_FACTORS, Mode.CODED_HYBRID})
+    assert Mode.CODED_DENSE in modes
+
+
+@pytest.mark.parametrize("energy", [0.9, 0.95, 0.98, 0.999])
+def test_what_may_be_lost_is_used(energy: float) -> None:
+    matrix = powerlaw(300, 200)
+    decoded = decompress(Compressor(energy, "dense").compress({"w": matrix}))["w"]
+    assert 0.95 * (1 - energy) <= relative_error(matrix, decoded) <= 1 - energy
+
+
+def test_it_is_what_wf1_sends_where_factors_do_not_pay() -> None:
+    noise = {"w": torch.randn(90, 80, generator=torch.Generator().manual_seed(3))}
+    assert Compressor(0.95, "dense").compress(noise) == Compressor(0.95).compress(noise)
+    steep = {"w": powerlaw(256, 256, 1.2)}
+    sizes = [len(Compressor(0.95, codec).compress(steep)) for codec in ("wf1", "dense")]
+    assert 3 * sizes[0] < sizes[1]
+    # To readers, which need not know of it.
+    assert wire.header(Compressor(0.95, "dense").compress(noise)).codec == "wf1"
+
+
+def test_budgets_are_kept_and_used() -> None:
+    update = model()
+    numel = sum(value.numel() for value in update.values())
+    for bits in (2.0, 4.0):
+        frame = Compressor(codec="dense", bits_per_param=bits).compress(update)
+        assert 0.98 * bits * numel / 8 <= len(frame) <= bits * numel / 8
+
+
+def test_one_promise_for_the_message_is_cheaper() -> None:
+    update = {"a": powerlaw(200, 100, 1.2), "b": 3 * powerlaw(150, 100, 0.3, seed=1)}
+    frames = {
+        scope: Compressor(0.9, "dense", scope=scope).compress(update)
+        for scope in ("tensor", "message")
+    }
+    decoded = decompress(frames["message"])
+    lost = sum(float((update[name] - decoded[name]).double().square().sum()) for name in update)
+    assert lost <= 0.1 * sum(float(value.double().square().sum()) for value in update.values())
+    assert len(frames["message"]) <= len(frames["tensor"])
+
+
+def test_a_product_is_written_out() -> None:
+    made = torch.Generator().manual_seed(0)
+    left, right = torch.randn(90, 3, generator=made), torch.randn(3, 70, generator=made)
+    frame = Compressor(0.95, "dense").compress(
+        {"w": LowRank(left.T.contiguous(), right, (90, 70), left.dtype)}
+    )
+    assert inspect(frame)[0].mode is Mode.CODED_DENSE
+    assert relative_error(left @ right, decompress(frame)["w"]) <= 0.05
+
+
+@pytest.mark.usefixtures("without_svd")
+def test_a_link_keeps_residuals_alone() -> None:
+    compression = Compression(codec="dense")
+    server, client = Broadcaster(compression), Receiver(compression)
+    start = {"w": torch.randn(60, 40, generator=torch.Generator().manual_seed(0))}
+    step = 0.1 * powerlaw(60, 40)
+    server.publish(start)
+    client.receive(server.letter("a"))
+    server.confirm("a", 1)
+    # What one reply leaves out comes with the next, also at another process.
+    first = server.weights(client.reply({"w": start["w"] + step}))["w"] - start["w"]
+    other = Receiver(compression)
+    other.load(client.state())
+    second = server.weights(other.reply(start))["w"] - start["w"]
+    assert relative_error(step, first) > 0.05 > relative_error(step, first + second)
+
+
+def test_a_cache_is_left_empty() -> None:
+    cache = SubspaceCache()
+    Compressor(0.95, "dense", cache=cache).compress(model())
+    assert not cache.state_dict()
