@@ -25,7 +25,7 @@ from provenance import commit, facts
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / "examples" / "flower_quickstart"
-KINDS = ("none", "energy", "default")
+KINDS = ("none", "energy", "default", "dense")
 CLIENTS = 4
 
 

@@ -98,6 +98,10 @@ class Deployment:
             *("--ssl-keyfile", str(self.keys / "superlink.key")),
             "--enable-supernode-auth",
         )
+        self.listening(f'root-certificates = "{self.keys / "ca.crt"}"')
+
+    def listening(self, secured_by: str) -> None:
+        """Wait until the SuperLink listens, and let `flwr run` know of it."""
         until = time.monotonic() + START_S
         while socket.socket().connect_ex((HOST, self.port)):
             if self._running["superlink"].poll() is not None or time.monotonic() > until:
@@ -107,7 +111,7 @@ class Deployment:
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\n'
-            f'address = "{HOST}:{self.port}"\nroot-certificates = "{self.keys / "ca.crt"}"\n'
+            f'address = "{HOST}:{self.port}"\n{secured_by}\n'
         )
 
     def register(self, node: int) -> None:

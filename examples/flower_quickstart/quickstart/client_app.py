@@ -14,6 +14,7 @@ from quickstart.task import make_data, make_model, train
 MODS = {
     "default": compress_mod(initial=lambda context: make_model(context.run_config).state_dict()),
     "energy": compress_mod(energy=0.95, feedback=False),
+    "dense": compress_mod(codec="dense"),
     "none": lambda message, context, call_next: call_next(message, context),
 }
 

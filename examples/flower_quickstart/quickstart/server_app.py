@@ -43,6 +43,8 @@ def main(grid: Grid, context: Context) -> None:
     elif kind == "energy":
         down = Compression(energy=0.95, feedback=False)
         strategy = SmallFedAvg(**options, compression=down)
+    elif kind == "dense":
+        strategy = SmallFedAvg(**options, compression=Compression(codec="dense"))
     else:
         # Both ends can make the first model from the seed, so it need not travel.
         strategy = SmallFedAvg(**options, shared_start=True)
