@@ -1,7 +1,7 @@
 """FedAvg on handwritten digits with NVFLARE, with and without compression.
 
     python job.py [--plain] [--energy 0.9] [--diff] [--rounds 3] [--clients 2] [--seed 0]
-                  [--workspace runs]
+                  [--workspace runs] [--out FILE.json]
 
 Prints the accuracy of every round, and what crossed between server and clients.
 """
@@ -9,10 +9,11 @@ Prints the accuracy of every round, and what crossed between server and clients.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
-from measure import Measure, summary
+from measure import Measure, rounds_of, summary
 from model import Digits, accuracy
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import TransferType
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--diff", action="store_true", help="clients send differences")
     parser.add_argument("--workspace", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, help="where the same is written as JSON")
     arguments = parser.parse_args()
     recipe = FedAvgRecipe(
         name="plain" if arguments.plain else "compressed",
@@ -56,8 +58,11 @@ def main() -> None:
     model = Digits()
     saved = Path(run.get_result()) / "server/simulate_job/app_server/FL_global_model.pt"
     model.load_state_dict(torch.load(saved, weights_only=True)["model"])
+    final = accuracy(model)
     print(summary(log))
-    print(f"accuracy of the final model: {accuracy(model):.4f}")
+    print(f"accuracy of the final model: {final:.4f}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"accuracy": final, "rounds": rounds_of(log)}))
 
 
 if __name__ == "__main__":

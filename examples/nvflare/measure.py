@@ -41,20 +41,31 @@ class Measure(Filter):
         return shareable
 
 
-def summary(path: Path) -> str:
-    """Return a table with a row for each round: means over clients, seconds from end to end."""
+def rounds_of(path: Path) -> list[dict[str, float]]:
+    """Return bytes and accuracy of each round, means over clients, and seconds from end to end."""
     rounds: dict[int, dict[str, list[dict[str, float]]]] = {}
     for line in map(json.loads, path.read_text().splitlines()):
         rounds.setdefault(line["round"], {"down": [], "up": []})[line["direction"]].append(line)
-    rows = ["round   bytes down     bytes up   seconds   accuracy before"]
-    for number, found in sorted(rounds.items()):
+    rows = []
+    for _, found in sorted(rounds.items()):
         down, up = found["down"], found["up"]
-        seconds = max(one["time"] for one in up) - min(one["time"] for one in down)
-        down_bytes, up_bytes = (
-            sum(one["bytes"] for one in side) / len(side) for side in (down, up)
-        )
-        accuracy = sum(one["accuracy"] for one in up) / len(up)
         rows.append(
-            f"{number:5} {down_bytes:12,.0f} {up_bytes:12,.0f} {seconds:9.2f}   {accuracy:15.4f}"
+            {
+                "bytes_down": sum(one["bytes"] for one in down) / len(down),
+                "bytes_up": sum(one["bytes"] for one in up) / len(up),
+                "seconds": max(one["time"] for one in up) - min(one["time"] for one in down),
+                "accuracy_before": sum(one["accuracy"] for one in up) / len(up),
+            }
+        )
+    return rows
+
+
+def summary(path: Path) -> str:
+    """Return a table with a row for each round."""
+    rows = ["round   bytes down     bytes up   seconds   accuracy before"]
+    for number, row in enumerate(rounds_of(path)):
+        rows.append(
+            f"{number:5} {row['bytes_down']:12,.0f} {row['bytes_up']:12,.0f} "
+            f"{row['seconds']:9.2f}   {row['accuracy_before']:15.4f}"
         )
     return "\n".join(rows)
