@@ -54,6 +54,9 @@ OURS: dict[str, dict[str, Any]] = {
     "fedkd_fast, energy 0.8": {"energy": 0.8},
     "fedkd_fast, energy 0.95": {"energy": 0.95, "feedback": False},
     "fedkd_fast, energy 0.9999": {"energy": 0.9999, "feedback": False},
+    "fedkd_fast, dense, energy 0.8": {"energy": 0.8, "codec": "dense"},
+    "fedkd_fast, dense, energy 0.95": {"energy": 0.95, "feedback": False, "codec": "dense"},
+    "fedkd_fast, dense, energy 0.9999": {"energy": 0.9999, "feedback": False, "codec": "dense"},
 }
 Arrays = dict[str, Any]
 Process = Callable[[Shareable], Shareable]

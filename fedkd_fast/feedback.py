@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedkd_fast.codec.common import all_finite
 from fedkd_fast.reference import Factors, Subspace
 
 
@@ -75,7 +76,7 @@ class _ByName(State):
         for name, kept in state.items():
             if not isinstance(kept, torch.Tensor) or not kept.is_floating_point():
                 raise TypeError(f"residual {name!r} must be a floating tensor, got {kept!r}")
-            if not bool(torch.isfinite(kept).all()):
+            if not all_finite(kept):
                 raise ValueError(f"residual {name!r} holds NaN or Inf")
         # What one tensor was kept for several names stays so: it says that they are tied.
         copies = {id(kept): kept.detach().clone() for kept in state.values()}
@@ -297,7 +298,7 @@ def _checked_subspace(name: str, basis: Tensor | None, shares: Tensor | None) ->
                 f"got {value!r}"
             )
     assert basis is not None and shares is not None
-    if basis.dim() != 2 or not bool(torch.isfinite(basis).all()):
+    if basis.dim() != 2 or not all_finite(basis):
         raise ValueError(
             f"basis of subspace {name!r} must be a finite matrix, got shape {tuple(basis.shape)}"
         )

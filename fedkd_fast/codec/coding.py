@@ -24,7 +24,7 @@ from torch import Tensor
 import fedkd_fast._C as _C
 from fedkd_fast import wire
 from fedkd_fast.codec.curves import KEPT_LEVEL, ROW_QUANTUM
-from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats, shrink
+from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats, shrinks
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Mode
@@ -99,7 +99,7 @@ class _Columns:
 
     def shrinks(self) -> tuple[Tensor, Tensor]:
         """Return what the columns of left and right are multiplied by before they are rounded."""
-        left, right = _shrinks(self.levels()).chunk(2)
+        left, right = shrinks(self.levels()).chunk(2)
         return left, right
 
     def scales(self) -> Tensor:
@@ -109,10 +109,6 @@ class _Columns:
     def multipliers(self) -> Tensor:
         """Return σ / Δ."""
         return _powers(16 * self.codes - self.step)
-
-
-def _shrinks(levels: Ints, strength: float = 1.0) -> Tensor:
-    return shrink(2.0 ** (torch.from_numpy(levels) / PER_OCTAVE), strength).float()
 
 
 class Source:
@@ -236,7 +232,7 @@ def code_dense(
         return None
     levels = _row_levels(base, codes)
     scale = float(_powers(np.array([step])))
-    divisors = scale / _shrinks(levels, DENSE_SHRINK)
+    divisors = scale / shrinks(levels, DENSE_SHRINK)
     if width:
         divisors[torch.from_numpy(codes == 0)] = 0.0
     factors, decoded = head or (None, None)

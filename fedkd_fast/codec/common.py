@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkd_fast.reference import Factors
@@ -30,13 +32,20 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 VECTOR_SHARE = 1 / 16
 # Rows shorter than this share one scale with their neighbours: 5 bytes a row must stay small.
 MIN_ROW = 128
+_FIRST = 4096  # bytes
 # Half-steps outside this range leave float32's normal numbers; such tensors travel raw.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-36, 1e34
 
 
+def _elements(tensor: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of the elements in C order, little-endian, where they lie if they can."""
+    found: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return found
+
+
 def to_bytes(tensor: Tensor) -> bytes:
     """Return the elements in C order, little-endian."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _elements(tensor).tobytes()
 
 
 def from_bytes(payload: bytes | memoryview, dtype: torch.dtype) -> Tensor:
@@ -58,17 +67,15 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def raw_entry(name: str, tensor: Tensor) -> Entry:
-    """Encode without loss; tensors whose bytes are all zero take no payload."""
-    payload = to_bytes(tensor)
-    zero = payload == bytes(len(payload))
-    return Entry(
-        name,
-        DTYPES[tensor.dtype],
-        tuple(tensor.shape),
-        Mode.ZERO if zero else Mode.RAW,
-        0,
-        b"" if zero else payload,
-    )
+    """Encode without loss; tensors whose bytes are all zero take no payload.
+
+    The payload is the memory of the tensor, which must stay as it is until the frame is made.
+    """
+    elements = _elements(tensor)
+    # Mostly the first ones tell.
+    zero = not elements[:_FIRST].any() and not elements.any()
+    mode, payload = (Mode.ZERO, b"") if zero else (Mode.RAW, elements.data)
+    return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), mode, 0, payload)
 
 
 def factors_entry(name: str, dtype: str, shape: tuple[int, ...], factors: Factors) -> Entry:

@@ -22,11 +22,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedkd_fast import wire
+from fedkd_fast.codec.common import DTYPES, raw_entry
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
 from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
-from fedkd_fast.tensors import as_tensors, check_same_names, check_same_tensors, digest_of
-from fedkd_fast.wire import Base
+from fedkd_fast.tensors import (
+    as_tensors,
+    check_same_names,
+    check_same_tensors,
+    digest_of,
+    tied_names,
+)
+from fedkd_fast.wire import Base, Entry, Mode
 
 State = Mapping[str, Tensor]
 _RUN_BITS = 63  # what signed integers of other systems can carry
@@ -322,8 +329,15 @@ class Receiver:
         """Return all that another process needs to go on, as one frame."""
         kept = {_HELD + name: value for name, value in self._held.items()}
         kept |= {_KEPT + name: value for name, value in self._compressor.state_dict().items()}
-        base = Base(run=self._run, round=self.version)
-        return Compressor(codec="raw").compress(kept, relative_to=base)
+        places = {name: index for index, name in enumerate(kept)}
+        tied = tied_names(kept)  # residuals stay one where they were one
+        entries = [
+            Entry(name, DTYPES[value.dtype], tuple(value.shape), Mode.ALIAS, places[tied[name]])
+            if name in tied
+            else raw_entry(name, value)
+            for name, value in kept.items()
+        ]
+        return wire.encode(entries, base=Base(run=self._run, round=self.version))
 
     def load(self, state: bytes) -> None:
         """Go on where `state` was taken.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flwr.app.error import Error
@@ -18,6 +19,7 @@ from fedkd_fast.integrations.flower.records import (
     sealed,
     weights_of,
 )
+from fedkd_fast.integrations.flower.state import States
 from fedkd_fast.integrations.link import Compression, Receiver
 
 _KINDS = ("train", "evaluate")
@@ -27,9 +29,12 @@ class CompressMod:
     """A Flower mod; `compress_mod` makes it."""
 
     def __init__(
-        self, compression: Compression, initial: Callable[[Any], Mapping[str, object]] | None
+        self,
+        compression: Compression,
+        initial: Callable[[Any], Mapping[str, object]] | None,
+        states: States,
     ) -> None:
-        self._compression, self._initial = compression, initial
+        self._compression, self._initial, self._states = compression, initial, states
 
     def __call__(self, msg: Any, ctxt: Any, call_next: Callable[[Any, Any], Any]) -> Any:
         """Let the app train or evaluate with weights, and send what it trained as a frame."""
@@ -39,21 +44,25 @@ class CompressMod:
         initial = None if self._initial is None else partial(self._initial, ctxt)
         receiver = Receiver(self._compression, initial)
         try:
-            self._receive(msg, ctxt, receiver)
-        except (ValueError, TypeError) as error:
+            self._states.load(ctxt, receiver)
+            before = receiver.run, receiver.version
+            self._receive(msg, receiver)
+        except (ValueError, TypeError, OSError) as error:
             return _refusal(error, msg)
         reply = call_next(msg, ctxt)
         if reply.has_error():
             # As if the message had not come: the server goes on from what it knows of this client.
             return reply
+        trained = kind == "train"
         try:
-            self._answer(reply, receiver, trained=kind == "train")
-        except (ValueError, TypeError) as error:
+            self._answer(reply, receiver, trained=trained)
+            if trained or before != (receiver.run, receiver.version):
+                self._states.save(ctxt, receiver)
+        except (ValueError, TypeError, OSError) as error:
             return _refusal(error, msg)
-        ctxt.state[CONTROL] = app.ConfigRecord({"state": receiver.state()})
         return reply
 
-    def _receive(self, msg: Any, ctxt: Any, receiver: Receiver) -> None:
+    def _receive(self, msg: Any, receiver: Receiver) -> None:
         """Put weights in the place of what the server sent."""
         control = msg.content.config_records.get(CONTROL)
         if control is None:
@@ -61,9 +70,6 @@ class CompressMod:
                 "the server's strategy does not send frames: make CompressedStrategyMixin its "
                 "first base, or leave compress_mod out"
             )
-        kept = ctxt.state.config_records.get(CONTROL)
-        if kept is not None:
-            receiver.load(kept["state"])
         name, record = only(msg.content.array_records, "the server's message")
         msg.content[name] = array_record(receiver.receive(read(record, control)))
         del msg.content[CONTROL]
@@ -89,13 +95,14 @@ def compress_mod(
     compression: Compression | None = None,
     *,
     initial: Callable[[Any], Mapping[str, object]] | None = None,
+    state_dir: str | Path | None = None,
     **options: Any,
 ) -> CompressMod:
     """Make the messages of a Flower client small: ``ClientApp(mods=[compress_mod(), …])``.
 
     It must come first, so that all other mods, of differential privacy for instance, see weights.
     What the client trained is sent as its difference to what it received; what that leaves out
-    stays in ``context.state`` and is added to the next one. The server needs
+    stays with the client and is added to the next one. The server needs
     `CompressedStrategyMixin`.
 
     Args:
@@ -103,6 +110,10 @@ def compress_mod(
         initial: makes the first weights of a Flower context, where the strategy has
             ``shared_start=True``: ``lambda context: make_model().state_dict()``. They must be the
             server's, from the same seed or file; they are compared.
+        state_dir: where clients keep what they received and what they left out, some two times the
+            model, where that is more than 4 MiB; below, it is in ``context.state``, which Flower
+            moves in one piece and gives a few seconds. By default ``fedkd_fast`` in Flower's own
+            folder, ``FLWR_HOME``. Files of other runs are removed after 30 days.
         options: fields of `Compression`, instead of one: ``energy=0.95, feedback=False``.
 
     Raises:
@@ -111,4 +122,5 @@ def compress_mod(
     """
     if compression is not None and options:
         raise TypeError(f"compression excludes further options, got {', '.join(options)}")
-    return CompressMod(compression or Compression(**options), initial)
+    states = States(None if state_dir is None else Path(state_dir))
+    return CompressMod(compression or Compression(**options), initial, states)
