@@ -13,12 +13,14 @@ import argparse
 import asyncio
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +51,17 @@ class Relay:
         self._free_at[way] = start + count / self._rate
         return max(0.0, self._free_at[way] - now)
 
-    async def serve(self, until: asyncio.Event) -> None:
-        """Relay what comes."""
-        server = await asyncio.start_server(self._connected, HOST, self.port)
-        await until.wait()
-        server.close()
+    async def listen(self) -> None:
+        """Relay what comes from now on, until the loop ends."""
+        await asyncio.start_server(self._connected, HOST, self.port)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(HOST, self._target)
+        ends = [writer]
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            there, back = await asyncio.open_connection(HOST, self._target)
+            ends.append(back)
             await asyncio.gather(self._pump(reader, back, 0), self._pump(there, writer, 1))
-        for end in (back, writer):
+        for end in ends:
             end.close()
 
     async def _pump(
@@ -100,20 +102,40 @@ class Linked(Deployment):
 def relayed(target: int, megabits: float) -> Iterator[list[Relay]]:
     """Yield one relay a client, all at work."""
     relays = [Relay(target, megabits) for _ in range(CLIENTS)]
-    ended = asyncio.Event()
+    started: Future[asyncio.Event] = Future()
 
     async def serve() -> None:
-        await asyncio.gather(*(relay.serve(ended) for relay in relays))
-
-    with asyncio.Runner() as runner:
-        thread = threading.Thread(target=runner.run, args=(serve(),), daemon=True)
-        loop = runner.get_loop()
-        thread.start()
+        ended = asyncio.Event()
         try:
-            yield relays
-        finally:
-            loop.call_soon_threadsafe(ended.set)
-            thread.join(START_S)
+            for relay in relays:
+                await relay.listen()
+        except OSError as error:
+            started.set_exception(error)
+            return
+        started.set_result(ended)
+        await ended.wait()
+
+    # Leaving the loop ends what is connected.
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_run, args=(loop, serve()), daemon=True)
+    thread.start()
+    ended = started.result()
+    try:
+        yield relays
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(START_S)
+
+
+def _run(loop: asyncio.AbstractEventLoop, main: Coroutine[None, None, None]) -> None:
+    try:
+        loop.run_until_complete(main)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+    finally:
+        loop.close()
 
 
 def measured(config: dict[str, Any], megabits: float) -> dict[str, Any]:
@@ -130,9 +152,10 @@ def measured(config: dict[str, Any], megabits: float) -> dict[str, Any]:
             with relayed(deployment.port, megabits) as relays:
                 for node, relay in enumerate(relays):
                     deployment.supernode(node, relay)
-                deployment.run(
+                if deployment.run(
                     *("flwr", "run", str(APP), "deployment", "--stream", "--run-config", given)
-                )
+                ):
+                    raise RuntimeError("flwr run failed")
                 passed = [sum(relay.bytes[way] for relay in relays) for way in (0, 1)]
         finally:
             deployment.end_all()
@@ -152,13 +175,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # ends everything, too
     result: dict[str, Any] = {"runs": []}
     if arguments.out.exists():
         result = json.loads(arguments.out.read_text())
     model = "mlp" if arguments.model == "mlp" else "MINILM_FOLDER"
     for megabits in arguments.megabits:
         for kind in arguments.kinds:
-            key = {"model": model, "kind": kind, "megabits": megabits}
+            key: dict[str, Any] = {"model": model, "kind": kind, "megabits": megabits}
+            key |= {"rounds": arguments.rounds, "lr": arguments.lr}
             if any(key.items() <= run.items() for run in result["runs"]):
                 continue
             config = {
@@ -174,7 +199,7 @@ def main() -> None:
             run = measured(config, megabits)
             result["runs"].append({**key, **run})
             result |= {
-                "command": "python bench/flower_link.py",
+                "command": "python bench/flower_link.py --model … --megabits … --rounds … --lr …",
                 "clients": CLIENTS,
                 "facts": facts(0),
                 "commit": commit(),

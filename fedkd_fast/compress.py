@@ -86,7 +86,7 @@ class Compressor:
         feedback: add to each update what the messages before left out: True, or an `ErrorFeedback`
             with options of its own, or an `EF21`.
         cache: start the factorisations where the last ones ended (`SubspaceCache`): several times
-            faster.
+            faster. Nothing to codecs that do not factorise.
         stateless: promise that nothing is kept between calls; excludes `feedback` and `cache`.
         schema: write names, dtypes and shapes into frames, so that they describe themselves; left
             out, receivers have to know them.

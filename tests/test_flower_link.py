@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 
+import flower_link
 import pytest
 from flower_link import Relay, relayed
 
@@ -49,6 +50,25 @@ def test_what_is_sent_arrives_and_is_counted(echo: int, megabits: float) -> None
         assert exchanged(relays[0].port, data) == data
         assert exchanged(relays[1].port, data[:7]) == data[:7]
         assert [relay.bytes for relay in relays[:2]] == [[256_000, 256_000], [7, 7]]
+
+
+def test_a_piece_passes_when_its_turn_has_come(echo: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(flower_link.asyncio, "sleep", sleep)
+    with relayed(echo, 1.0) as relays:
+        exchanged(relays[0].port, bytes(100_000))
+    # Nobody slept, so what is left to wait grows to the time that all take, 0.8 s.
+    assert len(waited) >= 2 * 6 and 0.5 < max(waited) <= 0.8
+
+
+def test_a_port_that_is_taken_is_an_error(echo: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_link, "free_port", lambda: echo)
+    with pytest.raises(OSError, match="address already in use"), relayed(echo, 1.0):
+        pass
 
 
 def test_bytes_wait_for_their_turn() -> None:

@@ -47,10 +47,11 @@ def rounds_of(path: Path) -> list[dict[str, float]]:
     for line in map(json.loads, path.read_text().splitlines()):
         rounds.setdefault(line["round"], {"down": [], "up": []})[line["direction"]].append(line)
     rows = []
-    for _, found in sorted(rounds.items()):
+    for number, found in sorted(rounds.items()):
         down, up = found["down"], found["up"]
         rows.append(
             {
+                "round": number,
                 "bytes_down": sum(one["bytes"] for one in down) / len(down),
                 "bytes_up": sum(one["bytes"] for one in up) / len(up),
                 "seconds": max(one["time"] for one in up) - min(one["time"] for one in down),
@@ -63,9 +64,9 @@ def rounds_of(path: Path) -> list[dict[str, float]]:
 def summary(path: Path) -> str:
     """Return a table with a row for each round."""
     rows = ["round   bytes down     bytes up   seconds   accuracy before"]
-    for number, row in enumerate(rounds_of(path)):
+    for row in rounds_of(path):
         rows.append(
-            f"{number:5} {row['bytes_down']:12,.0f} {row['bytes_up']:12,.0f} "
+            f"{row['round']:5} {row['bytes_down']:12,.0f} {row['bytes_up']:12,.0f} "
             f"{row['seconds']:9.2f}   {row['accuracy_before']:15.4f}"
         )
     return "\n".join(rows)

@@ -66,15 +66,19 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and min(matrix_shape(shape)) >= 2
 
 
-def raw_entry(name: str, tensor: Tensor) -> Entry:
+def raw_entry(name: str, tensor: Tensor, *, copy: bool = True) -> Entry:
     """Encode without loss; tensors whose bytes are all zero take no payload.
 
-    The payload is the memory of the tensor, which must stay as it is until the frame is made.
+    Without `copy` the payload is the memory of the tensor, which must stay as it is.
     """
     elements = _elements(tensor)
     # Mostly the first ones tell.
     zero = not elements[:_FIRST].any() and not elements.any()
-    mode, payload = (Mode.ZERO, b"") if zero else (Mode.RAW, elements.data)
+    mode, payload = (
+        (Mode.ZERO, b"")
+        if zero
+        else (Mode.RAW, elements.tobytes() if copy else elements.data.toreadonly())
+    )
     return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), mode, 0, payload)
 
 

@@ -187,7 +187,7 @@ class Message:
             lost = _lost_within(priced, wanted, one_step)
             if best is not None and not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
-            if lost < deepest:
+            if factorise and lost < deepest:
                 items, deepest = self._items(lost, one_step, factorise), lost
                 priced = _priced(items, 2.0**_FINEST)
             entries = self._coded(items, shares_of(priced, lost, one_step=one_step))

@@ -334,7 +334,7 @@ class Receiver:
         entries = [
             Entry(name, DTYPES[value.dtype], tuple(value.shape), Mode.ALIAS, places[tied[name]])
             if name in tied
-            else raw_entry(name, value)
+            else raw_entry(name, value, copy=False)
             for name, value in kept.items()
         ]
         return wire.encode(entries, base=Base(run=self._run, round=self.version))

@@ -124,7 +124,7 @@ class Base:
 class Header(NamedTuple):
     """What a frame says before its payloads."""
 
-    codec: str  # what its writer was asked for, one of CODECS
+    codec: str  # what its writer was asked for, one of CODECS; "wf1" for "dense"
     base: Base | None
     schema_embedded: bool
     schema_hash: int  # of the names, dtypes and shapes of its tensors, in their order

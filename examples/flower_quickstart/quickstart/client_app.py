@@ -11,10 +11,16 @@ from flwr.clientapp import ClientApp
 from fedkd_fast.integrations.flower import compress_mod
 from quickstart.task import make_data, make_model, train
 
+
+def first_model(context: Context) -> dict[str, torch.Tensor]:
+    """Make the first model from the seed, so that it need not travel."""
+    return dict(make_model(context.run_config).state_dict())
+
+
 MODS = {
-    "default": compress_mod(initial=lambda context: make_model(context.run_config).state_dict()),
+    "default": compress_mod(initial=first_model),
     "energy": compress_mod(energy=0.95, feedback=False),
-    "dense": compress_mod(codec="dense"),
+    "dense": compress_mod(codec="dense", initial=first_model),
     "none": lambda message, context, call_next: call_next(message, context),
 }
 

@@ -43,11 +43,10 @@ def main(grid: Grid, context: Context) -> None:
     elif kind == "energy":
         down = Compression(energy=0.95, feedback=False)
         strategy = SmallFedAvg(**options, compression=down)
-    elif kind == "dense":
-        strategy = SmallFedAvg(**options, compression=Compression(codec="dense"))
     else:
         # Both ends can make the first model from the seed, so it need not travel.
-        strategy = SmallFedAvg(**options, shared_start=True)
+        down = Compression(codec="dense" if kind == "dense" else "wf1")
+        strategy = SmallFedAvg(**options, compression=down, shared_start=True)
     torch.manual_seed(int(config["seed"]))
     result = strategy.start(
         grid,

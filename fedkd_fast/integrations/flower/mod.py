@@ -43,11 +43,11 @@ class CompressMod:
             return call_next(msg, ctxt)
         initial = None if self._initial is None else partial(self._initial, ctxt)
         receiver = Receiver(self._compression, initial)
+        self._states.load(ctxt, receiver)
+        before = receiver.run, receiver.version
         try:
-            self._states.load(ctxt, receiver)
-            before = receiver.run, receiver.version
             self._receive(msg, receiver)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError) as error:
             return _refusal(error, msg)
         reply = call_next(msg, ctxt)
         if reply.has_error():
@@ -56,10 +56,10 @@ class CompressMod:
         trained = kind == "train"
         try:
             self._answer(reply, receiver, trained=trained)
-            if trained or before != (receiver.run, receiver.version):
-                self._states.save(ctxt, receiver)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError) as error:
             return _refusal(error, msg)
+        if trained or before != (receiver.run, receiver.version):
+            self._states.save(ctxt, receiver)
         return reply
 
     def _receive(self, msg: Any, receiver: Receiver) -> None:
@@ -111,13 +111,15 @@ def compress_mod(
             ``shared_start=True``: ``lambda context: make_model().state_dict()``. They must be the
             server's, from the same seed or file; they are compared.
         state_dir: where clients keep what they received and what they left out, some two times the
-            model, where that is more than 4 MiB; below, it is in ``context.state``, which Flower
-            moves in one piece and gives a few seconds. By default ``fedkd_fast`` in Flower's own
-            folder, ``FLWR_HOME``. Files of other runs are removed after 30 days.
+            model, where that is more than 4 MiB; an absolute path that all processes of a client
+            can write to. Smaller ones are in ``context.state``, which Flower moves in one piece and
+            gives a few seconds; so are all where there is no such folder. By default ``fedkd_fast``
+            in Flower's own folder, ``FLWR_HOME``. There are up to two files a client, and those of
+            other runs are removed after 30 days.
         options: fields of `Compression`, instead of one: ``energy=0.95, feedback=False``.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option out of its range, or a folder that is not absolute.
         TypeError: an option that does not exist, or both an object and options.
     """
     if compression is not None and options:

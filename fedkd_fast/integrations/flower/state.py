@@ -23,13 +23,20 @@ from fedkd_fast.integrations.link import Receiver
 
 MOST_IN_CONTEXT = 4 << 20  # bytes
 KEPT_DAYS = 30  # after which files of runs that ended are removed
-_STATE, _FILE, _SUFFIX = "state", "file", ".fkd"
+_STATE, _FILE = "state", "file"
+# Owner (run and node), then what tells one state from the next; also before it is complete.
+_NAME = re.compile(r"(-?\d+_-?\d+)_[0-9a-f]{16}\.fkd")
+_NAMES = re.compile(rf"{_NAME.pattern}|\.{_NAME.pattern}\.\d+\.part")
 
 _log = logging.getLogger("flwr")
 
 
 def default_folder() -> Path:
-    """Return where Flower keeps what belongs to this machine's user."""
+    """Return where Flower keeps what belongs to this machine's user.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
     home = os.environ.get("FLWR_HOME")
     return (Path(home) if home else Path.home() / ".flwr") / "fedkd_fast"
 
@@ -39,10 +46,15 @@ class States:
 
     Args:
         folder: of the files; None takes `default_folder`. Made when it is needed.
+
+    Raises:
+        ValueError: the folder is not absolute: processes of a client may run anywhere.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._given = folder
+        if folder is not None and not folder.expanduser().is_absolute():
+            raise ValueError(f"state_dir must be an absolute path, got {str(folder)!r}")
+        self._given = None if folder is None else folder.expanduser()
 
     @property
     def folder(self) -> Path:
@@ -52,53 +64,61 @@ class States:
     def load(self, context: Any, receiver: Receiver) -> None:
         """Let a new receiver go on where the last message ended, if that is known.
 
-        Raises:
-            ValueError, TypeError: the context holds a state that `Receiver.state` did not make.
-            OSError: the file is there and cannot be read.
+        What cannot be read is as good as lost: the server is asked for the whole model then.
         """
         kept = context.state.config_records.get(CONTROL)
         if kept is None:
             return
-        if _FILE not in kept:
-            receiver.load(kept[_STATE])
-            return
-        name = str(kept[_FILE])
-        if not re.fullmatch(re.escape(_owner(context)) + r"[0-9a-f]+\.fkd", name):
+        name = str(kept.get(_FILE, ""))
+        found = _NAME.fullmatch(name)
+        if name and (found is None or found[1] != _owner(context)):
             return  # of another run, whose context Flower hands on in a series of runs
-        path = self.folder / name
         try:
-            receiver.load(path.read_bytes())
-        except (FileNotFoundError, ValueError) as error:
-            # As on a new machine: the server is asked for the whole model.
-            _log.warning("fedkd_fast: the state of this client is lost: %s: %s", path, error)
-        self._remove(context, {name})
+            receiver.load((self.folder / name).read_bytes() if name else kept[_STATE])
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            _log.warning("fedkd_fast: what this client held is lost: %s %s", name, error)
+        if name:
+            self._remove(context, {name})
 
     def save(self, context: Any, receiver: Receiver) -> None:
-        """Keep what a receiver holds.
-
-        Raises:
-            OSError: the file cannot be written; the state before is as it was.
-        """
+        """Keep what a receiver holds; in the context, if need be, where no file can be written."""
         state = receiver.state()
-        if len(state) <= MOST_IN_CONTEXT:
-            context.state[CONTROL] = app.ConfigRecord({_STATE: state})
-            return
-        kept = context.state.config_records.get(CONTROL, {})
-        name = _owner(context) + secrets.token_hex(8) + _SUFFIX
+        before = str(context.state.config_records.get(CONTROL, {}).get(_FILE, ""))
+        if len(state) > MOST_IN_CONTEXT:
+            name = f"{_owner(context)}_{secrets.token_hex(8)}.fkd"
+            try:
+                self._write(name, state)
+            except (OSError, RuntimeError) as error:
+                _log.warning(
+                    "fedkd_fast: no file for what this client holds, which Flower may lose as it "
+                    "is (compress_mod(state_dir=…) names another folder): %s",
+                    error,
+                )
+            else:
+                context.state[CONTROL] = app.ConfigRecord({_FILE: name})
+                self._remove(context, {name, before})
+                return
+        context.state[CONTROL] = app.ConfigRecord({_STATE: state})
+        self._remove(context, {before})
+
+    def _write(self, name: str, state: bytes) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replacing(self.folder / name) as part, open(part, "xb", opener=_private) as file:
             file.write(state)
-        context.state[CONTROL] = app.ConfigRecord({_FILE: name})
-        self._remove(context, {name, str(kept.get(_FILE))})
 
     def _remove(self, context: Any, but: set[str]) -> None:
         """Remove other files of this client, and what runs left that ended long ago."""
         old = time.time() - KEPT_DAYS * 86400
-        with contextlib.suppress(OSError):  # whoever may not remove them can still train
-            for path in self.folder.glob("*" + _SUFFIX):
-                own = path.name.startswith(_owner(context))
-                if (own and path.name not in but) or path.stat().st_mtime < old:
-                    path.unlink(missing_ok=True)
+        # Whoever may not remove them can still train.
+        with contextlib.suppress(OSError, RuntimeError):
+            for path in list(self.folder.iterdir()):
+                found = _NAMES.fullmatch(path.name)
+                if found is None or path.name in but:
+                    continue
+                with contextlib.suppress(OSError):
+                    own = _owner(context) in found.groups()
+                    if own or path.stat().st_mtime < old:
+                        path.unlink()
 
 
 def _private(path: str, flags: int) -> int:
@@ -107,4 +127,4 @@ def _private(path: str, flags: int) -> int:
 
 
 def _owner(context: Any) -> str:
-    return f"{context.run_id}-{context.node_id}-"
+    return f"{context.run_id}_{context.node_id}"
