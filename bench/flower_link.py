@@ -197,7 +197,7 @@ def main() -> None:
                 "compress": kind,
             }
             run = measured(config, megabits)
-            result["runs"].append({**key, **run})
+            result["runs"].append({**key, "commit": commit(), **run})
             result |= {
                 "command": "python bench/flower_link.py --model … --megabits … --rounds … --lr …",
                 "clients": CLIENTS,

@@ -26,6 +26,7 @@ from torch import Tensor
 from fedkd_fast.integrations.link import Broadcaster, Compression, Receiver
 
 MEGABYTES = 100
+PARTS = ("encode", "decode", "publish", "receive", "save", "load")
 
 
 def moves() -> list[dict[str, Tensor]]:
@@ -55,7 +56,7 @@ def ours(compression: Compression, rounds: int) -> dict[str, list[float]]:
     updates = moves()
     weights = {name: torch.randn_like(value) for name, value in updates[0].items()}
     server, client = Broadcaster(compression), Receiver(compression)
-    found: dict[str, list[float]] = {"encode": [], "decode": [], "publish": [], "receive": []}
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
     found["bytes_up"], found["bytes_down"] = [], []
     server.publish(weights)
     client.receive(server.letter(0))
@@ -70,6 +71,10 @@ def ours(compression: Compression, rounds: int) -> dict[str, list[float]]:
         letter = server.letter(0)
         found["receive"].append(seconds(lambda letter=letter: client.receive(letter))[0])
         server.confirm(0, server.version)
+        # Where a client is a process for each message, as in Flower.
+        spent, state = seconds(client.state)
+        found["save"].append(spent)
+        found["load"].append(seconds(lambda state=state: Receiver(compression).load(state))[0])
         found["bytes_up"].append(len(frame))
         found["bytes_down"].append(letter.nbytes)
     return found
@@ -122,7 +127,7 @@ def main() -> None:
             row = ours(compression, arguments.rounds)
             row = {"case": name, "threads": threads, **row}
             result["seconds"].append(row)
-            best = {key: min(row[key][1:]) for key in ("encode", "decode", "publish", "receive")}
+            best = {key: min(row[key][1:]) for key in PARTS}
             print(threads, name, {k: round(v, 3) for k, v in best.items()}, row["bytes_up"][-1])
         if find_spec("flwr"):
             handling = flower(arguments.rounds)
