@@ -65,6 +65,34 @@ def test_both_ends_hold_the_same_bits_for_many_rounds(codec: str) -> None:
     assert server.version == client.version == 4
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_differences_travel_as_they_are(codec: str) -> None:
+    compression = Compression(energy=0.95, codec=codec)
+    server, client = Broadcaster(compression), Receiver(compression)
+    server.publish(model())
+    received = client.receive(server.letter("a"))
+    trained = moved(received, 1)
+    update = {name: trained[name] - value for name, value in received.items()}
+    # In any order, and of wider dtypes than the weights have.
+    given = {name: update[name] for name in reversed(list(update))}
+    given["half"] = given["half"].double()
+    frame = client.reply(given, differences=True)
+    found = server.differences(frame)
+    assert list(found) == list(received) and torch.equal(found["batches"], torch.tensor(1))
+    for name, value in update.items():
+        assert found[name].dtype == value.dtype
+        if value.is_floating_point():
+            lost = (found[name] - value).double().norm() ** 2
+            assert lost <= (0.05 if codec != "raw" else 0.0) * value.double().norm() ** 2
+    for wrong, said in (
+        ({"bias": update["bias"]}, "missing"),
+        ({**update, "bias": torch.zeros(3)}, "'bias' is"),
+        ({**update, "bias": torch.full((60,), torch.nan)}, "NaN"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            client.reply(wrong, differences=True)
+
+
 def test_the_way_down_feeds_back() -> None:
     """Servers make new weights from what clients hold; with feedback these go where they should."""
     gaps, start = {}, model()

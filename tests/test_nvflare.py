@@ -337,7 +337,9 @@ def test_errors_of_a_client_are_named_on_both_ends(caplog: pytest.LogCaptureFixt
         assert f"site-1 failed: {caught.value}" in caplog.text
     with pytest.raises(ValueError, match=r"missing \['bias'"):
         reply(site, {"matrix": got["matrix"]}, DataKind.WEIGHT_DIFF)
-    with pytest.raises(ValueError, match=r"'bias' is \(1,\), what was received is \(40,\)"):
+    with pytest.raises(
+        ValueError, match=r"'bias' is \(1,\) float32, what was received has \(40,\)"
+    ):
         reply(site, {**got, "bias": torch.zeros(1)}, DataKind.WEIGHT_DIFF)
     task = broadcast(at, moved(model(), 1), 1, site)
     assert same(received(site, task), held(at))  # the whole model: it may hold anything

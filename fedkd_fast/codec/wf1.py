@@ -171,8 +171,10 @@ def meeting(
     aim = AIM * target / biases.of(kind)
     place = at_error(curve, aim)
     best: Coding | None = None
-    used, beyond = 0.0, math.inf  # the error of the best, and a step that is too coarse for it
-    slope, before = 0.5 * _STEEPEST, None
+    used = 0.0  # the error of the best
+    # The next coarser step that is too coarse, its error and columns.
+    failed: tuple[int, float, int] | None = None
+    slope, before, span = 0.5 * _STEEPEST, None, math.inf
     for attempt in range(ATTEMPTS):
         if place is None:
             break
@@ -185,10 +187,13 @@ def meeting(
         many = curve.mode is not Mode.CODED_FACTORS or coding.rank >= _MANY
         if attempt == 0 and many and error < math.inf:
             biases.note(kind, error / aim)
-        if used < error <= target:
+        # Of numbers that keep to a few values, a coarser step may have the smaller error.
+        if error <= target and (best is None or coding.step > best.step):
             best, used = coding, error
-        elif best is not None:
-            beyond = min(beyond, coding.step)
+            if failed and (failed[0] <= best.step or failed[2] < best.rank):
+                failed = None  # with fewer columns, coarser steps fail that now may do
+        elif error > target and (failed is None or coding.step < failed[0]):
+            failed = coding.step, error, coding.rank
         if FULL_USE * target <= error <= target:
             break
         if before is not None and coding.step != before[0] and error < math.inf:
@@ -200,9 +205,17 @@ def meeting(
             place = at_error(curve, aim)
             continue
         # The curve has done what it can: from here on the columns of the best are kept.
-        if beyond - best.step < 2:
-            break
-        ahead = min(math.log(AIM * target / used) / slope, _STRIDE, beyond - best.step - 1)
+        gain = math.log(AIM * target / max(used, 1e-300))
+        if failed is None:
+            ahead = min(gain / slope, _STRIDE)
+        else:
+            # Between the two, by their errors; by half where that gained less than half.
+            span, wider = failed[0] - best.step, span
+            if span < 2:
+                break
+            share = gain / max(math.log(failed[1] / max(used, 1e-300)), 1e-9)
+            ahead = 0.5 * span if span > 0.5 * wider else span * min(max(share, 0.1), 0.9)
+            ahead = min(ahead, span - 1)
         place = place._replace(step=(best.step + max(1.0, ahead)) / STEPS)
     return best
 

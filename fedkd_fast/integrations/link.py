@@ -219,14 +219,23 @@ class Broadcaster:
             WireError: the bytes are damaged, hold NaN or Inf, or are more than the model.
             ValueError: made against another version, or for other tensors.
         """
+        return self._decoded(frame, self.held)
+
+    def differences(self, frame: bytes) -> dict[str, Tensor]:
+        """Return the differences that a client's reply stands for: ``D(frame)``.
+
+        Raises:
+            WireError, ValueError: as `weights`.
+        """
+        return self._decoded(frame, None)
+
+    def _decoded(self, frame: bytes, base: State | None) -> dict[str, Tensor]:
         dense = _dense(self.held)
         most = int(_FRAME_SLACK * dense) + _FRAME_EXTRA
         if len(frame) > most:
             raise wire.WireError(f"a reply must be at most {most} bytes, got {len(frame)}")
-        base = Base(run=self.run, round=self.version)
-        return decompress(
-            frame, schema=self.held, base=self.held, relative_to=base, max_bytes=max(dense, 1)
-        )
+        version = Base(run=self.run, round=self.version)
+        return decompress(frame, self.held, base, relative_to=version, max_bytes=max(dense, 1))
 
 
 class Receiver:
@@ -298,8 +307,13 @@ class Receiver:
             )
         return {name: value.clone() for name, value in found.items()}
 
-    def reply(self, weights: Mapping[str, object]) -> bytes:
+    def reply(self, weights: Mapping[str, object], *, differences: bool = False) -> bytes:
         """Encode what was trained, less what was received.
+
+        Args:
+            weights: after training.
+            differences: they are less what was received already, and are taken for numbers of its
+                dtypes. The server reads them with `Broadcaster.differences`.
 
         Raises:
             TypeError: a value is no dense tensor or array; names it.
@@ -308,7 +322,13 @@ class Receiver:
         if not self.version:
             raise MissingBaseError("there is nothing to compare with: receive comes before reply")
         base = Base(run=self._run, round=self.version)
-        return self._compressor.compress(weights, base=self._held, relative_to=base)
+        if not differences:
+            return self._compressor.compress(weights, base=self._held, relative_to=base)
+        found = as_tensors(weights, "the reply", finite=False)
+        check_same_names(found, self._held, "what was received")
+        update = {name: found[name].to(value.dtype) for name, value in self._held.items()}
+        check_same_tensors(update, self._held, "what was received")
+        return self._compressor.compress(update, relative_to=base)
 
     @property
     def run(self) -> int:

@@ -40,14 +40,12 @@ from fedkd_fast.integrations.nvflare_ends import (
     ReturnCode,
     ServerLink,
     Shareable,
-    applied,
     content_of,
     link_of,
     packed,
     peer_of,
     restored,
 )
-from fedkd_fast.tensors import as_tensors
 
 REFUSALS = ("skip", "fail")
 _NO_WEIGHT = 1e-12  # of a reply in a mean; NVFLARE takes 0 for 1
@@ -195,10 +193,7 @@ class CompressReply(_ClientFilter, Compressing):
             ValueError: NaN or Inf, or other names, shapes or dtypes than were received.
         """
         receiver = link_of(fl_ctx, CLIENT, "CompressReply")
-        weights = as_tensors(dxo.data, "the reply's weights")
-        if dxo.data_kind == DataKind.WEIGHT_DIFF:
-            weights = applied(receiver.held, weights)
-        frame = receiver.reply(weights)
+        frame = receiver.reply(dxo.data, differences=dxo.data_kind == DataKind.WEIGHT_DIFF)
         self.log_info(fl_ctx, f"reply to version {receiver.version}: {len(frame)} bytes")
         return packed(dxo, {"frame": frame})
 

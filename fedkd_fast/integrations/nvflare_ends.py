@@ -8,10 +8,10 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedkd_fast.integrations.link import Broadcaster, Compression, Letter
-from fedkd_fast.tensors import check_same_names
 
 _WHAT = "fedkd_fast.integrations.nvflare"
 try:
@@ -41,7 +41,6 @@ __all__ = [
     "ReturnCode",
     "ServerLink",
     "Shareable",
-    "applied",
     "content_of",
     "link_of",
     "packed",
@@ -92,17 +91,14 @@ class ServerLink:
     def weights(self, dxo: DXO) -> dict[str, Tensor]:
         """Return the weights, or differences, that a reply stands for."""
         frame = content_of(dxo, "frame", bytes, "CompressReply in the client's task_result_filters")
-        weights = self.broadcaster.weights(frame)
-        return self._less_held(weights) if dxo.data_kind == DataKind.WEIGHT_DIFF else weights
+        if dxo.data_kind == DataKind.WEIGHT_DIFF:
+            return self.broadcaster.differences(frame)
+        return self.broadcaster.weights(frame)
 
     def nothing_learned(self, dxo: DXO) -> dict[str, Tensor]:
         """Return the reply of a client whose training changed nothing."""
-        held = {name: value.clone() for name, value in self.broadcaster.held.items()}
-        return self._less_held(held) if dxo.data_kind == DataKind.WEIGHT_DIFF else held
-
-    def _less_held(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        held = self.broadcaster.held
-        return {name: value - held[name] for name, value in weights.items()}
+        made = torch.zeros_like if dxo.data_kind == DataKind.WEIGHT_DIFF else torch.clone
+        return {name: made(value) for name, value in self.broadcaster.held.items()}
 
 
 class Filter(DXOFilter):  # type: ignore[misc]
@@ -179,19 +175,3 @@ def restored(dxo: DXO, weights: Mapping[str, Tensor], numpy: bool) -> DXO:
     dxo.data = {name: value.numpy() if numpy else value for name, value in weights.items()}
     dxo.meta = {k: v for k, v in dxo.meta.items() if k != MetaKey.PROCESSED_ALGORITHM}
     return dxo
-
-
-def applied(held: Mapping[str, Tensor], difference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what differences turn weights into.
-
-    Raises:
-        ValueError: other names or shapes.
-    """
-    check_same_names(difference, held, "the reply")
-    for name, value in held.items():
-        if difference[name].shape != value.shape:
-            raise ValueError(
-                f"the reply does not match: {name!r} is {tuple(difference[name].shape)}, what was "
-                f"received is {tuple(value.shape)}"
-            )
-    return {name: (value + difference[name]).to(value.dtype) for name, value in held.items()}
