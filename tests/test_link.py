@@ -75,7 +75,7 @@ def test_differences_travel_as_they_are(codec: str) -> None:
     update = {name: trained[name] - value for name, value in received.items()}
     # In any order, and of wider dtypes than the weights have.
     given = {name: update[name] for name in reversed(list(update))}
-    given["half"] = given["half"].double()
+    given["half"], given["batches"] = given["half"].double(), torch.tensor(0.9999)
     frame = client.reply(given, differences=True)
     found = server.differences(frame)
     assert list(found) == list(received) and torch.equal(found["batches"], torch.tensor(1))
@@ -88,6 +88,8 @@ def test_differences_travel_as_they_are(codec: str) -> None:
         ({"bias": update["bias"]}, "missing"),
         ({**update, "bias": torch.zeros(3)}, "'bias' is"),
         ({**update, "bias": torch.full((60,), torch.nan)}, "NaN"),
+        ({**update, "batches": torch.tensor(torch.nan)}, r"the reply\['batches'\] holds NaN, Inf"),
+        ({**update, "batches": torch.tensor(1e20)}, "beyond torch.int64"),
     ):
         with pytest.raises(ValueError, match=said):
             client.reply(wrong, differences=True)

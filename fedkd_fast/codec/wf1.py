@@ -181,6 +181,8 @@ def meeting(
         coding = _coding(item, place, best, backend)
         if coding is None:
             # Too coarse for the last column, perhaps.
+            if best and math.floor(STEPS * place.step) > best.step:
+                failed = math.floor(STEPS * place.step), math.inf, best.rank
             place = place._replace(step=place.step - 1)
             continue
         error = _measured(coding, item, allowed, backend)  # Inf where it overflows 16 bits
@@ -190,7 +192,8 @@ def meeting(
         # Of numbers that keep to a few values, a coarser step may have the smaller error.
         if error <= target and (best is None or coding.step > best.step):
             best, used = coding, error
-            if failed and (failed[0] <= best.step or failed[2] < best.rank):
+            more = curve.mode is Mode.CODED_FACTORS and failed and failed[2] < best.rank
+            if failed and (failed[0] <= best.step or more):
                 failed = None  # with fewer columns, coarser steps fail that now may do
         elif error > target and (failed is None or coding.step < failed[0]):
             failed = coding.step, error, coding.rank

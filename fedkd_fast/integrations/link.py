@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedkd_fast import wire
@@ -326,7 +327,7 @@ class Receiver:
             return self._compressor.compress(weights, base=self._held, relative_to=base)
         found = as_tensors(weights, "the reply", finite=False)
         check_same_names(found, self._held, "what was received")
-        update = {name: found[name].to(value.dtype) for name, value in self._held.items()}
+        update = {name: _as_held(name, found[name], held) for name, held in self._held.items()}
         check_same_tensors(update, self._held, "what was received")
         return self._compressor.compress(update, relative_to=base)
 
@@ -388,6 +389,17 @@ def _whole(frame: bytes, base: Base | None = None) -> dict[str, Tensor]:
     """Decode what is raw, and so about as long as what it says, however large a model is."""
     most = max(wire.DEFAULT_MAX_BYTES, 2 * len(frame))
     return decompress(frame, relative_to=base, max_bytes=most)
+
+
+def _as_held(name: str, difference: Tensor, held: Tensor) -> Tensor:
+    """Return a difference in the dtype of what it is a difference to."""
+    if difference.is_floating_point() and not held.is_floating_point():
+        whole = difference.round()
+        found = whole.nan_to_num().to(held.dtype)
+        if not torch.equal(found.to(whole.dtype), whole):
+            raise ValueError(f"the reply[{name!r}] holds NaN, Inf or what is beyond {held.dtype}")
+        return found
+    return difference.to(held.dtype)
 
 
 def _like(value: Tensor, held: Tensor) -> Tensor:

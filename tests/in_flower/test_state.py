@@ -108,6 +108,19 @@ def test_where_no_file_can_be_written_the_context_has_it(
     assert str(tmp_path / "file") in caplog.text and "state_dir" in caplog.text
 
 
+@pytest.mark.usefixtures("in_files")
+def test_what_is_too_large_for_the_context_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "MOST_WITHOUT_FILE", 0)
+    (tmp_path / "file").write_text("")
+    grid = LocalGrid(lambda node: app_of(node, compress_mod(state_dir=tmp_path / "file")))
+    messages = Compressed().configure_train(1, start(), ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages)
+    assert all(str(tmp_path / "file") in reply.error.reason for reply in replies)
+    assert CONTROL not in grid.contexts[1].state
+
+
 def aged(path: Path, days: int) -> None:
     path.write_text("")
     os.utime(path, (time.time() - 86400 * days,) * 2)

@@ -56,10 +56,10 @@ class CompressMod:
         trained = kind == "train"
         try:
             self._answer(reply, receiver, trained=trained)
-        except (ValueError, TypeError) as error:
+            if trained or before != (receiver.run, receiver.version):
+                self._states.save(ctxt, receiver)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
             return _refusal(error, msg)
-        if trained or before != (receiver.run, receiver.version):
-            self._states.save(ctxt, receiver)
         return reply
 
     def _receive(self, msg: Any, receiver: Receiver) -> None:
@@ -113,9 +113,10 @@ def compress_mod(
         state_dir: where clients keep what they received and what they left out, some two times the
             model, where that is more than 4 MiB; an absolute path that all processes of a client
             can write to. Smaller ones are in ``context.state``, which Flower moves in one piece and
-            gives a few seconds; so are all where there is no such folder. By default ``fedkd_fast``
-            in Flower's own folder, ``FLWR_HOME``. There are up to two files a client, and those of
-            other runs are removed after 30 days.
+            gives a few seconds; so are those of up to 64 MiB where there is no such folder, while
+            clients with larger ones refuse. By default ``fedkd_fast`` in Flower's own folder,
+            ``FLWR_HOME``. There are up to two files a client; those of others are removed when
+            they are 30 days old.
         options: fields of `Compression`, instead of one: ``energy=0.95, feedback=False``.
 
     Raises:

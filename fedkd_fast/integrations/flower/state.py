@@ -21,7 +21,8 @@ from fedkd_fast._files import replacing
 from fedkd_fast.integrations.flower.records import CONTROL, app
 from fedkd_fast.integrations.link import Receiver
 
-MOST_IN_CONTEXT = 4 << 20  # bytes
+MOST_IN_CONTEXT = 4 << 20  # bytes, where a file can be written
+MOST_WITHOUT_FILE = 64 << 20  # what Flower can be trusted with if none can
 KEPT_DAYS = 30  # after which files of runs that ended are removed
 _STATE, _FILE = "state", "file"
 # Owner (run and node), then what tells one state from the next; also before it is complete.
@@ -52,9 +53,12 @@ class States:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        if folder is not None and not folder.expanduser().is_absolute():
-            raise ValueError(f"state_dir must be an absolute path, got {str(folder)!r}")
-        self._given = None if folder is None else folder.expanduser()
+        if folder is not None:
+            with contextlib.suppress(RuntimeError):  # ~ of nobody
+                folder = folder.expanduser()
+            if not folder.is_absolute():
+                raise ValueError(f"state_dir must be an absolute path, got {str(folder)!r}")
+        self._given = folder
 
     @property
     def folder(self) -> Path:
@@ -75,13 +79,17 @@ class States:
             return  # of another run, whose context Flower hands on in a series of runs
         try:
             receiver.load((self.folder / name).read_bytes() if name else kept[_STATE])
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
             _log.warning("fedkd_fast: what this client held is lost: %s %s", name, error)
         if name:
             self._remove(context, {name})
 
     def save(self, context: Any, receiver: Receiver) -> None:
-        """Keep what a receiver holds; in the context, if need be, where no file can be written."""
+        """Keep what a receiver holds; in the context, if need be, where no file can be written.
+
+        Raises:
+            OSError, RuntimeError: nor is it small enough for that; what was kept is as it was.
+        """
         state = receiver.state()
         before = str(context.state.config_records.get(CONTROL, {}).get(_FILE, ""))
         if len(state) > MOST_IN_CONTEXT:
@@ -89,6 +97,8 @@ class States:
             try:
                 self._write(name, state)
             except (OSError, RuntimeError) as error:
+                if len(state) > MOST_WITHOUT_FILE:
+                    raise
                 _log.warning(
                     "fedkd_fast: no file for what this client holds, which Flower may lose as it "
                     "is (compress_mod(state_dir=…) names another folder): %s",
