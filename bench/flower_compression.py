@@ -46,8 +46,7 @@ def local(config: dict[str, Any]) -> None:
 
 def simulation(config: dict[str, Any]) -> None:
     """Run by ``flwr run``."""
-    # JSON writes text, numbers and truth as TOML does.
-    given = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+    given = as_text(config)
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -64,17 +63,43 @@ def simulation(config: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the app, and where results go."""
     parser.add_argument("--model", default="mlp")
     parser.add_argument("--data", default="")
     parser.add_argument("--bf16", action="store_true", help="the encoder's products in bfloat16")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--runtime", choices=("local", "simulation"), default="local")
     parser.add_argument("--out", type=Path, required=True)
+
+
+def app_config(arguments: argparse.Namespace, kind: str, seed: int, found: Path) -> dict[str, Any]:
+    """Return the app's configuration for one run, which writes what it found into a file."""
+    return {
+        "model": arguments.model,
+        "data": arguments.data,
+        "bf16": arguments.bf16,
+        "rounds": arguments.rounds,
+        "local-epochs": 1,
+        "lr": arguments.lr,
+        "seed": seed,
+        "compress": kind,
+        "out": str(found),
+    }
+
+
+def as_text(config: dict[str, Any]) -> str:
+    """Return a configuration as ``flwr run`` takes it."""
+    # JSON writes text, numbers and truth as TOML does.
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runtime", choices=("local", "simulation"), default="local")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"runs": []}
     if arguments.out.exists():
@@ -86,17 +111,7 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 found = Path(scratch) / "found.json"
-                config = {
-                    "model": arguments.model,
-                    "data": arguments.data,
-                    "bf16": arguments.bf16,
-                    "rounds": arguments.rounds,
-                    "local-epochs": 1,
-                    "lr": arguments.lr,
-                    "seed": seed,
-                    "compress": kind,
-                    "out": str(found),
-                }
+                config = app_config(arguments, kind, seed, found)
                 {"local": local, "simulation": simulation}[arguments.runtime](config)
                 run = json.loads(found.read_text())
             del run["config"]

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from flower_compression import APP, CLIENTS, KINDS, ROOT
+from flower_compression import APP, CLIENTS, ROOT, add_options, app_config, as_text
 from provenance import commit, facts
 
 sys.path.append(str(ROOT / "examples" / "flower"))
@@ -138,14 +138,12 @@ def _run(loop: asyncio.AbstractEventLoop, main: Coroutine[None, None, None]) -> 
         loop.close()
 
 
-def measured(config: dict[str, Any], megabits: float) -> dict[str, Any]:
+def measured(arguments: argparse.Namespace, kind: str, megabits: float) -> dict[str, Any]:
     """Run the app once, and return what it found and the bytes that passed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         found = folder / "found.json"
-        given = " ".join(
-            f"{name}={json.dumps(value)}" for name, value in (config | {"out": str(found)}).items()
-        )
+        given = as_text(app_config(arguments, kind, seed=0, found=found))
         deployment = Linked(folder)
         try:
             deployment.superlink()
@@ -167,13 +165,7 @@ def measured(config: dict[str, Any], megabits: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabits", type=float, nargs="+", default=[20, 100, 0])
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--model", default="mlp")
-    parser.add_argument("--data", default="")
-    parser.add_argument("--bf16", action="store_true", help="the encoder's products in bfloat16")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # ends everything, too
     result: dict[str, Any] = {"runs": []}
@@ -186,17 +178,7 @@ def main() -> None:
             key |= {"rounds": arguments.rounds, "lr": arguments.lr}
             if any(key.items() <= run.items() for run in result["runs"]):
                 continue
-            config = {
-                "model": arguments.model,
-                "data": arguments.data,
-                "bf16": arguments.bf16,
-                "rounds": arguments.rounds,
-                "local-epochs": 1,
-                "lr": arguments.lr,
-                "seed": 0,
-                "compress": kind,
-            }
-            run = measured(config, megabits)
+            run = measured(arguments, kind, megabits)
             result["runs"].append({**key, "commit": commit(), **run})
             result |= {
                 "command": "python bench/flower_link.py --model … --megabits … --rounds … --lr …",

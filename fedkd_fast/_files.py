@@ -62,6 +62,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def absolute_path(name: str, value: object) -> Path:
+    """Return a path that does not depend on where a process is started.
+
+    Raises:
+        ValueError: it is not absolute.
+    """
+    path = Path(str(value))
+    with contextlib.suppress(RuntimeError):  # ~ of nobody
+        path = path.expanduser()
+    if not path.is_absolute():
+        raise ValueError(f"{name} must be an absolute path, got {str(value)!r}")
+    return path
+
+
 def read_text(path: Path) -> str:
     """Read a file of UTF-8 text.
 

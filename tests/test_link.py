@@ -88,7 +88,7 @@ def test_differences_travel_as_they_are(codec: str) -> None:
         ({"bias": update["bias"]}, "missing"),
         ({**update, "bias": torch.zeros(3)}, "'bias' is"),
         ({**update, "bias": torch.full((60,), torch.nan)}, "NaN"),
-        ({**update, "batches": torch.tensor(torch.nan)}, r"the reply\['batches'\] holds NaN, Inf"),
+        ({**update, "batches": torch.tensor(torch.nan)}, "'batches' holds NaN, Inf"),
         ({**update, "batches": torch.tensor(1e20)}, "beyond torch.int64"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -155,7 +155,7 @@ class Broadcaster:
         tensors = as_tensors(weights, "weights")
         if self.held:
             check_same_names(tensors, self.held, "weights of the version before")
-            tensors = {name: _like(tensors[name], held) for name, held in self.held.items()}
+            tensors = {name: _like(name, tensors[name], held) for name, held in self.held.items()}
             check_same_tensors(tensors, self.held, "weights of the version before")
         digest = digest_of(tensors)
         if digest == self._published:
@@ -327,7 +327,7 @@ class Receiver:
             return self._compressor.compress(weights, base=self._held, relative_to=base)
         found = as_tensors(weights, "the reply", finite=False)
         check_same_names(found, self._held, "what was received")
-        update = {name: _as_held(name, found[name], held) for name, held in self._held.items()}
+        update = {name: _like(name, found[name], held) for name, held in self._held.items()}
         check_same_tensors(update, self._held, "what was received")
         return self._compressor.compress(update, relative_to=base)
 
@@ -391,19 +391,18 @@ def _whole(frame: bytes, base: Base | None = None) -> dict[str, Tensor]:
     return decompress(frame, relative_to=base, max_bytes=most)
 
 
-def _as_held(name: str, difference: Tensor, held: Tensor) -> Tensor:
-    """Return a difference in the dtype of what it is a difference to."""
-    if difference.is_floating_point() and not held.is_floating_point():
-        whole = difference.round()
-        found = whole.nan_to_num().to(held.dtype)
-        if not torch.equal(found.to(whole.dtype), whole):
-            raise ValueError(f"the reply[{name!r}] holds NaN, Inf or what is beyond {held.dtype}")
-        return found
-    return difference.to(held.dtype)
+def _like(name: str, value: Tensor, held: Tensor) -> Tensor:
+    """Return a value in the dtype of what is held of it; averages of integers are rounded.
 
-
-def _like(value: Tensor, held: Tensor) -> Tensor:
-    """Return averages of integers as the integers that they were."""
-    if value.is_floating_point() and not held.is_floating_point():
-        return value.round().to(held.dtype)
-    return value.to(held.dtype) if value.is_floating_point() else value
+    Raises:
+        ValueError: it holds what that dtype cannot.
+    """
+    if held.is_floating_point():
+        return value.to(held.dtype) if value.is_floating_point() else value
+    if not value.is_floating_point():
+        return value
+    whole = value.round()
+    found = whole.nan_to_num().to(held.dtype)
+    if not torch.equal(found.to(whole.dtype), whole):
+        raise ValueError(f"{name!r} holds NaN, Inf or what is beyond {held.dtype}")
+    return found

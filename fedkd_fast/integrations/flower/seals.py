@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._files import absolute_path
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.envelopes import SealedCarrier, SealedNode
-from fedkd_fast.integrations.flower.settings import KEY_FILES, Settings, absolute_path
+from fedkd_fast.integrations.flower.settings import KEY_FILES, Settings
 from fedkd_fast.node import Node
 from fedkd_fast.remote import Carrier
 from fedkd_fast.sealing import PrivateKey, PublicKey, read_enrolment

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._files import absolute_path
 from fedkd_fast.config import TrainConfig, task_options
 from fedkd_fast.tasks import Task as Task
 from fedkd_fast.tasks import TaskOptions, build_task
@@ -100,18 +101,6 @@ def _seconds(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"run config {key!r} must be seconds, at least 0, got {value!r}")
     return float(value)
-
-
-def absolute_path(name: str, value: object) -> Path:
-    """Return a path, which must not depend on where Flower starts its processes.
-
-    Raises:
-        ValueError: it is not absolute.
-    """
-    path = Path(str(value)).expanduser()
-    if not path.is_absolute():
-        raise ValueError(f"{name} must be an absolute path, got {str(value)!r}")
-    return path
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedkd_fast._files import replacing
+from fedkd_fast._files import absolute_path, replacing
 from fedkd_fast.integrations.flower.records import CONTROL, app
 from fedkd_fast.integrations.link import Receiver
 
@@ -53,12 +53,7 @@ class States:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        if folder is not None:
-            with contextlib.suppress(RuntimeError):  # ~ of nobody
-                folder = folder.expanduser()
-            if not folder.is_absolute():
-                raise ValueError(f"state_dir must be an absolute path, got {str(folder)!r}")
-        self._given = folder
+        self._given = None if folder is None else absolute_path("state_dir", folder)
 
     @property
     def folder(self) -> Path:
