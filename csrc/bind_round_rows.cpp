@@ -1,75 +1,87 @@
-// row_squares, round_rows: one pass over the values each, rows shared out over threads.
+// measure_rows, round_rows: one pass over the values each, rows shared out over threads;
+// dense_step.
 
+#include <algorithm>
+#include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
 #include "bind_torch.h"
+#include "common/levels.h"
 #include "kernels.h"
 
 namespace fedkd_fast::bind {
 namespace {
 
-// Values and what is taken off them, in order.
-struct Rows {
-  Rows(const Tensor& given, const std::optional<Tensor>& less)
-      : values((check_tensor(given, "values", 2, ScalarType::Float), in_order(given))),
-        count(given.size(0)),
-        length(given.size(1)) {
-    if (!less) return;
-    check_tensor(*less, "minus", 2, ScalarType::Float);
-    STD_TORCH_CHECK(less->size(0) == count && less->size(1) == length,
-                    "minus must have the shape of values, ", shape_text(given), ", got ",
-                    shape_text(*less));
-    minus = in_order(*less);
-  }
+Tensor checked_values(const Tensor& values) {
+  check_tensor(values, "values", 2, ScalarType::Float);
+  return in_order(values);
+}
 
-  // Calls with each row, its values and what is taken off them.
-  template <typename Work>
-  void visit(const Work& work) const {
-    const float* const from = values.const_data_ptr<float>();
-    const float* const less = minus ? minus->const_data_ptr<float>() : nullptr;
-    torch::stable::parallel_for(0, count, row_grain(length), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        work(row, from + row * length, less ? less + row * length : nullptr);
-    });
-  }
-
-  const Tensor values;
-  std::optional<Tensor> minus;
-  const int64_t count, length;
-};
+Tensor checked_squares(const Tensor& squares, int64_t rows) {
+  check_tensor(squares, "squares", 1, ScalarType::Double);
+  STD_TORCH_CHECK(squares.size(0) == rows, "squares must have a number for each row, ", rows,
+                  ", got ", squares.size(0));
+  return in_order(squares);
+}
 
 }  // namespace
 
-Tensor row_squares(const Tensor& values, const std::optional<Tensor>& minus) {
-  const Rows rows(values, minus);
-  Tensor squares = empty_on_host({rows.count}, ScalarType::Double);
+std::tuple<Tensor, Tensor> measure_rows(const Tensor& values) {
+  const Tensor rows = checked_values(values);
+  const int64_t count = rows.size(0), length = rows.size(1);
+  const float* const from = rows.const_data_ptr<float>();
+  Tensor squares = empty_on_host({count}, ScalarType::Double);
+  Tensor largest = empty_on_host({count}, ScalarType::Float);
   double* const out = squares.mutable_data_ptr<double>();
-  rows.visit([&](int64_t row, const float* from, const float* less) {
-    out[row] = cpu::row_squares(from, less, rows.length);
+  float* const most = largest.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, count, row_grain(length), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      out[row] = cpu::measure_row(from + row * length, length, most + row);
   });
-  return squares;
+  return {squares, largest};
 }
 
-std::tuple<Tensor, Tensor> round_rows(const Tensor& values, const std::optional<Tensor>& minus,
-                                      const Tensor& divisor, double step) {
-  const Rows rows(values, minus);
-  check_tensor(divisor, "divisor", 1, ScalarType::Float);
-  STD_TORCH_CHECK(divisor.size(0) == rows.count, "divisor must have a number for each row, ",
-                  rows.count, ", got ", divisor.size(0));
-  const Tensor divisors = in_order(divisor);
-  const float* const of_rows = divisors.const_data_ptr<float>();
-  Tensor sent = empty_on_host({rows.count, rows.length}, ScalarType::Float);
+std::tuple<Tensor, Tensor, Tensor> round_rows(const Tensor& values, const Tensor& squares,
+                                              int64_t step) {
+  const Tensor rows = checked_values(values);
+  const int64_t count = rows.size(0), length = rows.size(1);
+  const Tensor of_rows = checked_squares(squares, count);
+  STD_TORCH_CHECK(-kScaleLimit <= step && step <= kScaleLimit, "step must lie within ±",
+                  kScaleLimit, ", got ", step);
+  Tensor multiplier = empty_on_host({count}, ScalarType::Float);
+  Tensor levels = empty_on_host({count}, ScalarType::Short);
   Tensor lost = empty_on_host({}, ScalarType::Double);
-  float* const out = sent.mutable_data_ptr<float>();
-  std::vector<double> parts(static_cast<size_t>(rows.count));
-  rows.visit([&](int64_t row, const float* from, const float* less) {
-    parts[static_cast<size_t>(row)] = cpu::round_row(
-        from, less, rows.length, of_rows[row], static_cast<float>(step), out + row * rows.length);
+  float* const factors = multiplier.mutable_data_ptr<float>();
+  std::vector<double> parts(static_cast<size_t>(count));
+  for (size_t row = 0; row < parts.size(); ++row)
+    parts[row] = cpu::row_height(of_rows.const_data_ptr<double>()[row], length);
+  cpu::row_levels(parts.data(), count, static_cast<int>(step), levels.mutable_data_ptr<int16_t>(),
+                  factors);
+  const float* const from = rows.const_data_ptr<float>();
+  const auto scale = static_cast<float>(exp2_fixed(static_cast<int>(step)));
+  torch::stable::parallel_for(0, count, row_grain(length), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      parts[static_cast<size_t>(row)] =
+          cpu::rounding_loss(from + row * length, length, factors[row], scale);
   });
   *lost.mutable_data_ptr<double>() = std::accumulate(parts.begin(), parts.end(), 0.0);
-  return {sent, lost};
+  return {multiplier, levels, lost};
+}
+
+Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost) {
+  const Tensor rows = checked_values(values);
+  const int64_t count = rows.size(0), length = rows.size(1);
+  const Tensor of_rows = checked_squares(squares, count);
+  const double* const found = of_rows.const_data_ptr<double>();
+  STD_TORCH_CHECK(count > 0 && length > 0 && *std::max_element(found, found + count) > 0.0,
+                  "values must not all be zero");
+  STD_TORCH_CHECK(most_lost > 0.0 && most_lost < std::numeric_limits<double>::infinity(),
+                  "most_lost must be positive and finite, got ", most_lost);
+  Tensor step = empty_on_host({}, ScalarType::Long);
+  *step.mutable_data_ptr<int64_t>() =
+      cpu::dense_step(rows.const_data_ptr<float>(), found, count, length, most_lost);
+  return step;
 }
 
 }  // namespace fedkd_fast::bind

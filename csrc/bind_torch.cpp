@@ -47,11 +47,11 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
       "far, Tensor gain)");
   m.def("pack_factors(Tensor values, Tensor scale, Tensor bits) -> Tensor");
   m.def("unpack_factors(Tensor codes, Tensor scale, Tensor bits, int count) -> Tensor");
-  m.def("row_squares(Tensor values, Tensor? minus) -> Tensor");
+  m.def("measure_rows(Tensor values) -> (Tensor squares, Tensor largest)");
   m.def(
-      "round_rows(Tensor values, Tensor? minus, Tensor divisor, float step) -> (Tensor sent, "
-      "Tensor "
-      "lost)");
+      "round_rows(Tensor values, Tensor squares, int step) -> (Tensor multiplier, Tensor levels, "
+      "Tensor lost)");
+  m.def("dense_step(Tensor values, Tensor squares, float most_lost) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
   m.def(
       "rans_encode(Tensor[] values, Tensor multiplier, Tensor levels, int[] owner) -> (Tensor "
@@ -70,8 +70,9 @@ FEDKD_FAST_IMPLEMENT(FEDKD_FAST_OPS, CPU, m) {
   m.impl("fit_factors", TORCH_BOX(&bind::fit_factors));
   m.impl("pack_factors", TORCH_BOX(&bind::pack_factors));
   m.impl("unpack_factors", TORCH_BOX(&bind::unpack_factors));
-  m.impl("row_squares", TORCH_BOX(&bind::row_squares));
+  m.impl("measure_rows", TORCH_BOX(&bind::measure_rows));
   m.impl("round_rows", TORCH_BOX(&bind::round_rows));
+  m.impl("dense_step", TORCH_BOX(&bind::dense_step));
   m.impl("reconstruct", TORCH_BOX(&bind::reconstruct));
   m.impl("rans_encode", TORCH_BOX(&bind::rans_encode));
   m.impl("rans_decode", TORCH_BOX(&bind::rans_decode));

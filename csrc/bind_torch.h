@@ -160,9 +160,10 @@ std::tuple<Tensor, Tensor, Tensor> fit_factors(const Tensor& matrix,
                                                const Tensor& scale);
 Tensor pack_factors(const Tensor& values, const Tensor& scale, const Tensor& bits);
 Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bits, int64_t count);
-Tensor row_squares(const Tensor& values, const std::optional<Tensor>& minus);
-std::tuple<Tensor, Tensor> round_rows(const Tensor& values, const std::optional<Tensor>& minus,
-                                      const Tensor& divisor, double step);
+std::tuple<Tensor, Tensor> measure_rows(const Tensor& values);
+std::tuple<Tensor, Tensor, Tensor> round_rows(const Tensor& values, const Tensor& squares,
+                                              int64_t step);
+Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost);
 Tensor reconstruct(const Tensor& left, const Tensor& right);
 
 std::tuple<Tensor, Tensor> rans_encode(const std::vector<Tensor>& values, const Tensor& multiplier,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,9 +50,9 @@ def _dense(value: Tensor) -> Tensor:
 
 def _fits(found: Rows, dtype: torch.dtype) -> bool:
     """Tell whether what is sent of a tensor is finite in the dtype that it is sent in."""
-    return not dtype.is_floating_point or all_finite(
-        torch.tensor(found.largest, dtype=torch.float64).to(dtype)
-    )
+    if dtype in (torch.float32, torch.float64) or not dtype.is_floating_point:
+        return math.isfinite(found.largest)
+    return all_finite(torch.tensor(found.largest, dtype=torch.float64).to(dtype))
 
 
 class Compressor:
@@ -299,7 +300,11 @@ class Compressor:
         lossy = self.codec != "raw" and target.energy != 1.0
         exact = {name for name in sent if re.split("[./]", name)[-1] in self.exact}
         rows = {
-            name: touched(value, exactly=not (lossy and value.is_floating_point()) or name in exact)
+            name: touched(
+                value,
+                exactly=not (lossy and value.is_floating_point()) or name in exact,
+                backend=self._backend,
+            )
             for name, value in sent.items()
             if name not in tied
         }

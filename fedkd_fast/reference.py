@@ -18,9 +18,10 @@ from torch.nn import functional
 from fedkd_fast.distillation import DistillationConfig
 from fedkd_fast.reference_rans import rans_decode as rans_decode
 from fedkd_fast.reference_rans import rans_encode as rans_encode
+from fedkd_fast.reference_rounding import dense_step as dense_step
 from fedkd_fast.reference_rounding import fit_factors as fit_factors
+from fedkd_fast.reference_rounding import measure_rows as measure_rows
 from fedkd_fast.reference_rounding import round_rows as round_rows
-from fedkd_fast.reference_rounding import row_squares as row_squares
 
 PAPER = DistillationConfig.paper()
 

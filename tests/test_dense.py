@@ -57,6 +57,25 @@ def test_it_is_what_wf1_sends_where_factors_do_not_pay() -> None:
     assert wire.header(Compressor(0.95, "dense").compress(noise)).codec == "wf1"
 
 
+@pytest.mark.parametrize("budget", [5000, 7000, 9000, 12000])
+@pytest.mark.parametrize("codec", ["dense", "wf1"])
+def test_budgets_that_can_be_met_are(budget: int, codec: str) -> None:
+    """Also where the curves, which expect Gaussian numbers, are far off."""
+    made = torch.Generator().manual_seed(0)
+    update = {f"w{i}": torch.tanh(3 * torch.randn(96, 96, generator=made)) for i in range(4)}
+    update["v"] = torch.randn(300, generator=made).sign()
+    size = len(Compressor(codec=codec, budget_bytes=budget).compress(update))
+    assert 0.94 * budget <= size <= budget
+
+
+def test_signs_are_sent_as_such() -> None:
+    """They lose nothing at a step of one, which lies beyond steps that lose too much."""
+    matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(3)).sign()
+    frame = Compressor(0.95, "dense").compress({"w": matrix})
+    assert torch.allclose(decompress(frame)["w"], matrix, atol=0.3)
+    assert len(frame) < 0.3 * matrix.numel()
+
+
 def test_budgets_are_kept_and_used() -> None:
     update = model()
     numel = sum(value.numel() for value in update.values())

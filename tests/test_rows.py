@@ -17,6 +17,7 @@ from fedkd_fast import (
     aggregate,
     decompress,
     inspect,
+    ops,
     wire,
 )
 from fedkd_fast.codec import rows
@@ -56,7 +57,7 @@ def test_rows_are_found_in_any_dtype(dtype: torch.dtype) -> None:
     whole = torch.zeros(10, 4, 5, dtype=dtype)
     whole[2, 3, 4], whole[7, 0, 0] = 1, 1
     for exactly in (True, False):
-        found = rows.touched(whole, exactly=exactly)
+        found = rows.touched(whole, exactly=exactly, backend=ops)
         assert found.ids is not None and found.ids.tolist() == [2, 7]
         assert torch.equal(rows.placed(found.values, found.ids, (10, 4, 5)), whole)
 
@@ -66,14 +67,16 @@ def test_any_number_makes_a_row(value: float) -> None:
     whole = torch.zeros(4, 16)
     whole[1, 9] = value
     for exactly in (True, False):
-        found = rows.touched(whole.T.contiguous().T, exactly=exactly)
+        found = rows.touched(whole.T.contiguous().T, exactly=exactly, backend=ops)
         assert found.ids is not None and found.ids.tolist() == [1]
 
 
 def test_negative_zeros_are_rows_only_where_bits_count() -> None:
     whole = torch.zeros(4, 16)
     whole[1], whole[2] = 1.0, -0.0
-    exact, lossy = (rows.touched(whole, exactly=exactly).ids for exactly in (True, False))
+    exact, lossy = (
+        rows.touched(whole, exactly=exactly, backend=ops).ids for exactly in (True, False)
+    )
     assert exact is not None and exact.tolist() == [1, 2]
     assert lossy is not None and lossy.tolist() == [1]
 
@@ -85,7 +88,7 @@ def test_negative_zeros_are_rows_only_where_bits_count() -> None:
 def test_other_tensors_stay_whole(shape: tuple[int, ...], count: int) -> None:
     whole = torch.zeros(shape)
     whole[:count] = 1
-    found = rows.touched(whole, exactly=False)
+    found = rows.touched(whole, exactly=False, backend=ops)
     assert found.ids is None and found.values is whole
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 import fedkd_fast._C as _C
 from fedkd_fast import wire
 from fedkd_fast.codec.curves import KEPT_LEVEL, ROW_QUANTUM
-from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, Floats, shrinks
+from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, shrinks
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Mode
@@ -35,9 +35,6 @@ Bytes = NDArray[np.uint8]
 # Steps travel in 1/256 octave, a sixteenth of what levels and sigmas are measured in.
 STEPS = 16
 LARGEST = 2**22 - 1  # integer that the coder takes
-MOST_ROW_CODES = 63
-# Rows of tensors have heavier tails than Gaussians, which want less of it.
-DENSE_SHRINK = 0.7
 # Columns of higher levels might hold integers beyond the largest, in a single peak.
 _FINEST = HIGHEST - 8 * PER_OCTAVE
 # What sums of products may be off by: shares of the squared norm, and of the error.
@@ -55,9 +52,19 @@ class Coding:
     base: int  # level of dense rows of code 1
     width: int
     codes: Bytes  # (R,) of dense rows: 0 for zeros, c for the level base - 4(c - 1)
-    segments: tuple[Tensor, ...]  # integers as float32: left (K, P), right (K, Q), dense (R, n)
+    # Left (K, P) and right (K, Q), whose multipliers are 1; dense (R, n). Float32.
+    segments: tuple[Tensor, ...]
+    multiplier: Tensor  # of each row, which makes integers of it
     levels: Ints  # of all rows of all segments
     error: float  # squared, of what is decoded
+
+    def integers(self) -> list[Tensor]:
+        """Return what the coder makes of the segments."""
+        parts = torch.split(self.multiplier, [len(segment) for segment in self.segments])
+        return [
+            (segment * part[:, None]).round_().clamp_(-LARGEST, LARGEST)
+            for segment, part in zip(self.segments, parts, strict=True)
+        ]
 
     def payload(self, stream: bytes, shift: int) -> bytes:
         """Return the payload of its entry, times 2^shift, given what the coder made of it."""
@@ -184,6 +191,7 @@ def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: floa
         width=0,
         codes=np.empty(0, np.uint8),
         segments=sides,
+        multiplier=torch.ones(2 * len(columns.codes)),
         levels=columns.levels(),
         error=error,
     )
@@ -192,62 +200,40 @@ def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: floa
 # ---- dense rows and the residual of a head -------------------------------------------------------
 
 
-def _row_codes(squares: Floats, length: int, step: int) -> tuple[int, int, Bytes]:
-    """Return base, width and codes of the levels of rows, in quarters of an octave."""
-    with np.errstate(divide="ignore"):
-        level = 0.5 * PER_OCTAVE * np.log2(squares / length) - step / STEPS
-    level = np.rint(level / ROW_QUANTUM)
-    level = np.where(np.isfinite(level), level, -(2.0**15)).astype(np.int64)
-    top = int(level.max())
-    coded = ROW_QUANTUM * level >= LOWEST
-    code = np.where(coded, 1 + top - level, 0)
-    code = np.where(code > MOST_ROW_CODES, 0, code)  # 15 octaves below the largest row
-    width = 0 if bool((code == 1).all()) else int(code.max()).bit_length()
-    return ROW_QUANTUM * top, width, code.astype(np.uint8)
-
-
-def _row_levels(base: int, codes: Bytes) -> Ints:
-    levels = base - ROW_QUANTUM * (codes.astype(np.int64) - 1)
-    return np.where(codes == 0, wire.ZERO_ROW, levels).astype(np.int16)
-
-
 def code_dense(
-    values: Tensor,
-    squares: Floats,
-    step: int,
-    backend: ModuleType,
-    head: tuple[Coding, Tensor] | None = None,
+    values: Tensor, squares: Tensor, step: int, backend: ModuleType, head: Coding | None = None
 ) -> Coding | None:
     """Quantise rows at a step.
 
     Args:
         values: (R, n).
-        squares: (R,) squared norms of what is rounded of each row.
+        squares: (R,) squared norms of the rows.
         step: log2 Δ in 1/256 octave.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
-        head: factors, and what they decode to (R, n): only what they leave out is rounded.
+        head: factors that left these values of a matrix.
+
+    Returns:
+        None where no row is worth it, or the step is too fine for the coder.
     """
-    base, width, codes = _row_codes(squares, values.shape[1], step)
-    if not LOWEST <= base <= HIGHEST:
+    multiplier, found, lost = backend.round_rows(values, squares, step)
+    levels: Ints = found.numpy()
+    base = int(levels.max())
+    if base == wire.ZERO_ROW:
         return None
-    levels = _row_levels(base, codes)
-    scale = float(_powers(np.array([step])))
-    divisors = scale / shrinks(levels, DENSE_SHRINK)
-    if width:
-        divisors[torch.from_numpy(codes == 0)] = 0.0
-    factors, decoded = head or (None, None)
-    sent, lost = backend.round_rows(values, decoded, divisors, scale)
-    none = np.empty(0, np.int16)
+    codes = np.where(
+        levels == wire.ZERO_ROW, 0, 1 + (base - levels.astype(np.int64)) // ROW_QUANTUM
+    )
     return Coding(
-        mode=Mode.CODED_HYBRID if factors else Mode.CODED_DENSE,
-        rank=factors.rank if factors else values.shape[0],
+        mode=Mode.CODED_HYBRID if head else Mode.CODED_DENSE,
+        rank=head.rank if head else values.shape[0],
         step=step,
-        sigmas=factors.sigmas if factors else none,
+        sigmas=head.sigmas if head else np.empty(0, np.int16),
         base=base,
-        width=width,
-        codes=codes,
-        segments=(*(factors.segments if factors else ()), sent),
-        levels=np.concatenate([factors.levels if factors else none, levels]),
+        width=0 if bool((codes == 1).all()) else int(codes.max()).bit_length(),
+        codes=codes.astype(np.uint8),
+        segments=(*head.segments, values) if head else (values,),
+        multiplier=torch.cat([head.multiplier, multiplier]) if head else multiplier,
+        levels=np.concatenate([head.levels, levels]) if head else levels,
         error=float(lost),
     )
 
@@ -263,11 +249,12 @@ def code_hybrid(
     sides = [side[: len(columns.codes)] for side in (factors.left, factors.right)]
     multipliers = columns.multipliers()[:, None]
     left, right = ((side * multipliers).round_() for side in sides)
-    decoded = backend.reconstruct(left * columns.scales()[:, None], right).reshape(rows, -1)
-    values = matrix.reshape(rows, -1)
-    squares = backend.row_squares(values, decoded).numpy()
-    head = _factors_coding(columns, (left, right), 0.0), decoded
-    return code_dense(values, squares, step, backend, head)
+    left_out = backend.reconstruct(left * columns.scales()[:, None], right).neg_().add_(matrix)
+    left_out = left_out.reshape(rows, -1)
+    squares, _ = backend.measure_rows(left_out)
+    return code_dense(
+        left_out, squares, step, backend, _factors_coding(columns, (left, right), 0.0)
+    )
 
 
 # ---- what the receiver makes of them -------------------------------------------------------------

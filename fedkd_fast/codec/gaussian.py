@@ -29,22 +29,22 @@ _LEAST = 0.3  # of what numbers are multiplied by
 _ESCAPE_BITS = 28  # of a symbol beyond its table, about
 
 
-def shrink(ratio: Tensor, strength: float = 1.0) -> Tensor:
+def shrink(ratio: Tensor) -> Tensor:
     """Return what numbers are multiplied by before they are rounded."""
-    return (1.0 - strength / (12.0 * ratio**2)).clamp(min=_LEAST)
+    return (1.0 - 1.0 / (12.0 * ratio**2)).clamp(min=_LEAST)
 
 
 @cache
-def _shrink_table(strength: float) -> NDArray[np.float32]:
+def _shrink_table() -> NDArray[np.float32]:
     levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float64)
-    table: NDArray[np.float32] = shrink(2.0 ** (levels / PER_OCTAVE), strength).float().numpy()
+    table: NDArray[np.float32] = shrink(2.0 ** (levels / PER_OCTAVE)).float().numpy()
     return table
 
 
-def shrinks(levels: Levels, strength: float = 1.0) -> Tensor:
+def shrinks(levels: Levels) -> Tensor:
     """Return `shrink` for each of some levels, float32; outside of all levels that of the next."""
     places = levels.astype(np.int32) - LOWEST
-    return torch.from_numpy(_shrink_table(strength).take(places, mode="clip"))
+    return torch.from_numpy(_shrink_table().take(places, mode="clip"))
 
 
 def _below_split() -> tuple[Floats, Floats]:

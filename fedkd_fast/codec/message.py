@@ -37,7 +37,7 @@ STEPPED = ("wf1", "dense")
 TAIL_SHARE, WF0_TAIL_SHARE = 0.5, 0.35
 # A budget is used to this share at least, where the tensors allow it.
 FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
-_BUDGET_ATTEMPTS = 12
+_BUDGET_ATTEMPTS, _CURVE_ATTEMPTS = 12, 4
 # What a first look at a message with a budget assumes to be lost.
 _FIRST_LOST = 0.05
 # log2 of the least that is lost before nothing is: about what float32 distinguishes.
@@ -183,9 +183,10 @@ class Message:
         best: list[Entry] | None = None
         used, least = 0, 2**63
         beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
-        for _ in range(_BUDGET_ATTEMPTS):
+        for attempt in range(_BUDGET_ATTEMPTS):
             lost = _lost_within(priced, wanted, one_step)
-            if best is not None and not beyond < lost < fits:
+            # Where numbers keep to a few values, the curves are off by more than they can mend.
+            if attempt >= _CURVE_ATTEMPTS or not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
             if factorise and lost < deepest:
                 items, deepest = self._items(lost, one_step, factorise), lost
@@ -222,6 +223,7 @@ class Message:
                 vector=not is_matrix(self._shape(name)),
                 factors=paying.get(name),
                 backend=self._backend,
+                squares=self._rows[name].squares,
             )
             for name, value in self._lossy.items()
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkd_fast import wire
+from fedkd_fast.codec.common import dense_rows
 from fedkd_fast.wire import Entry, Mode
 
 # Shorter rows are not worth their ids, a byte or two each. Longer ones are, in any dtype, but where
@@ -29,43 +31,59 @@ class Rows(NamedTuple):
     ids: Tensor | None  # (R,) int64, ascending; None: all
     values: Tensor  # (R, …), or the tensor
     largest: float  # of the absolute values; NaN or Inf where one of them is; of integers 0
+    squares: Tensor | None  # squared norms of the rows of the dense mode, where they are at hand
 
 
-def touched(tensor: Tensor, *, exactly: bool) -> Rows:
+def touched(tensor: Tensor, *, exactly: bool, backend: ModuleType) -> Rows:
     """Return the rows that are not zero where they are at most half of all, else the whole tensor.
 
     Args:
         tensor: strided, on the CPU; or sparse, coalesced, with one sparse dimension.
         exactly: a row with a bit set anywhere is not zero; otherwise -0.0 is zero as well.
+        backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
     if tensor.layout == torch.sparse_coo:
         ids, values = tensor.indices()[0], tensor.values()
         if 2 * len(ids) > len(tensor) or math.prod(tensor.shape[1:]) < MIN_ROW:
-            return touched(tensor.to_dense(), exactly=exactly)
+            return touched(tensor.to_dense(), exactly=exactly, backend=backend)
         if bool((ids[1:] <= ids[:-1]).any()):
             # Marked as coalesced, and is not.
             raise ValueError("indices of a sparse tensor must ascend")
-        kept, largest = _nonzero(values, exactly)  # what is listed may be zero
-        return Rows(ids[kept], values[kept], largest)
-    if tensor.dim() < 2 or len(tensor) < 2 or math.prod(tensor.shape[1:]) < MIN_ROW:
-        return Rows(None, tensor, _largest(tensor))
-    kept, largest = _nonzero(tensor, exactly)
-    if not 0 < 2 * len(kept) <= len(tensor):
-        return Rows(None, tensor, largest)
-    return Rows(kept, tensor[kept], largest)
+        # What is listed may be zero.
+        kept, largest, squares = _nonzero(values, len(values), exactly, backend)
+        return _some(ids[kept], values[kept], largest, squares, kept)
+    by_rows = tensor.dim() > 1 and len(tensor) > 1 and math.prod(tensor.shape[1:]) >= MIN_ROW
+    if not tensor.numel() or not (by_rows or (tensor.is_floating_point() and not exactly)):
+        return Rows(None, tensor, _largest(tensor), None)
+    count = len(tensor) if by_rows else dense_rows(tuple(tensor.shape))
+    kept, largest, squares = _nonzero(tensor, count, exactly, backend)
+    if by_rows and 0 < 2 * len(kept) <= count:
+        return _some(kept, tensor[kept], largest, squares, kept)
+    return Rows(None, tensor, largest, squares)
 
 
-def _nonzero(tensor: Tensor, exactly: bool) -> tuple[Tensor, float]:
-    """Return the ids of rows that are not zero, and the largest absolute value."""
+def _some(
+    ids: Tensor, values: Tensor, largest: float, squares: Tensor | None, kept: Tensor
+) -> Rows:
+    return Rows(ids, values, largest, None if squares is None else squares[kept])
+
+
+def _nonzero(
+    tensor: Tensor, count: int, exactly: bool, backend: ModuleType
+) -> tuple[Tensor, float, Tensor | None]:
+    """Look at a tensor in so many rows: ids of those not zero, largest absolute value, squares."""
     if not tensor.numel():
-        return torch.empty(0, dtype=torch.int64), 0.0
-    matrix = tensor.contiguous().flatten(1)
+        return torch.empty(0, dtype=torch.int64), 0.0, None
+    matrix = tensor.contiguous().reshape(count, -1)
     if exactly or not tensor.is_floating_point():
-        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0], _largest(tensor)
-    # Reductions to a number run at the speed of memory, and keep NaN; norms, any() and
-    # count_nonzero() do not.
-    ends = torch.stack([matrix.amax(1), matrix.amin(1).neg_()])
-    return (ends != 0).any(0).nonzero()[:, 0], float(ends.amax())
+        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0], _largest(tensor), None
+    if tensor.dtype == torch.float32:
+        squares, ends = backend.measure_rows(matrix)
+    else:
+        # Reductions to a number run at the speed of memory, and keep NaN; norms, any() and
+        # count_nonzero() do not.
+        squares, ends = None, torch.maximum(matrix.amax(1), -matrix.amin(1))
+    return (ends != 0).nonzero()[:, 0], float(ends.amax()), squares
 
 
 def _largest(tensor: Tensor) -> float:

@@ -36,7 +36,7 @@ from fedkd_fast.codec.common import (
     to_bytes,
 )
 from fedkd_fast.codec.curves import Curve, Point, Spectrum, at_error, curves_of
-from fedkd_fast.codec.gaussian import PER_OCTAVE, Floats
+from fedkd_fast.codec.gaussian import PER_OCTAVE
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
 from fedkd_fast.wire import Entry, Mode, half_payload
@@ -55,6 +55,8 @@ _REMEMBERED = 8  # misses of the curves
 _MANY = 8  # columns whose miss says something of the next tensor's
 # Integers that wait for the entropy coder: some megabytes, whose memory is then used again.
 _MOST_WAITING = 1 << 20
+_WIDE = ("float32", "float64")
+_SUMS = 1e-5  # what sums of squares in float32 are off by, at most
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
 _USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
 
@@ -69,6 +71,7 @@ class Item:
         vector: whether it is one, which may lose less.
         factors: leading ones of the matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
+        squares: squared norms of the rows of `exact`, where somebody has measured them.
     """
 
     def __init__(
@@ -79,14 +82,15 @@ class Item:
         vector: bool,
         factors: Factors | None,
         backend: ModuleType,
+        squares: Tensor | None = None,
     ) -> None:
         self.template, self.share = template, VECTOR_SHARE if vector else 1.0
         self.shift, self.factors = 0, factors
         self.exact: Tensor | LowRank = exact
         self.matrix: Tensor | LowRank
-        self.row_energies: Floats
+        self.squares = torch.empty(0, dtype=torch.float64) if squares is None else squares
         if isinstance(exact, LowRank):
-            self.matrix, self.row_energies = exact.matrix(), np.empty(0)
+            self.matrix = exact.matrix()
             self.total = exact.squared_norm()
             return
         # In order: equal numbers become equal bytes, however they lie in memory.
@@ -95,6 +99,7 @@ class Item:
         if not _USUAL[0] < self.total < _USUAL[1]:
             # Squares must stay inside float32.
             self.shift = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
+            self.squares = self.squares[:0]
             self._spread(torch.ldexp(exact, torch.tensor(-self.shift)), backend)
             if factors is not None:
                 sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
@@ -106,8 +111,9 @@ class Item:
         self.exact = exact
         self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
         self.dense = self.matrix.reshape(dense_rows(shape), -1)
-        self.row_energies = backend.row_squares(self.dense).numpy()
-        self.total = float(self.row_energies.sum())
+        if len(self.squares) != len(self.dense):
+            self.squares, _ = backend.measure_rows(self.dense)
+        self.total = float(self.squares.sum())
 
     @cached_property
     def source(self) -> Source:
@@ -123,7 +129,7 @@ class Item:
             self.matrix.shape[1],
             self.total,
             np.empty(0) if factors is None else factors.sigma.double().numpy(),
-            self.row_energies,
+            self.squares.numpy(),
         )
         most_error = None if most_share is None else most_share * self.total
         return curves_of(spectrum, least_share * self.total, most_error)
@@ -131,11 +137,14 @@ class Item:
 
 def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -> float:
     """Return the squared error of what the receiver will have."""
-    if allowed >= EXACT_SHARE and item.template.dtype in ("float32", "float64"):
+    dtype, dense = item.template.dtype, coding.mode is Mode.CODED_DENSE
+    # Rows are rounded as the receiver decodes them; of factors float32 sums alone are known.
+    if (dense and dtype == "float32") or (allowed >= EXACT_SHARE and dtype in _WIDE):
         return coding.error
     assert isinstance(item.exact, Tensor)
     scales = scales_of(coding.mode, coding.step, coding.sigmas)
-    parts = [part * scale[:, None] for part, scale in zip(coding.segments, scales, strict=True)]
+    integers = coding.integers()
+    parts = [part * scale[:, None] for part, scale in zip(integers, scales, strict=True)]
     decoded = decoded_values(coding.mode, item.template.shape, parts, backend)
     decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
     return float((decoded - item.exact.double().reshape(decoded.shape)).square().sum())
@@ -161,10 +170,35 @@ class Biases:
         self._seen.setdefault(kind, []).append(math.log(min(4.0, max(0.25, ratio))))
 
 
+def densely(item: Item, allowed: float, backend: ModuleType) -> Coding | None:
+    """Find the coarsest dense coding that loses at most the share `allowed`."""
+    aim = target = (1 - _SUMS) * allowed * item.total
+    best: Coding | None = None
+    tried: set[int] = set()
+    for _ in range(ATTEMPTS):
+        step = backend.dense_step(item.dense, item.squares, aim)
+        if step in tried:
+            break
+        tried.add(step)
+        coding = code_dense(item.dense, item.squares, step, backend)
+        if coding is None:
+            break
+        error = _measured(coding, item, allowed, backend)  # Inf where it overflows 16 bits
+        if error <= target and (best is None or coding.step > best.step):
+            best = coding
+        if FULL_USE * target <= error <= target:
+            break
+        # More or less than a look at some rows said, or than float32 has.
+        aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+    return best
+
+
 def meeting(
     item: Item, curve: Curve, allowed: float, biases: Biases, backend: ModuleType
 ) -> Coding | None:
     """Find the coarsest coding of a mode that loses at most the share `allowed`."""
+    if curve.mode is Mode.CODED_DENSE:
+        return densely(item, allowed, backend)
     target = allowed * item.total
     short, long = sorted(item.matrix.shape)
     kind = curve.mode, round(math.log2(long / short))
@@ -226,8 +260,6 @@ def meeting(
 def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType) -> Coding | None:
     """Code a tensor at a place of a curve, with no fewer columns than a finer coding has."""
     step = math.floor(STEPS * place.step)
-    if place.mode is Mode.CODED_DENSE:
-        return code_dense(item.dense, item.row_energies, step, backend)
     assert item.factors is not None
     if place.mode is Mode.CODED_FACTORS:
         return code_factors(item.source, step, backend, finer.rank if finer else 0)
@@ -254,6 +286,11 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
 
 def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) -> Iterator[Coding]:
     """Yield what may be the smallest coding."""
+    if item.factors is None:
+        coding = densely(item, allowed, backend)
+        if coding is not None:
+            yield coding
+        return
     curves = item.curves(0.5 * allowed, 1.5 * allowed)
     places = [(curve, at_error(curve, allowed * item.total)) for curve in curves]
     ranked = sorted(
@@ -327,7 +364,7 @@ def streams(codings: Sequence[tuple[int, Coding]], backend: ModuleType) -> list[
     levels = torch.from_numpy(np.concatenate([coding.levels for _, coding in codings]))
     codes, sizes = backend.rans_encode(
         [part for _, coding in codings for part in coding.segments],
-        torch.ones(len(levels)),
+        torch.cat([coding.multiplier for _, coding in codings]),
         levels,
         [owner for owner, (_, coding) in enumerate(codings) for _ in coding.segments],
     )

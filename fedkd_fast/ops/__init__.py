@@ -15,23 +15,24 @@ from fedkd_fast.ops._fit_factors import fit_factors
 from fedkd_fast.ops._layer_mse import layer_mse, projected_mse
 from fedkd_fast.ops._pack_factors import pack_factors, reconstruct, unpack_factors
 from fedkd_fast.ops._rans import rans_decode, rans_encode
-from fedkd_fast.ops._round_rows import round_rows, row_squares
+from fedkd_fast.ops._round_rows import dense_step, measure_rows, round_rows
 from fedkd_fast.ops._truncated_svd import truncated_svd, truncated_svd_list
 
 __all__ = [
     "DistillBuffers",
+    "dense_step",
     "distill_buffers",
     "distill_loss",
     "distill_loss_out",
     "fit_factors",
     "layer_mse",
+    "measure_rows",
     "pack_factors",
     "projected_mse",
     "rans_decode",
     "rans_encode",
     "reconstruct",
     "round_rows",
-    "row_squares",
     "truncated_svd",
     "truncated_svd_list",
     "unpack_factors",

@@ -1,5 +1,5 @@
-// The passes of fit_factors and round_rows under sanitizers: each does what its formula says, in
-// rows of all lengths, and touches nothing out of bounds.
+// The passes of fit_factors, round_rows and dense_step under sanitizers: each does what its formula
+// says, in rows of all lengths, and touches nothing out of bounds.
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "common/levels.h"
 #include "kernels_fit_factors.h"
 #include "kernels_round_rows.h"
 
@@ -93,27 +94,67 @@ void try_products(const Floats& a, const Floats& b, const std::vector<Product>& 
 
 void try_rows(size_t count, std::mt19937* generator) {
   const auto length = static_cast<int64_t>(count);
-  const Floats values = sample(count, generator), minus = sample(count, generator);
-  for (const float* less : {static_cast<const float*>(nullptr), minus.data()})
-    for (const float divisor : {0.0f, 0.3f, 1e-9f}) {
-      Floats sent(count, 7.0f);
-      const float step = divisor == 0.0f ? 0.3f : divisor;
-      double squares = 0.0, lost = 0.0;
-      const double found_squares = cpu::row_squares(values.data(), less, length);
-      const double found_lost =
-          cpu::round_row(values.data(), less, length, divisor, step, sent.data());
-      for (size_t i = 0; i < count; ++i) {
-        const float value = less ? values[i] - less[i] : values[i];
-        float wanted = divisor == 0.0f ? 0.0f : std::rint(value / divisor);
-        wanted = std::min(std::max(wanted, -kLargestInteger), kLargestInteger);
-        check(sent[i] == wanted, "round_row", count);
-        const double off = static_cast<double>(value - wanted * step);
-        squares += static_cast<double>(value) * static_cast<double>(value);
-        lost += off * off;
-      }
-      check(near(found_squares, squares), "row_squares", count);
-      check(near(found_lost, lost), "what round_row loses", count);
+  const Floats values = sample(count, generator);
+  float largest = -1.0f, most = 0.0f;
+  double wanted_squares = 0.0;
+  const double squares = cpu::measure_row(values.data(), length, &largest);
+  for (const float value : values) {
+    wanted_squares += static_cast<double>(value) * static_cast<double>(value);
+    most = std::max(most, std::abs(value));
+  }
+  check(near(squares, wanted_squares) && largest == most, "measure_row", count);
+  for (const float multiplier : {0.0f, 3.0f, 1e9f}) {
+    const float step = multiplier == 0.0f ? 0.3f : 1.0f / multiplier;
+    double lost = 0.0;
+    for (const float value : values) {
+      const float whole = std::rint(value * multiplier);
+      const float sent = std::min(std::max(whole, -kLargestInteger), kLargestInteger);
+      const double off = static_cast<double>(value - sent * step);
+      lost += off * off;
     }
+    check(near(cpu::rounding_loss(values.data(), length, multiplier, step), lost), "rounding_loss",
+          count);
+  }
+  if (squares > 0.0) {
+    const int step = cpu::dense_step(values.data(), &squares, 1, length, 0.05 * squares);
+    const double height = cpu::row_height(squares, length);
+    int16_t level = 0;
+    float multiplier = 0.0f;
+    const int top = cpu::row_levels(&height, 1, step, &level, &multiplier);
+    check(top == level || level == kZeroLevel, "row_levels", count);
+    const double lost =
+        cpu::rounding_loss(values.data(), length, multiplier, static_cast<float>(exp2_fixed(step)));
+    check(lost <= 0.05 * squares, "dense_step", count);
+  }
+}
+
+// Many rows, of which some are looked at.
+void try_many_rows(std::mt19937* generator) {
+  const size_t rows = 700, count = 300;
+  Floats values = sample(rows * count, generator);
+  std::vector<double> squares(rows);
+  double total = 0.0;
+  for (size_t row = 0; row < rows; ++row) {
+    float* const from = values.data() + row * count;
+    for (size_t i = 0; i < count; ++i) from[i] *= static_cast<float>(row % 7) * 0.3f;
+    float largest = 0.0f;
+    squares[row] = cpu::measure_row(from, static_cast<int64_t>(count), &largest);
+    total += squares[row];
+  }
+  const int step = cpu::dense_step(values.data(), squares.data(), static_cast<int64_t>(rows),
+                                   static_cast<int64_t>(count), 0.1 * total);
+  std::vector<double> heights(rows);
+  std::vector<int16_t> levels(rows);
+  std::vector<float> multipliers(rows);
+  for (size_t row = 0; row < rows; ++row)
+    heights[row] = cpu::row_height(squares[row], static_cast<int64_t>(count));
+  cpu::row_levels(heights.data(), static_cast<int64_t>(rows), step, levels.data(),
+                  multipliers.data());
+  double lost = 0.0;
+  for (size_t row = 0; row < rows; ++row)
+    lost += cpu::rounding_loss(values.data() + row * count, static_cast<int64_t>(count),
+                               multipliers[row], static_cast<float>(exp2_fixed(step)));
+  check(lost > 0.09 * total && lost < 0.105 * total, "dense_step of many rows", rows * count);
 }
 
 void try_count(size_t count, std::mt19937* generator) {
@@ -184,6 +225,7 @@ int main() {
     even.push_back(0.0f);
     check(near(cpu::evenness(even.data(), static_cast<int64_t>(even.size())), 1.0), "even", count);
   }
+  try_many_rows(&generator);
   const Floats noise = sample(1 << 16, &generator);
   check(std::abs(cpu::evenness(noise.data(), 1 << 16) - 0.6366) < 0.01, "noise", noise.size());
   check(cpu::evenness(noise.data(), 0) == 1.0, "evenness of nothing", 0);
