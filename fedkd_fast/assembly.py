@@ -66,13 +66,14 @@ class Shards:
 class Maker(Protocol):
     """Makes a client with its models."""
 
-    def __call__(self, index: int, spare: Learner | None = None) -> Client:
+    def __call__(self, index: int, spare: Learner | None = None, *, fresh: bool = True) -> Client:
         """Make the client of an index as it is before its first round.
 
         Args:
             index: of the client.
             spare: a learner that no client has any more, to be used again where that is possible:
                 building models takes longer than setting them back.
+            fresh: whether a spare one has to be set back; not where it loads a state next.
         """
 
 
@@ -112,23 +113,24 @@ def client_maker(
     alike = not getattr(task, "private", ())
     decoded = Decoded()
 
-    def learner(index: int, spare: Learner | None) -> Learner:
+    def learner(index: int, spare: Learner | None, fresh: bool) -> Learner:
         settings = _settings(config, index)
         if spare is not None and first:
             # All else is the same at every client, and methods may have changed it.
             own: dict[str, Any] = {"seed": settings.seed, "client": settings.client}
             spare.settings = dataclasses.replace(spare.settings, **own)
-            spare.load(copied(first[0]))
+            if fresh:
+                spare.load(copied(first[0]))
             return spare
         made = method.make_learner(task, settings)
         if alike and not first and len(shards) > 1:
             first.append(copied(made.state()))
         return made
 
-    def make(index: int, spare: Learner | None = None) -> Client:
+    def make(index: int, spare: Learner | None = None, *, fresh: bool = True) -> Client:
         return Client(
             index,
-            learner(index, spare),
+            learner(index, spare, fresh),
             task,
             shards[index],
             _leg(config, method, "up", 1 + index),

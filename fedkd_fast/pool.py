@@ -150,9 +150,11 @@ class ClientPool:
             DiskError: others cannot be written to make room.
         """
         if index not in self._present:
-            client, self._spare = self._make(index, self._spare), None
-            if self._store is not None and _key(index) in self._store:
-                client.load(self._store.read(_key(index)))
+            found = self._store is not None and _key(index) in self._store
+            state = self._store.read(_key(index)) if self._store and found else None
+            client, self._spare = self._make(index, self._spare, fresh=not found), None
+            if found:
+                client.load(state)
             self._present[index] = client
             self._shrink()
         if lasting:

@@ -39,9 +39,9 @@ class Made:
         self._make, _ = client_maker(config, task, get_method(method))
         self.counts: Counter[int] = Counter()
 
-    def __call__(self, index: int, spare: Learner | None = None) -> Client:
+    def __call__(self, index: int, spare: Learner | None = None, *, fresh: bool = True) -> Client:
         self.counts[index] += 1
-        return self._make(index, spare)
+        return self._make(index, spare, fresh=fresh)
 
 
 @pytest.fixture(autouse=True)

@@ -204,19 +204,19 @@ def test_a_damaged_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk; only the message differs."""
     out = tmp_path / "run"
-    train(TinyTask(), "fedkd", rounds=3, out=tmp_path / "whole")
+    train(TinyTask(layered=True), "fedkd", rounds=3, out=tmp_path / "whole")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(record: RoundRecord | ClientRecord) -> None:
         if isinstance(record, ClientRecord) and record.round == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30000, limits[1]))
 
     try:
         with pytest.raises(OSError, match="checkpoint after round 2 cannot be written.*round 1 is"):
-            train(TinyTask(), "fedkd", rounds=3, out=out, progress=limit)
+            train(TinyTask(layered=True), "fedkd", rounds=3, out=out, progress=limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    resume_run(out, task=TinyTask())
+    resume_run(out, task=TinyTask(layered=True))
     assert outcome(out) == outcome(tmp_path / "whole")
 
 

@@ -145,11 +145,10 @@ def _coded(entry: Entry, backend: ModuleType) -> Parts:
         rows.append(len(parts.codes))
         sides.append(math.prod(entry.shape) // len(parts.codes))
     scales = scales_of(entry.mode, step, sigmas)
-    split_levels = np.split(np.asarray(levels), np.cumsum(rows)[:-1])
-    segments = [
-        _Segment(part, side, scale.expand(len(part)))
-        for part, side, scale in zip(split_levels, sides, scales, strict=True)
-    ]
+    segments, left = [], np.asarray(levels)
+    for count, side, scale in zip(rows, sides, scales, strict=True):
+        segments.append(_Segment(left[:count], side, scale.expand(count)))
+        left = left[count:]
     try:
         values = _stream_values(stream, segments, backend)
     except RuntimeError as error:
@@ -175,12 +174,13 @@ def _stream_values(
     if len(stream) < CHUNK_HEAD * -(-symbols // CHUNK) or (stream and not symbols):
         raise RuntimeError(f"corrupt: it has {symbols} symbols in {len(stream)} bytes")
     sent = [s for count, s in zip(coded, segments, strict=True) if count]
+    one = len(sent) == 1
     decoded = iter(
         backend.rans_decode(
             from_bytes(stream, torch.uint8),
             torch.tensor([len(stream)]),
-            torch.cat([s.scale for s in sent]),
-            torch.from_numpy(np.concatenate([s.levels for s in sent])),
+            sent[0].scale if one else torch.cat([s.scale for s in sent]),
+            torch.from_numpy(sent[0].levels if one else np.concatenate([s.levels for s in sent])),
             [len(s.levels) for s in sent],
             [s.length for s in sent],
             [0] * len(sent),

@@ -87,7 +87,15 @@ class Learner:
             built = task.build_mentee(settings.client)
             self.mentee = self._prepared(built, settings.mentee_adapter)
         self.shared = None if shares is None else self._model(shares)
-        self._private = tuple(getattr(task, "private", ()))
+        private = tuple(getattr(task, "private", ()))
+        # Looked for once: what learns of a model, and what of that is shared, stays the same.
+        self._shared = {
+            name: value
+            for name, value in (trainable_parameters(self.shared) if self.shared else {}).items()
+            if not name.startswith(private)
+        }
+        models = (self.mentor, self.mentee)
+        self._nbytes = sum(learning_bytes(model) for model in models if model is not None)
 
     def _prepared(self, model: nn.Module, adapter: str | None) -> nn.Module:
         if adapter is not None:
@@ -112,13 +120,7 @@ class Learner:
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return what is exchanged of the shared model: what learns and is not the client's own."""
-        if self.shared is None:
-            return {}
-        return {
-            name: value
-            for name, value in trainable_parameters(self.shared).items()
-            if not name.startswith(self._private)
-        }
+        return dict(self._shared)
 
     def adapted(self, role: Role) -> bool:
         """Tell whether only an adapter and the head of a model are trained."""
@@ -166,8 +168,7 @@ class Learner:
 
     def nbytes(self) -> int:
         """Return about what it takes in memory while it learns."""
-        models = (self.mentor, self.mentee)
-        return sum(learning_bytes(model) for model in models if model is not None)
+        return self._nbytes
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of a forward pass."""
@@ -264,12 +265,32 @@ class Steps:
 
     def state(self) -> Tree:
         """Return what the next steps depend on; the tensors are shared, not copied."""
-        return {"done": self._done, "optimizer": self._optimizer.state_dict()}
+        found = [self._optimizer.state.get(parameter) for parameter in self._parameters()]
+        # Of a step count, which is a tensor of its own for each parameter, the number will do.
+        moments = [None if one is None else {**one, "step": float(one["step"])} for one in found]
+        return {"done": self._done, "moments": moments}
 
     def load(self, state: Tree) -> None:
-        """Go on where `state` was taken; its tensors are taken over."""
+        """Go on where `state` was taken; its tensors are taken over.
+
+        Raises:
+            ValueError: the state is of other parameters.
+        """
         self._done = state["done"]
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.state.clear()
+        for parameter, one in zip(self._parameters(), state["moments"], strict=True):
+            if one is None:
+                continue
+            # Steps are counted on the device, too.
+            step = torch.tensor(one["step"], dtype=torch.float32)
+            moments = {**one, "step": step}
+            self._optimizer.state[parameter] = {
+                name: value.to(parameter.device) for name, value in moments.items()
+            }
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
 
 
 class SoloLearner(Learner):

@@ -141,7 +141,9 @@ class MutualLearner(Learner):
             return
         hidden, attention, widths, pairs = found["shape"]
         shape = _Shape(hidden, attention, tuple(widths), tuple((one, two) for one, two in pairs))
-        distilling = self._prepare(shape)
+        distilling = self._distilling
+        if distilling is None or distilling.shape != shape:
+            distilling = self._prepare(shape)
         restore(distilling.loss, found["loss"])
         distilling.steps.load(found["steps"])
 
