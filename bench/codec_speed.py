@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +107,7 @@ def main() -> None:
     for record in records:
         print(record)
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python bench/codec_speed.py --out bench/results/codec_speed.json",
         "provenance": facts(1),
         "source": source,
         "records": records,

@@ -31,6 +31,8 @@ COMMANDS = {
     "nvflare_quantizer.json": "python bench/nvflare_quantizer.py --out FILE",
     "openfl.json": "python bench/openfl_pipelines.py --out FILE",
     "process_group.json": "python bench/process_group.py --seeds 0 1 2 --out FILE",
+    "sealing.json": "cd bench && python -m pytest bench_sealing.py --threads 1 "
+    "--benchmark-json=FILE",
 }
 
 
