@@ -25,14 +25,12 @@ FEDKD_FORMULA uint32_t die(uint32_t place) {
 
 }  // namespace
 
+FEDKD_CLONES
 double evenness(const float* values, int64_t count) {
-  double sum = 0.0, squares = 0.0, used = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto value = static_cast<double>(values[i]);
-    sum += std::abs(value);
-    squares += value * value;
-    used += value != 0.0 ? 1.0 : 0.0;
-  }
+  const double squares = sum_in_blocks(count, [=](int64_t i) { return values[i] * values[i]; });
+  const double sum = sum_in_blocks(count, [=](int64_t i) { return std::abs(values[i]); });
+  const double used =
+      sum_in_blocks(count, [=](int64_t i) { return values[i] != 0.0f ? 1.0f : 0.0f; });
   return squares > 0.0 ? sum * sum / (used * squares) : 1.0;
 }
 
