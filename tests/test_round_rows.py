@@ -137,6 +137,18 @@ def test_of_many_rows_some_stand_for_all(share: float) -> None:
     assert 0.93 * allowed <= found <= 1.04 * allowed
 
 
+@pytest.mark.parametrize(("large", "factor"), [(1, 1e3), (5, 100.0), (40, 30.0)])
+@pytest.mark.parametrize("share", [0.2, 0.05, 0.01])
+def test_a_few_large_rows_are_looked_at(large: int, factor: float, share: float) -> None:
+    """They have most of what may be lost, and no other rows stand for them."""
+    values = torch.randn(3000, 300, generator=torch.Generator().manual_seed(5))
+    values[7 : 7 + large] *= factor
+    squares, _ = ops.measure_rows(values)
+    allowed = share * float(squares.sum())
+    found = lost_at(values, ops.dense_step(values, squares, allowed))
+    assert 0.93 * allowed <= found <= 1.02 * allowed
+
+
 def test_beyond_a_step_that_loses_too_much_may_be_one_that_does_not() -> None:
     """Signs lose nothing at a step of one, and too much at a step of two thirds."""
     values = torch.randn(50, 50, generator=torch.Generator().manual_seed(3)).sign()

@@ -19,8 +19,8 @@ namespace fedkd_fast::cpu {
 namespace {
 
 // Values that tell the loss of all of them to about a per cent: so many, and one of so many; and
-// rows that do.
-constexpr int64_t kLook = 1 << 16, kLookShare = 64, kLeastRows = 32;
+// rows that do, beside the largest ones, of which a few may have most of all there is.
+constexpr int64_t kLook = 1 << 16, kLookShare = 64, kLeastRows = 32, kLargestRows = 16;
 // Of what may be lost where some rows stand for all, which a look is sure to be off from.
 constexpr double kCaution = 0.988;
 // A loss of this share of what may be lost is near enough; aimed at is the other.
@@ -46,17 +46,20 @@ class Look {
       std::sort(order.begin(), order.end(), [=](int64_t a, int64_t b) {
         return squares[a] != squares[b] ? squares[a] > squares[b] : a < b;
       });
-    largest_ = row_height(*std::max_element(squares, squares + rows), count);
-    for (int64_t place = apart / 2; place < rows; place += apart) {
+    // The largest one is there in any case: it decides which rows are sent.
+    const int64_t first = apart > 1 ? kLargestRows : rows;
+    for (int64_t place = 0; place < rows; place += place < first ? 1 : apart) {
+      if (place == first) place += apart / 2;
+      if (place >= rows) break;
       const int64_t row = order[static_cast<size_t>(place)];
       rows_.push_back(values + row * count);
       squares_.push_back(squares[row]);
       heights_.push_back(row_height(squares[row], count));
     }
-    // The largest one decides which rows are sent: its level goes with those that are looked at.
-    heights_.push_back(largest_);
-    share_ = static_cast<double>(rows_.size()) / static_cast<double>(rows);
-    if (apart > 1) share_ *= kCaution;
+    largest_ = *std::max_element(heights_.begin(), heights_.end());
+    alone_ = static_cast<size_t>(first);
+    const size_t others = rows_.size() - alone_;
+    if (others > 0) weight_ = static_cast<double>(rows - first) / static_cast<double>(others);
     levels_.resize(heights_.size());
     multipliers_.resize(heights_.size());
   }
@@ -70,23 +73,28 @@ class Look {
     return std::min(kScaleLimit, static_cast<int>(std::floor(16.0 * (largest_ - kRansFirstLevel))));
   }
 
-  // Of what all rows may lose, the share of these.
-  double allowed(double most_lost) const { return share_ * most_lost; }
+  // Of what may be lost, what a look is to say at most.
+  double allowed(double most_lost) const {
+    return alone_ < rows_.size() ? kCaution * most_lost : most_lost;
+  }
 
+  // What all rows lose at a step, as a look has it.
   double lost(int step) {
     row_levels(heights_.data(), static_cast<int64_t>(heights_.size()), step, levels_.data(),
                multipliers_.data());
     const auto scale = static_cast<float>(exp2_fixed(step));
     double sum = 0.0;
     for (size_t i = 0; i < rows_.size(); ++i)
-      sum += levels_[i] == kZeroLevel ? squares_[i]
-                                      : rounding_loss(rows_[i], count_, multipliers_[i], scale);
+      sum += (i < alone_ ? 1.0 : weight_) *
+             (levels_[i] == kZeroLevel ? squares_[i]
+                                       : rounding_loss(rows_[i], count_, multipliers_[i], scale));
     return sum;
   }
 
  private:
   const int64_t count_;
-  double largest_ = 0.0, share_ = 1.0;
+  double largest_ = 0.0, weight_ = 1.0;  // of each row that stands for others
+  size_t alone_ = 0;                     // rows that stand for themselves
   std::vector<const float*> rows_;
   std::vector<double> squares_, heights_;
   std::vector<int16_t> levels_;
