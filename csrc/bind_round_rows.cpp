@@ -2,6 +2,7 @@
 // dense_step.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -22,7 +23,12 @@ Tensor checked_squares(const Tensor& squares, int64_t rows) {
   check_tensor(squares, "squares", 1, ScalarType::Double);
   STD_TORCH_CHECK(squares.size(0) == rows, "squares must have a number for each row, ", rows,
                   ", got ", squares.size(0));
-  return in_order(squares);
+  const Tensor ordered = in_order(squares);
+  const double* const found = ordered.const_data_ptr<double>();
+  STD_TORCH_CHECK(
+      std::all_of(found, found + rows, [](double one) { return one >= 0.0 && std::isfinite(one); }),
+      "squares must be finite and none below zero");
+  return ordered;
 }
 
 }  // namespace
@@ -69,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> round_rows(const Tensor& values, const Tensor
   return {multiplier, levels, lost};
 }
 
-Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost) {
+Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost, bool whole) {
   const Tensor rows = checked_values(values);
   const int64_t count = rows.size(0), length = rows.size(1);
   const Tensor of_rows = checked_squares(squares, count);
@@ -80,7 +86,7 @@ Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost)
                   "most_lost must be positive and finite, got ", most_lost);
   Tensor step = empty_on_host({}, ScalarType::Long);
   *step.mutable_data_ptr<int64_t>() =
-      cpu::dense_step(rows.const_data_ptr<float>(), found, count, length, most_lost);
+      cpu::dense_step(rows.const_data_ptr<float>(), found, count, length, most_lost, whole);
   return step;
 }
 

@@ -51,7 +51,7 @@ FEDKD_FAST_DEFINE(FEDKD_FAST_OPS, m) {
   m.def(
       "round_rows(Tensor values, Tensor squares, int step) -> (Tensor multiplier, Tensor levels, "
       "Tensor lost)");
-  m.def("dense_step(Tensor values, Tensor squares, float most_lost) -> Tensor");
+  m.def("dense_step(Tensor values, Tensor squares, float most_lost, bool whole) -> Tensor");
   m.def("reconstruct(Tensor left, Tensor right) -> Tensor");
   m.def(
       "rans_encode(Tensor[] values, Tensor multiplier, Tensor levels, int[] owner) -> (Tensor "

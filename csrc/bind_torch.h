@@ -163,7 +163,7 @@ Tensor unpack_factors(const Tensor& codes, const Tensor& scale, const Tensor& bi
 std::tuple<Tensor, Tensor> measure_rows(const Tensor& values);
 std::tuple<Tensor, Tensor, Tensor> round_rows(const Tensor& values, const Tensor& squares,
                                               int64_t step);
-Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost);
+Tensor dense_step(const Tensor& values, const Tensor& squares, double most_lost, bool whole);
 Tensor reconstruct(const Tensor& left, const Tensor& right);
 
 std::tuple<Tensor, Tensor> rans_encode(const std::vector<Tensor>& values, const Tensor& multiplier,

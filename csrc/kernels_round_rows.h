@@ -34,10 +34,10 @@ int row_levels(const double* heights, int64_t rows, int step, int16_t* levels, f
 double rounding_loss(const float* values, int64_t count, float multiplier, float step);
 
 // The coarsest step at which rounding (rows, count) values loses at most so much, going by some of
-// the rows where there are many; the finest there is where none is fine enough. Not all of the rows
-// may be zeros.
+// the rows where there are many, but for `whole`; the finest there is where none is fine enough.
+// Not all of the rows may be zeros.
 int dense_step(const float* values, const double* squares, int64_t rows, int64_t count,
-               double most_lost);
+               double most_lost, bool whole);
 
 }  // namespace cpu
 }  // namespace fedkd_fast

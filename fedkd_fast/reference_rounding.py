@@ -74,8 +74,8 @@ def round_rows(values: Tensor, squares: Tensor, step: int) -> tuple[Tensor, Tens
     return multiplier, torch.where(coded, levels, ZERO_LEVEL).short(), lost
 
 
-def dense_step(values: Tensor, squares: Tensor, most_lost: float) -> int:
-    """Specify `ops.dense_step`, but that all rows are looked at, in halves of what is left."""
+def dense_step(values: Tensor, squares: Tensor, most_lost: float, whole: bool = True) -> int:
+    """Specify `ops.dense_step`, in halves of what is left; all rows are looked at in any case."""
     largest = 8.0 * math.log2(float(squares.max()) / values.shape[1])
     finest = math.ceil(16 * (largest - MOST_LEVEL + ROW_QUANTUM))
     fine, coarse = finest, math.floor(16 * (largest - FIRST_LEVEL)) + 1

@@ -57,6 +57,50 @@ def test_it_is_what_wf1_sends_where_factors_do_not_pay() -> None:
     assert wire.header(Compressor(0.95, "dense").compress(noise)).codec == "wf1"
 
 
+LARGE_ROWS = {
+    "one": lambda x: x.index_copy(0, torch.tensor([7]), 1e6 * x[7:8]),
+    "five": lambda x: x * torch.where(torch.arange(len(x)) % 820 == 3, 240.0, 1.0)[:, None],
+    "rank^-1": lambda x: x / (1.0 + torch.arange(len(x)))[:, None],
+    "rank^-3": lambda x: x / (1.0 + torch.arange(len(x)))[:, None] ** 3,
+    "element": lambda x: x.index_fill(0, torch.tensor([9]), 0.0).index_put(
+        (torch.tensor([9]), torch.tensor([5])), torch.tensor(1e6)
+    ),
+    "heavy": lambda x: x**9,
+    "uniform": lambda x: torch.special.ndtr(x) - 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_ROWS)
+@pytest.mark.parametrize("energy", [0.1, 0.5, 0.95, 0.999])
+def test_a_look_at_some_rows_is_as_good_as_one_at_all(kind: str, energy: float) -> None:
+    x = LARGE_ROWS[kind](torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)))
+    sizes = [
+        len(Compressor(energy, "dense", backend=backend).compress({"w": x}))
+        for backend in ("native", "reference")
+    ]
+    assert sizes[0] <= 1.05 * sizes[1]
+
+
+def test_small_numbers_lose_no_more_where_the_smallest_are_flushed() -> None:
+    matrix = 2.0**-60 * torch.randn(100, 100, generator=torch.Generator().manual_seed(1))
+    torch.set_flush_denormal(True)
+    try:
+        for energy in (1 - 1e-9, 1 - 1e-11):
+            decoded = decompress(Compressor(energy, "dense").compress({"w": matrix}))["w"]
+            scaled = 2.0**60 * matrix.double(), 2.0**60 * decoded.double()
+            assert relative_error(*scaled) <= 1 - energy
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("extra", [20, 50])
+def test_the_least_budget_is_known(extra: int) -> None:
+    made = torch.Generator().manual_seed(2)
+    sparse = torch.randn(512, 512, generator=made) * (torch.rand(512, 512, generator=made) < 0.01)
+    least = len(Compressor(0.001, "dense").compress({"w": sparse}))
+    assert len(Compressor(codec="dense", budget_bytes=least + extra).compress({"w": sparse})) > 0
+
+
 @pytest.mark.parametrize("budget", [5000, 7000, 9000, 12000])
 @pytest.mark.parametrize("codec", ["dense", "wf1"])
 def test_budgets_that_can_be_met_are(budget: int, codec: str) -> None:

@@ -184,6 +184,9 @@ def test_bad_arguments_are_named() -> None:
         (lambda: ops.round_rows(values, squares, 32257), "step must lie within ±32256, got 32257"),
         (lambda: ops.dense_step(0 * values, 0 * squares, 1.0), "values must not all be zero"),
         (lambda: ops.dense_step(values[:0], squares[:0], 1.0), "values must not all be zero"),
+        (lambda: ops.dense_step(values, squares * math.inf, 1.0), "squares must be finite"),
+        (lambda: ops.dense_step(values, -squares, 1.0), "squares must be finite and none below"),
+        (lambda: ops.round_rows(values, squares * math.nan, 0), "squares must be finite"),
         (lambda: ops.dense_step(values, squares, 0.0), "most_lost must be positive and finite"),
         (lambda: ops.dense_step(values, squares, math.nan), "most_lost must be positive"),
     ]:
@@ -196,7 +199,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     squares, _ = ops.measure_rows(values)
     torch.library.opcheck(torch.ops.fedkd_fast.measure_rows, (values,))
     torch.library.opcheck(torch.ops.fedkd_fast.round_rows, (values, squares, -500))
-    torch.library.opcheck(torch.ops.fedkd_fast.dense_step, (values, squares, 0.1))
+    torch.library.opcheck(torch.ops.fedkd_fast.dense_step, (values, squares, 0.1, False))
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(values)
         measured = ops.measure_rows(fake)

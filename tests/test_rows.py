@@ -71,6 +71,25 @@ def test_any_number_makes_a_row(value: float) -> None:
         assert found.ids is not None and found.ids.tolist() == [1]
 
 
+@pytest.mark.parametrize("kind", ["whole", "strided", "sparse", "short rows", "vector"])
+def test_squares_are_those_of_the_rows_that_are_kept(kind: str) -> None:
+    whole = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    if kind == "strided":
+        whole = whole.T.contiguous().T
+    elif kind == "sparse":
+        whole = whole * (torch.arange(64) % 3 == 1)[:, None]
+    elif kind == "short rows":
+        whole = whole.reshape(384, 8)
+    elif kind == "vector":
+        whole = whole.reshape(-1)
+    found = rows.touched(whole, exactly=False, backend=ops)
+    assert (found.ids is not None) == (kind == "sparse")
+    assert found.squares is not None
+    squares = found.values.reshape(len(found.squares), -1).double().square().sum(1)
+    torch.testing.assert_close(found.squares, squares, rtol=1e-6, atol=0)
+    assert found.largest == float(whole.abs().max())
+
+
 def test_negative_zeros_are_rows_only_where_bits_count() -> None:
     whole = torch.zeros(4, 16)
     whole[1], whole[2] = 1.0, -0.0

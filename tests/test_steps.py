@@ -13,6 +13,7 @@ import torch
 from federation import exchange, federation
 from tiny_task import TinyTask
 from torch import Tensor, nn
+from trees_alike import alike
 
 from fedkd_fast.methods import LocalSettings, get_method
 from fedkd_fast.methods.base import SoloLearner, Steps
@@ -157,6 +158,22 @@ def stepped(count: int, gradient: float = 1.0, **fields: Any) -> list[tuple[floa
         gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
         seen.append((steps._optimizer.param_groups[0]["lr"], torch.cat(gradients)))
     return seen
+
+
+def test_the_state_of_other_parameters_is_refused_and_nothing_lost() -> None:
+    models = nn.Linear(3, 2), nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    states = []
+    for model in models:
+        steps = Steps([model], 0.1, settings())
+        model(torch.ones(1, 3)).sum().backward()  # type: ignore[no-untyped-call]
+        steps.step(1.0)
+        states.append(steps.state())
+    steps = Steps([models[0]], 0.1, settings())
+    steps.load(states[0])
+    for other in states[1:]:
+        with pytest.raises(ValueError, match="the optimizer's state is of other parameters"):
+            steps.load(other)
+    assert alike(steps.state(), states[0])
 
 
 def test_rates_rise_to_the_full_one() -> None:

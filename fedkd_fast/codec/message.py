@@ -188,6 +188,8 @@ class Message:
             # Where numbers keep to a few values, the curves are off by more than they can mend.
             if attempt >= _CURVE_ATTEMPTS or not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
+            if best is None and attempt == _BUDGET_ATTEMPTS - 1:
+                lost = 1.0
             if factorise and lost < deepest:
                 items, deepest = self._items(lost, one_step, factorise), lost
                 priced = _priced(items, 2.0**_FINEST)

@@ -53,12 +53,15 @@ _STRIDE = 64  # a quarter of an octave
 _STEEPEST = 2 * math.log(2) / (STEPS * PER_OCTAVE)  # growth a step of errors that are all rounding
 _REMEMBERED = 8  # misses of the curves
 _MANY = 8  # columns whose miss says something of the next tensor's
-# Integers that wait for the entropy coder: some megabytes, whose memory is then used again.
+# Values that wait for the entropy coder: some megabytes, whose memory is then used again.
 _MOST_WAITING = 1 << 20
 _WIDE = ("float32", "float64")
 _SUMS = 1e-5  # what sums of squares in float32 are off by, at most
+_MOST_AIM = 0.9995  # of a squared norm: not to aim at losing all of it
 _HALF_HEAD, _MOST_EXPONENT = 2, 126  # bytes, octaves
-_USUAL = 2.0**-80, 2.0**80  # squared norms that leave float32 enough room
+# Squared norms that leave float32 room for squares; and from where on it has room for errors, too,
+# which are not measured otherwise where numbers are wide.
+_USUAL, _USUAL_WIDE = (2.0**-80, 2.0**80), 2.0**-40
 
 
 class Item:
@@ -71,7 +74,7 @@ class Item:
         vector: whether it is one, which may lose less.
         factors: leading ones of the matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
-        squares: squared norms of the rows of `exact`, where somebody has measured them.
+        squares: squared norms of the rows of the dense mode, where somebody has measured them.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ class Item:
         # In order: equal numbers become equal bytes, however they lie in memory.
         exact = exact.contiguous()
         self._spread(exact, backend)
-        if not _USUAL[0] < self.total < _USUAL[1]:
+        least = _USUAL_WIDE if template.dtype in _WIDE else _USUAL[0]
+        if not least < self.total < _USUAL[1]:
             # Squares must stay inside float32.
             self.shift = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
             self.squares = self.squares[:0]
@@ -175,10 +179,15 @@ def densely(item: Item, allowed: float, backend: ModuleType) -> Coding | None:
     aim = target = (1 - _SUMS) * allowed * item.total
     best: Coding | None = None
     tried: set[int] = set()
+    whole = False
     for _ in range(ATTEMPTS):
-        step = backend.dense_step(item.dense, item.squares, aim)
+        step = backend.dense_step(item.dense, item.squares, aim, whole)
         if step in tried:
-            break
+            if whole:
+                break
+            # Some rows do not stand for all.
+            whole, aim = True, target
+            continue
         tried.add(step)
         coding = code_dense(item.dense, item.squares, step, backend)
         if coding is None:
@@ -190,6 +199,7 @@ def densely(item: Item, allowed: float, backend: ModuleType) -> Coding | None:
             break
         # More or less than a look at some rows said, or than float32 has.
         aim *= min(4.0, max(0.25, AIM * target / max(error, 1e-300)))
+        aim = min(aim, _MOST_AIM * item.total)
     return best
 
 

@@ -88,7 +88,7 @@ class Learner:
             self.mentee = self._prepared(built, settings.mentee_adapter)
         self.shared = None if shares is None else self._model(shares)
         private = tuple(getattr(task, "private", ()))
-        # Looked for once: what learns of a model, and what of that is shared, stays the same.
+        # Looked for once: what learns of a model, and what of that is shared, has to stay the same.
         self._shared = {
             name: value
             for name, value in (trainable_parameters(self.shared) if self.shared else {}).items()
@@ -276,9 +276,16 @@ class Steps:
         Raises:
             ValueError: the state is of other parameters.
         """
+        parameters, found = list(self._parameters()), state["moments"]
+        alike = len(parameters) == len(found) and all(
+            one is None or one["exp_avg"].shape == one["exp_avg_sq"].shape == parameter.shape
+            for parameter, one in zip(parameters, found, strict=True)
+        )
+        if not alike:
+            raise ValueError("the optimizer's state is of other parameters")
         self._done = state["done"]
         self._optimizer.state.clear()
-        for parameter, one in zip(self._parameters(), state["moments"], strict=True):
+        for parameter, one in zip(parameters, found, strict=True):
             if one is None:
                 continue
             # Steps are counted on the device, too.

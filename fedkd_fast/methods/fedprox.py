@@ -31,10 +31,17 @@ class ProximalLearner(SoloLearner):
     def _shared_copies(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.shared_parameters().items()}
 
+    def state(self) -> Tree:
+        """Return the model, its optimizer's state, and what it is held near to."""
+        return {**super().state(), "start": self._start}
+
     def load(self, state: Tree) -> None:
-        """Go on where `state` was taken, at the start of a round or before its broadcast."""
+        """Go on where `state` was taken; its tensors are taken over."""
         super().load(state)
-        self._start = self._shared_copies()
+        self._start = {
+            name: state["start"][name].to(value.device)
+            for name, value in self.shared_parameters().items()
+        }
 
     def nbytes(self) -> int:
         """Count the copies that it is held near to, too."""

@@ -51,24 +51,26 @@ def round_rows(values: Tensor, squares: Tensor, step: int) -> tuple[Tensor, Tens
     return multiplier, levels, lost
 
 
-def dense_step(values: Tensor, squares: Tensor, most_lost: float) -> int:
+def dense_step(values: Tensor, squares: Tensor, most_lost: float, whole: bool = False) -> int:
     """Find the coarsest step at which `round_rows` loses at most so much. On the CPU.
 
-    Of many values some rows stand for all, so that what is lost may differ by a few per cent.
-    Where no step is fine enough, it is the finest one.
+    Of many values some rows stand for all, so that what is lost may differ: by a few per cent, but
+    for rows that have little in common. Where no step is fine enough, it is the finest one.
 
     Args:
         values: (R, n) float32, not all zero.
         squares: (R,) float64, squared norms, as `measure_rows` has them.
         most_lost: largest squared error, > 0.
+        whole: look at all rows, which takes longer.
 
     Returns:
         log2 of the step in 1/256 octave; the same for any number of threads.
 
     Raises:
-        RuntimeError: a wrong shape, dtype or device, values of zeros, or `most_lost` not positive.
+        RuntimeError: a wrong shape, dtype or device, values of zeros, squares that are none, or
+            `most_lost` not positive.
     """
-    return int(_library.native.dense_step(values.detach(), squares, most_lost))
+    return int(_library.native.dense_step(values.detach(), squares, most_lost, whole))
 
 
 @torch.library.register_fake("fedkd_fast::measure_rows")
@@ -86,5 +88,5 @@ def _round_rows_fake(values: Tensor, squares: Tensor, step: int) -> tuple[Tensor
 
 
 @torch.library.register_fake("fedkd_fast::dense_step")
-def _dense_step_fake(values: Tensor, squares: Tensor, most_lost: float) -> Tensor:
+def _dense_step_fake(values: Tensor, squares: Tensor, most_lost: float, whole: bool) -> Tensor:
     return values.new_empty((), dtype=torch.int64)
