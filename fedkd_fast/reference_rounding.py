@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fedkd_fast._C as _C
 from fedkd_fast.reference_rans import FIRST_LEVEL, LARGEST, MOST_LEVEL
 
 # Levels of dense rows travel in quarters of an octave, 63 of them at most; zeros have their own.
@@ -60,6 +59,9 @@ def measure_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_rows(values: Tensor, squares: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Specify `ops.round_rows`: integers as float32 gives them, what is lost in float64."""
+    # The ops, which know this module, do without the other native one.
+    import fedkd_fast._C as _C
+
     found = (8.0 * torch.log2(squares / values.shape[1]) - step / 16).clamp(min=-1e6)
     levels = ROW_QUANTUM * torch.round(found / ROW_QUANTUM)
     top = float(levels.max()) if len(levels) else 0.0
