@@ -149,12 +149,12 @@ int between(const Tried& fine, const Tried& coarse, double most, bool halve) {
 // The coarsest one that loses no more, within an octave, also beyond some that lose too much.
 int beyond_jumps(Look& look, int step, double most) {
   int best = step;
-  for (int probe = 1; probe <= kProbes; ++probe)
-    if (look.lost(step + probe * kProbe) <= most) best = step + probe * kProbe;
-  for (int ahead = kProbe / 2; ahead > 0; ahead /= 2)
-    if (look.lost(best + ahead) <= most) best += ahead;
-  for (const int likely : look.likely())
-    if (likely > best && look.lost(likely) <= most) best = likely;
+  const auto attempt = [&](int coarser) {
+    if (coarser > best && coarser <= look.coarsest() && look.lost(coarser) <= most) best = coarser;
+  };
+  for (int probe = 1; probe <= kProbes; ++probe) attempt(step + probe * kProbe);
+  for (int ahead = kProbe / 2; ahead > 0; ahead /= 2) attempt(best + ahead);
+  for (const int likely : look.likely()) attempt(likely);
   return best;
 }
 

@@ -182,16 +182,16 @@ def densely(item: Item, allowed: float, backend: ModuleType) -> Coding | None:
     whole = False
     for _ in range(ATTEMPTS):
         step = backend.dense_step(item.dense, item.squares, aim, whole)
-        if step in tried:
+        coding = None
+        if step not in tried:
+            tried.add(step)
+            coding = code_dense(item.dense, item.squares, step, backend)
+        if coding is None:
             if whole:
                 break
             # Some rows do not stand for all.
             whole, aim = True, target
             continue
-        tried.add(step)
-        coding = code_dense(item.dense, item.squares, step, backend)
-        if coding is None:
-            break
         error = _measured(coding, item, allowed, backend)  # Inf where it overflows 16 bits
         if error <= target and (best is None or coding.step > best.step):
             best = coding
