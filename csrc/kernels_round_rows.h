@@ -6,9 +6,17 @@
 
 #include <cstdint>
 
+#include "common/macros.h"
+
 namespace fedkd_fast {
 
 constexpr float kLargestInteger = 4194303.0f;  // 2^22 - 1: beyond, the coder takes no integers
+
+FEDKD_FORMULA float clamped(float whole) {
+  const float low = whole > -kLargestInteger ? whole : -kLargestInteger;
+  return low < kLargestInteger ? low : kLargestInteger;
+}
+
 // Levels of dense rows travel in quarters of an octave, down to so many below the largest one.
 constexpr int kRowQuantum = 4, kMostRowCodes = 63;
 // The level of a row that is sent as zeros.

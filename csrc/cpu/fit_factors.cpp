@@ -9,11 +9,6 @@
 namespace fedkd_fast::cpu {
 namespace {
 
-FEDKD_FORMULA float clamped(float whole) {
-  const float low = whole > -kLargestInteger ? whole : -kLargestInteger;
-  return low < kLargestInteger ? low : kLargestInteger;
-}
-
 // A die of 16 bits, which those of neighbours, in a row or below it, say nothing of: a hash with
 // constants of Wellons' hash-prospector.
 FEDKD_FORMULA uint32_t die(uint32_t place) {

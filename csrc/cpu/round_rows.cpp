@@ -68,9 +68,7 @@ int row_levels(const double* heights, int64_t rows, int step, int16_t* levels, f
 FEDKD_CLONES
 double rounding_loss(const float* values, int64_t count, float multiplier, float step) {
   return sum_in_blocks(count, [=](int64_t i) {
-    const float whole = std::rint(values[i] * multiplier);
-    const float low = whole > -kLargestInteger ? whole : -kLargestInteger;
-    const float off = values[i] - (low < kLargestInteger ? low : kLargestInteger) * step;
+    const float off = values[i] - clamped(std::rint(values[i] * multiplier)) * step;
     return off * off;
   });
 }

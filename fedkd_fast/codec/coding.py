@@ -23,10 +23,11 @@ from torch import Tensor
 
 import fedkd_fast._C as _C
 from fedkd_fast import wire
-from fedkd_fast.codec.curves import KEPT_LEVEL, ROW_QUANTUM
+from fedkd_fast.codec.curves import KEPT_LEVEL
 from fedkd_fast.codec.gaussian import HIGHEST, LOWEST, PER_OCTAVE, shrinks
 from fedkd_fast.codec.lowrank import LowRank
 from fedkd_fast.reference import Factors
+from fedkd_fast.reference_rounding import ROW_QUANTUM
 from fedkd_fast.wire import Mode
 
 Ints = NDArray[np.int16]

@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkd_fast.codec.gaussian import PER_OCTAVE, Floats, cost_of
+from fedkd_fast.reference_rounding import ROW_QUANTUM
 from fedkd_fast.wire import Mode
 
 Ints = NDArray[np.int64]
 
 # A column is kept where its larger level reaches this: σ >= 0.57 Δ √max(P, Q).
 KEPT_LEVEL = -13
-# Levels of dense rows travel in quarters of an octave.
-ROW_QUANTUM = 4
 # Between the steps that curves are known at, in sixteenths of an octave.
 SPACING = 2.0
 # Wider grids than this lead from nothing sent to nothing lost for any spectrum.

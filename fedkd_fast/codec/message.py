@@ -184,9 +184,10 @@ class Message:
         used, least = 0, 2**63
         beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
         for attempt in range(_BUDGET_ATTEMPTS):
-            lost = _lost_within(priced, wanted, one_step)
             # Where numbers keep to a few values, the curves are off by more than they can mend.
-            if attempt >= _CURVE_ATTEMPTS or not beyond < lost < fits:
+            curved = attempt < _CURVE_ATTEMPTS
+            lost = _lost_within(priced, wanted, one_step) if curved else math.nan
+            if not beyond < lost < fits:
                 lost = math.sqrt(beyond * fits)
             if best is None and attempt == _BUDGET_ATTEMPTS - 1:
                 lost = 1.0

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     ids: Tensor | None  # (R,) int64, ascending; None: all
     values: Tensor  # (R, …), or the tensor
     largest: float  # of the absolute values; NaN or Inf where one of them is; of integers 0
-    squares: Tensor | None  # squared norms of the rows of the dense mode, where they are at hand
+    squares: Tensor | None  # squared norms of the rows, or of those of the dense mode, if at hand
 
 
 def touched(tensor: Tensor, *, exactly: bool, backend: ModuleType) -> Rows:

@@ -74,7 +74,8 @@ class Item:
         vector: whether it is one, which may lose less.
         factors: leading ones of the matrix, or None for dense modes alone.
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
-        squares: squared norms of the rows of the dense mode, where somebody has measured them.
+        squares: squared norms of the rows of `exact`, or of those of the dense mode, where somebody
+            has measured them.
     """
 
     def __init__(
@@ -115,7 +116,10 @@ class Item:
         self.exact = exact
         self.matrix = exact.reshape(matrix_shape(shape) if len(shape) > 1 else (1, -1)).float()
         self.dense = self.matrix.reshape(dense_rows(shape), -1)
-        if len(self.squares) != len(self.dense):
+        if len(self.squares) and not len(self.squares) % len(self.dense):
+            # Short rows share a scale with their neighbours.
+            self.squares = self.squares.reshape(len(self.dense), -1).sum(1)
+        else:
             self.squares, _ = backend.measure_rows(self.dense)
         self.total = float(self.squares.sum())
 
