@@ -150,10 +150,10 @@ class ClientPool:
             DiskError: others cannot be written to make room.
         """
         if index not in self._present:
-            found = self._store is not None and _key(index) in self._store
-            state = self._store.read(_key(index)) if self._store and found else None
-            client, self._spare = self._make(index, self._spare, fresh=not found), None
-            if found:
+            stored = self._store is not None and _key(index) in self._store
+            state = self._opened().read(_key(index)) if stored else None
+            client, self._spare = self._make(index, self._spare, fresh=not stored), None
+            if stored:
                 client.load(state)
             self._present[index] = client
             self._shrink()

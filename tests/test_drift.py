@@ -17,6 +17,7 @@ from fedkd_fast.methods.fedprox import ProximalLearner
 from fedkd_fast.methods.scaffold import PREFIX, ControlledLearner
 from fedkd_fast.tasks import Batch
 from fedkd_fast.trainer import Run, train
+from fedkd_fast.trees import copied
 
 SETTINGS = LocalSettings(lr_mentor=1e-2, lr_mentee=1e-2, seed=1)
 # Sums of a few float32 numbers of the size of the largest, each rounded once.
@@ -66,6 +67,17 @@ def test_the_gradient_gains_the_distance_from_the_last_broadcast() -> None:
     for name, parameter in learner.shared_parameters().items():
         assert parameter.grad is not None
         assert close(parameter.grad, 1.0 + 0.3 * (parameter.detach() - start[name]))
+
+
+def test_a_client_put_back_between_broadcasts_is_held_near_to_the_last_one() -> None:
+    (client, *_), _ = federation("fedprox", proximal=0.3)
+    client.train(1)
+    (other, *_), _ = federation("fedprox", proximal=0.3)
+    other.load(copied(client.state()))
+    client.train(2)
+    other.train(2)
+    ends = client.learner.exchanged(), other.learner.exchanged()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 class Sgd:
