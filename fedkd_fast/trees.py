@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,9 +44,9 @@ def write_tree(path: Path, tree: Tree) -> None:
     """
     writer = _Writer()
     plain = writer.plain(tree, "")
-    metadata = {_TREE: json.dumps([writer.places, plain])}
+    parts, places = writer.packed()
     try:
-        save_file({name: torch.cat(parts) for name, parts in writer.parts.items()}, path, metadata)
+        save_file(parts, path, {_TREE: json.dumps([places, plain])})
     except SafetensorError as error:
         raise system_error(error, path) from error
 
@@ -71,7 +70,7 @@ def read_tree(path: Path) -> Tree:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            flat = {name: file.get_tensor(name).reshape(-1) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if _TREE not in metadata:
@@ -79,8 +78,8 @@ def read_tree(path: Path) -> Tree:
     content = parse_json(metadata[_TREE], str(path))
     try:
         places, plain = content
-        return _read(plain, [_part(flat[name], *place) for name, *place in places])
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        return _read(plain, _taken_apart(flat, places))
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error!r} in its tree") from error
 
 
@@ -117,31 +116,38 @@ def tensor_bytes(tree: Tree) -> int:
 
 
 class _Writer:
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Tensor]] = {}  # by dtype, each flat
-        self.places: list[tuple[str, int, list[int]]] = []  # dtype, first element, shape
-        self._sizes: Counter[str] = Counter()
-        self._numbers: dict[int, int] = {}
-        self._held: list[Tensor] = []  # so that no other object gets the id of one that is gone
+    """Takes a tree apart: what JSON can hold, and tensors, whose numbers stand in it."""
 
-    def _number(self, value: Tensor) -> int:
-        number = self._numbers.get(id(value))
-        if number is None:
-            number = self._numbers[id(value)] = len(self.places)
-            self._held.append(value)
-            dtype = str(value.dtype).removeprefix("torch.")
-            self.places.append((dtype, self._sizes[dtype], list(value.shape)))
-            self.parts.setdefault(dtype, []).append(value.detach().to("cpu").reshape(-1))
-            self._sizes[dtype] += value.numel()
-        return number
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []  # held, so that no other object gets the id of one
+        self._numbers: dict[int, int] = {}
+
+    def packed(self) -> tuple[dict[str, Tensor], list[tuple[str, torch.Size]]]:
+        """Return all tensors of each dtype as one, and the dtype and shape of each."""
+        parts: dict[str, list[Tensor]] = {}
+        names = {
+            dtype: str(dtype).removeprefix("torch.")
+            for dtype in {value.dtype for value in self._tensors}
+        }
+        places = []
+        with torch.no_grad():
+            for value in self._tensors:
+                name = names[value.dtype]
+                places.append((name, value.shape))
+                parts.setdefault(name, []).append(value.reshape(-1).cpu())
+            return {name: torch.cat(part) for name, part in parts.items()}, places
 
     def plain(self, value: Tree, place: str) -> Any:
         if isinstance(value, Tensor):  # as most are
-            return {_TENSOR: self._number(value)}
+            number = self._numbers.setdefault(id(value), len(self._tensors))
+            if number == len(self._tensors):
+                self._tensors.append(value)
+            return {_TENSOR: number}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, bytes):
-            return {_BYTES: self._number(torch.from_numpy(np.frombuffer(value, np.uint8).copy()))}
+            content = torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+            return {_BYTES: self.plain(content, place)[_TENSOR]}
         if isinstance(value, (list, tuple)):
             return [self.plain(one, f"{place}/{index}") for index, one in enumerate(value)]
         if isinstance(value, Mapping):
@@ -153,17 +159,30 @@ class _Writer:
         raise TypeError(f"{place or '/'} must be tensors, bytes or plain values, got {type(value)}")
 
 
-def _part(flat: Tensor, first: int, shape: list[int]) -> Tensor:
-    """Return one of the tensors that lie in another, in memory of its own.
+def _taken_apart(flat: Mapping[str, Tensor], places: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors that lie in others, one behind the other, in memory of their own.
 
     What the library returns shows the file, which may be removed or become unreadable, and lies at
     odd addresses, which products may depend on.
+
+    Args:
+        flat: what lies there, by dtype.
+        places: dtype and shape of each.
+
+    Raises:
+        ValueError: they are not what lies there.
     """
-    size = math.prod(shape)
-    if min([first, *shape], default=0) < 0 or first + size > len(flat):
-        raise ValueError(f"{shape} from {first} on do not fit into {len(flat)} elements")
-    # A copy in the end: a view of one would keep a second object for each tensor.
-    return flat[first : first + size].reshape(shape).clone()
+    sizes: dict[str, list[int]] = {name: [] for name in flat}
+    for name, shape in places:
+        if min(shape, default=0) < 0:
+            raise ValueError(f"{shape} is no shape")
+        sizes[name].append(math.prod(shape))
+    for name, value in flat.items():
+        if sum(sizes[name]) != len(value):
+            raise ValueError(f"{len(value)} elements of {name} are not {sum(sizes[name])}")
+    parts = {name: iter(torch.split(value, sizes[name])) for name, value in flat.items()}
+    # Shapes are given in place: of a view, a second object would be kept for each tensor.
+    return [next(parts[name]).clone().resize_(shape) for name, shape in places]
 
 
 def _read(value: Any, tensors: Sequence[Tensor]) -> Tree:

@@ -225,7 +225,7 @@ for _ in range(400):
     NESTED = f"[{NESTED}]"
 
 
-PLACES = '[["float32", 0, [2]], ["bfloat16", 1, []]]'
+PLACES = '[["float32", [2]], ["bfloat16", []], ["bfloat16", [1]]]'
 
 
 @pytest.mark.parametrize(
@@ -236,9 +236,11 @@ PLACES = '[["float32", 0, [2]], ["bfloat16", 1, []]]'
         '{"pairs": [[["a"], 1]]}', '{"pairs": [["a", {"tensor": 3}]]}', '{"bytes": 1}',
         "[" * 5000 + "]" * 5000,
     )), *(f'[{places}, {{"tensor": 0}}]' for places in (
-        "[]", "3", '[["int8", 0, [2]]]', '[["float32", 1, [2]]]', '[["float32", -1, [2]]]',
-        '[["float32", 0, [-1, -2]]]', '[["float32", 0, ["2"]]]', '[["float32", 0, 2]]', "[[]]",
-        '[["float32", 0.5, [1]]]',
+        "[]", "3", "[[]]", *(f'[["float32", {one}], ["bfloat16", [2]]]' for one in (
+            "[1]", "[3]", "[]", '["2"]', "2", "null", "[-1, -2]", "[0.5, 4]", "[2.0]", "[1, 2.0]",
+            f"[2], [{2**70}, 0]", f"[2], [{2**63 - 1}, {2**63 - 1}, 0]", "[2], 1",
+        )), '[["int8", [2]], ["bfloat16", [2]]]',
+        '[["int8", [0]], ["float32", [2]], ["bfloat16", [2]]]',
     ))],
     ids=lambda text: str(text)[:60],
 )  # fmt: skip
@@ -250,10 +252,16 @@ def test_foreign_files_are_refused_by_name(content: str | None, tmp_path: Path) 
         read_tree(path)
 
 
+def test_the_file_that_foreign_ones_are_made_of_can_be_read(tmp_path: Path) -> None:
+    tensors = {"float32": torch.ones(2), "bfloat16": torch.zeros(2, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / FILE, {"tree": f'[{PLACES}, [{{"tensor": 2}}, {{"tensor": 0}}]]'})
+    assert alike(read_tree(tmp_path / FILE), [tensors["bfloat16"][:1], tensors["float32"]])
+
+
 def test_deep_trees(tmp_path: Path) -> None:
     """Ones as deep as nobody needs either come back or are refused, and do not end the process."""
     path = tmp_path / FILE
-    content = f'[[["uint8", 0, [2]]], {NESTED}]'
+    content = f'[[["uint8", [2]]], {NESTED}]'
     save_file({"uint8": torch.zeros(2, dtype=torch.uint8)}, path, {"tree": content})
     try:
         found = read_tree(path)

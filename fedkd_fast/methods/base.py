@@ -285,15 +285,14 @@ class Steps:
             raise ValueError("the optimizer's state is of other parameters")
         self._done = state["done"]
         self._optimizer.state.clear()
-        for parameter, one in zip(parameters, found, strict=True):
-            if one is None:
-                continue
-            # Steps are counted on the device, too.
-            step = torch.tensor(one["step"], dtype=torch.float32)
-            moments = {**one, "step": step}
-            self._optimizer.state[parameter] = {
-                name: value.to(parameter.device) for name, value in moments.items()
-            }
+        # Steps are counted on the device, too. One tensor for each, made at once.
+        counts = torch.tensor([0.0 if one is None else one["step"] for one in found]).unbind()
+        for parameter, one, step in zip(parameters, found, counts, strict=True):
+            if one is not None:
+                self._optimizer.state[parameter] = {
+                    name: value.to(parameter.device)
+                    for name, value in {**one, "step": step}.items()
+                }
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self._optimizer.param_groups:
