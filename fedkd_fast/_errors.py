@@ -1,4 +1,4 @@
-"""Ends of a run that are no failures of a call: light, so that the command line can know them."""
+"""Ends of a run that are no failures of a call, and words for errors; light to import."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ class Stopped(RuntimeError):
 
 class DiskError(OSError):
     """A run cannot write what is its own: whoever's turn it is, that is no failure of a client."""
+
+
+def spoken(error: Exception) -> str:
+    """Return what an error says; one without words, as of a bare assertion, says its kind."""
+    return str(error) or repr(error)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
         hellos = carrier.gather(config.clients)
         digest = first.digest().hex()
         for index, hello in sorted(hellos.items()):
-            _check_hello(index, hello, config.clients, digest)
+            _check_hello(index, hello, config, digest)
         sizes = [hellos[index].get("samples") for index in range(config.clients)]
         shards = RemoteShards(sizes, bytes.fromhex(hellos[0]["sample"]))
         if config.weighting == "samples" and shards.sizes() is None:
@@ -94,13 +94,13 @@ def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) ->
     return found
 
 
-def _check_hello(index: int, hello: Mapping[str, Any], clients: int, digest: str) -> None:
+def _check_hello(index: int, hello: Mapping[str, Any], config: TrainConfig, digest: str) -> None:
     """Refuse a client that cannot take part."""
     if hello.get("sealed"):
         raise ValueError(f"client {index} takes sealed orders only, the server does not seal")
     for name, wanted, why in (
         ("version", __version__, "server and clients need the same fedkd_fast"),
-        ("clients", clients, "its data are dealt to another number of clients"),
+        ("clients", config.clients, "its data are dealt to another number of clients"),
         ("digest", digest, "its models begin otherwise: same options, models and torch?"),
     ):
         if hello.get(name) != wanted:
@@ -111,5 +111,11 @@ def _check_hello(index: int, hello: Mapping[str, Any], clients: int, digest: str
     if not (isinstance(sample, str) and re.fullmatch("(?:[0-9a-f]{2})*", sample)):
         raise ValueError(f"client {index} says its first batch is {str(sample)[:80]!r}")
     samples = hello.get("samples")
-    if not (samples is None or (isinstance(samples, int) and 0 <= samples < _MOST_SAMPLES)):
-        raise ValueError(f"client {index} says it has {str(samples)[:80]} samples")
+    # By samples, a round in which only clients without any answer would have no mean.
+    least = int(config.weighting == "samples")
+    known = isinstance(samples, int) and not isinstance(samples, bool)
+    if not (samples is None or (known and least <= samples < _MOST_SAMPLES)):
+        raise ValueError(
+            f"client {index} must have {least} to {_MOST_SAMPLES - 1} samples, says "
+            f"{str(samples)[:80]}"
+        )

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedkd_fast._errors import spoken
 from fedkd_fast._files import parse_json, read_json_object, replacing
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.node import Answer, Node, Order, locked
@@ -53,11 +54,14 @@ def _open(channel: Channel, number: int, parts: Sequence[bytes]) -> tuple[str, l
     doubled or in another's place.
 
     Raises:
-        SealError: it is something else.
+        SealError, ValueError: it is something else.
     """
     opened = [channel.open(part, number) for part in parts]
-    text, count = parse_json(opened[0].decode(), "sealed text") if opened else ("", 0)
-    if not opened or count != len(opened) - 1:
+    head = parse_json(opened[0].decode(), "sealed text") if opened else ["", 0]
+    if not (isinstance(head, list) and [type(one) for one in head] == [str, int]):
+        raise ValueError("sealed parts must begin with a text and a number of frames")
+    text, count = head
+    if count != len(opened) - 1:
         raise SealError(f"{count} sealed frames expected, got {len(opened) - 1}", "short")
     return text, opened[1:]
 
@@ -189,7 +193,7 @@ class SealedNode(Node):
                 head, *rest = _seal(channel, order.number, said.text(), frames)
         except Exception as error:
             _log.warning("client %d, order %d: %s", self._index, order.number, error)
-            return Answer({"error": str(error) or repr(error)})
+            return Answer({"error": spoken(error)})
         return Answer({_SEALED: base64.b64encode(head).decode()}, rest[0] if rest else b"")
 
     def _said(self, order: Order) -> Answer:
@@ -198,7 +202,7 @@ class SealedNode(Node):
         try:
             return Answer(super().hello())
         except Exception as error:
-            return Answer({"error": str(error)})
+            return Answer({"error": spoken(error)})
 
     def _opened(self, order: Order) -> tuple[Channel, Order]:
         """Open an order, and have its number on the disk before anything is done.

@@ -22,6 +22,7 @@ from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.methods.packing import Packing
 from fedkd_fast.tensors import digest_of
 from fedkd_fast.trees import Tree
+from fedkd_fast.updates import check_weights
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base
 
 State = Mapping[str, Tensor]
@@ -191,7 +192,8 @@ class PackedLeg:
     ) -> Aggregate:
         """Average what frames decode to, in float64."""
         relative_to = Base(digest=digest_of(base))
-        shares = [1.0] * len(frames) if weights is None else list(weights)
+        given = dict(enumerate([1.0] * len(frames) if weights is None else weights))
+        shares = list(check_weights(given).values())
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in base.items()}
         for frame, share in zip(frames, shares, strict=True):
             for name, value in self._update(frame, base, relative_to).items():

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from fedkd_fast import __version__
-from fedkd_fast._errors import DiskError, QuorumError, Stopped
+from fedkd_fast._errors import DiskError, QuorumError, Stopped, spoken
 from fedkd_fast._seeds import derived_seed
 from fedkd_fast.assembly import Shards, client_maker, make_server, participants
 from fedkd_fast.checkpoint import Store
@@ -169,7 +169,7 @@ class Loop:
         self._check_quorum(current)
         if self.server is not None:
             self._exchange(self.server, current, server_row, energy)
-        accepted = sum(not row.refused for row in rows)
+        accepted = sum(row.refused is None for row in rows)
         rows += self._witness()
         scores, last = self.evaluation.after(number)
         if last:
@@ -233,9 +233,10 @@ class Loop:
             if config.quorum == 1.0:
                 raise
             self.pool.undo(index, before)
-            self.journal.add("failed", round=number, client=index, reason=str(error))
+            reason = spoken(error)
+            self.journal.add("failed", round=number, client=index, reason=reason)
             row.losses, row.frame = Losses(None, None), b""
-            row.refused, row.gone = str(error), True
+            row.refused, row.gone = reason, True
             row.error = None if isinstance(error, InjectedFault) else error
         current.rows.append(row)
         if self._progress is not None:
@@ -250,7 +251,7 @@ class Loop:
                 self.delivery.note(current.number, refused)
                 row = next(row for row in current.rows if row.client == refused.client)
                 row.refused = refused.detail
-        failed = [row for row in current.rows if row.refused]
+        failed = [row for row in current.rows if row.refused is not None]
         accepted, asked = len(current.asked) - len(failed), len(current.asked)
         needed = min(self.config.needed(asked), asked)
         if accepted >= needed:
@@ -301,7 +302,7 @@ class Loop:
             if self.config.quorum == 1.0:
                 raise
             self.pool.undo(client.index, before)
-            self.journal.add("failed", round=number, client=client.index, reason=str(error))
+            self.journal.add("failed", round=number, client=client.index, reason=spoken(error))
 
     def _catch_up(self, client: Peer, row: ClientRow) -> None:
         """Bring a client that missed rounds to the server's version."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd_fast import __version__
+from fedkd_fast._errors import spoken
 from fedkd_fast._files import parse_json
 from fedkd_fast.adapters import merge_adapter
 from fedkd_fast.assembly import client_maker, deal
@@ -146,10 +147,10 @@ class Node:
             return Answer({"error": str(error), "missing": True})
         except Exception as error:
             _log.exception("client %d, order %d", self._index, order.number)
-            return Answer({"error": str(error) or repr(error)})
+            return Answer({"error": spoken(error)})
 
     def _execute(self, order: Order) -> Answer:
-        store = Store(self._folder / "state")
+        store = self._store(order.number)
         scores = [step for step in order.steps if step[0] == _SCORE]
         changed = len(order.steps) > len(scores)
         newest = max(store.facts.values(), default=0)
@@ -184,9 +185,20 @@ class Node:
                 f"client {self._index} has no state after order {base} in {store.folder}, only "
                 f"after {sorted(store.facts.values())}: was the folder changed or removed?"
             )
-        state: Tree = store.read(place)
-        client.load(state["client"])
-        return client, state["frame"], _PLACES[1 - _PLACES.index(place)]
+        with _readable(store.folder):
+            state: Tree = store.read(place)
+            client.load(state["client"])
+            return client, state["frame"], _PLACES[1 - _PLACES.index(place)]
+
+    def _store(self, number: int) -> Store:
+        """Open what is kept; what is damaged there is put aside, for the client to begin anew."""
+        folder = self._folder / "state"
+        try:
+            with _readable(folder):
+                return Store(folder)
+        except MissingStateError:
+            folder.rename(self._folder / f"state.damaged-{number}")
+            raise
 
     def _scores(
         self,
@@ -223,7 +235,20 @@ class Node:
 
 
 class MissingStateError(LookupError):
-    """The state that an order goes on from is not there."""
+    """The state that an order goes on from is not there, or not what it was."""
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Take a damaged state for a missing one: as after that, the client can begin anew.
+
+    Raises:
+        MissingStateError: instead of any ValueError, with what it says.
+    """
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        raise MissingStateError(f"what lies in {folder} cannot be used: {error}") from error
 
 
 class _Doing:
@@ -262,7 +287,7 @@ class _Doing:
         except Exception as error:
             # The client goes on without, as it would in the server's process.
             self.client.load(before)
-            self.answer.facts["failed"] = str(error)
+            self.answer.facts["failed"] = spoken(error)
 
     def train(self, round_number: int, lr_share: float) -> None:
         with self._timed():

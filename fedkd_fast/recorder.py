@@ -137,7 +137,7 @@ class Recorder:
         names = ("method", "preset", "task", "seed", "clients", "energy_start", "energy_end")
         # What users would ask, or else the model that there is.
         wanted = (config.inference, "mentor", "mentee")
-        role = next(one for one in wanted if scores.of(_ROLES[one]))
+        role = next((one for one in wanted if scores.of(_ROLES[one])), config.inference)
         return {
             **{name: getattr(config, name) for name in names},
             "rounds": self.rounds_done,

@@ -18,6 +18,8 @@ from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.node import Answer, Order
 from fedkd_fast.trees import Tree
 
+_MOST_SECONDS = 1e9  # thirty years
+
 
 class NoAnswerError(RuntimeError):
     """A client did not answer; it may do so later."""
@@ -117,11 +119,19 @@ class RemoteClient:
             self._missing.add(self._base)
             self.load((self.version, self._base, [], []))
         if "error" in facts:
-            raise ClientError(str(facts["error"]))
-        self.elsewhere = self._number(facts, "seconds"), self._number(facts, "seconds_codec")
+            raise ClientError(str(facts["error"]) or f"client {self.index} failed without a word")
+        self.elsewhere = self._seconds(facts, "seconds"), self._seconds(facts, "seconds_codec")
         self._base, self._steps, self._frames = int(self._number(facts, "state")), [], []
         self._frame = outcome.frame
         return facts
+
+    def _seconds(self, facts: Mapping[str, Any], name: str) -> float:
+        found = self._number(facts, name)
+        if not 0.0 <= found <= _MOST_SECONDS:  # sums over rounds and clients must stay numbers
+            raise ClientError(
+                f"{name} of client {self.index} must lie in [0, {_MOST_SECONDS:g}], got {found:g}"
+            )
+        return found
 
     def _number(self, facts: Mapping[str, Any], name: str) -> float:
         return finite(facts.get(name), f"{name} of client {self.index}")
@@ -214,8 +224,11 @@ class RemotePool:
             answer = answers.get(index, NoAnswerError(f"client {index} did not answer"))
             self._clients[index].take(answer)
             if isinstance(answer, Answer) and "failed" in answer.facts:
-                reason = str(answer.facts["failed"])
-                self._journal.add("failed", round=self._round, client=index, reason=reason)
+                self.failed(index, str(answer.facts["failed"]))
+
+    def failed(self, index: int, reason: str) -> None:
+        """Take down what a client did not do, without which the run goes on."""
+        self._journal.add("failed", round=self._round, client=index, reason=reason)
 
     def _retried(self, index: int) -> None:
         self._journal.add("retry", round=self._round, client=index)

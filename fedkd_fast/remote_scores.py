@@ -20,7 +20,8 @@ _RETRY_S = 1.0  # between two attempts to reach a client whose models are to be 
 class RemoteEvaluation(Evaluation):
     """Scores models where they are: mentors never leave their clients.
 
-    A round in which a client does not answer has no scores; after the last one there is a wait.
+    A round in which a client does not answer, or cannot score, has no scores. After the last one
+    there is a wait for it; then the run ends without the scores of its models.
 
     Args:
         config: of the run.
@@ -68,11 +69,7 @@ class RemoteEvaluation(Evaluation):
         return mentors, [mentee] if mentee is not None else []
 
     def score(self, split: str, models: Models, *, final: bool = False) -> Scores:
-        """Let clients score their models on a split.
-
-        Raises:
-            NoAnswerError, ClientError: after the last round a client did not do so.
-        """
+        """Let clients score their models on a split; a role has scores if all of it are there."""
         config, task = self._config, self._task
         clients = test_sets(task, config.clients, len(self._pool))
         clients = min(clients, config.scored_clients)
@@ -85,15 +82,22 @@ class RemoteEvaluation(Evaluation):
                 asked.setdefault(index, []).append((role, test))
         if final:  # all save their models
             asked.update({index: asked.get(index, []) for index in range(len(self._pool))})
-        try:
-            found = self._found(asked, split, final)
-        except (NoAnswerError, ClientError):
-            if final:
-                raise
+        found, failed = self._found(asked, split, final, self._wait_s if final else 0.0)
+        if failed and not final:
             return Scores(task.metric, "none")
+        for index, error in failed.items():
+            self._remote.failed(index, f"its final models are not scored: {error}")
+        shared = [(role, 0) for role in roles if self._scorers(role, 0) == [(self.current, 0)]]
+        if self.current in failed and found and shared:
+            # What all share, anybody can score.
+            self.current = min(found)
+            again, _ = self._found({self.current: shared}, split, final, 0.0)
+            found[self.current] |= again.get(self.current, {})
         lists: dict[str, list[Metrics]] = {}
         for role in ("mentor", "mentee", "mean"):
-            one = [found[i][role] for i, _ in self._scorers(role, clients)] if role in roles else []
+            scorers = [index for index, _ in self._scorers(role, clients)]
+            there = all(role in found.get(index, ()) for index in scorers)
+            one = [found[index][role] for index in scorers] if there else []
             lists[role] = one if len(one) == clients else one * clients
         return Scores(task.metric, split, lists["mentor"], lists["mentee"], lists["mean"])
 
@@ -104,26 +108,29 @@ class RemoteEvaluation(Evaluation):
         return [(self.current, 0)]
 
     def _found(
-        self, asked: Mapping[int, Sequence[tuple[str, int]]], split: str, final: bool
-    ) -> dict[int, dict[str, Metrics]]:
-        """Return what each of the clients says of its models, by role."""
+        self,
+        asked: Mapping[int, Sequence[tuple[str, int]]],
+        split: str,
+        final: bool,
+        wait_s: float,
+    ) -> tuple[dict[int, dict[str, Metrics]], dict[int, Exception]]:
+        """Return what each of the clients says of its models, by role, and why others do not."""
         found: dict[int, dict[str, Metrics]] = {}
-        until = time.monotonic() + (self._wait_s if final else 0.0)
+        until = time.monotonic() + wait_s
         while True:
             missing = [index for index in asked if index not in found]
             self._remote.send({i: self._work(i, asked[i], split, final) for i in missing})
-            last: NoAnswerError | None = None
+            failed: dict[int, Exception] = {}
             for index in missing:
                 client = self._remote.take(index)
                 try:
                     scores = client.facts().get("scores")
                     found[index] = _scores_of(index, asked[index], scores, self._task.metric)
-                except NoAnswerError as error:
-                    last = error
-            if last is None:
-                return found
-            if time.monotonic() >= until:
-                raise last
+                except (NoAnswerError, ClientError) as error:
+                    # Also one that could not may be able to next time: it begins anew, say.
+                    failed[index] = error
+            if not failed or time.monotonic() >= until:
+                return found, failed
             time.sleep(_RETRY_S)
 
     def _work(

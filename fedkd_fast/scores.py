@@ -36,9 +36,9 @@ class Scores:
         return statistics.mean(values) if values else None
 
     def table(self, role: str) -> dict[str, float]:
-        """Return the mean of every metric over clients."""
+        """Return the mean over clients of every metric that all of them give."""
         found: Sequence[Metrics] = getattr(self, role)
-        names = list(found[0]) if found else []
+        names = [name for name in found[0] if all(name in one for one in found)] if found else []
         return {name: statistics.mean(one[name] for one in found) for name in names}
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from fedkd_fast.aggregation import Aggregate
+from fedkd_fast.codec.common import all_finite
 from fedkd_fast.compress import Compressor
+from fedkd_fast.decompression import NotFiniteError
 from fedkd_fast.legs import Leg
 from fedkd_fast.privacy import GaussianMean
 from fedkd_fast.robust import Rule, check_rule, robust_mean
 from fedkd_fast.tensors import digest_of, specs_of
 from fedkd_fast.trees import Tree
-from fedkd_fast.updates import Client, Update, squared_norm
+from fedkd_fast.updates import Client, Update, largest, squared_norm, written
 from fedkd_fast.wire import Base, TensorSpec
 
 
@@ -116,6 +118,7 @@ class Server:
         # The parameters of this version as a frame, and their digest, once asked for.
         self._whole: bytes | None = None
         self._digest: bytes | None = None
+        self._rooms: dict[str, float] = {}  # by parameter of this version, see `_room`
 
     def schemas(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Return names, dtypes and shapes in frames of updates, and in those of broadcasts."""
@@ -130,10 +133,25 @@ class Server:
         """Return the L2 norm of the update in a frame, which is decoded for it.
 
         Raises:
-            WireError: the frame is damaged, or holds NaN or Inf.
+            WireError: the frame is damaged, or holds NaN or Inf, or takes parameters there.
             ValueError: it does not fit the shared parameters.
         """
-        return math.sqrt(squared_norm(self._up.update(frame, self._parameters)))
+        update = self._up.update(frame, self._parameters)
+        norm = math.sqrt(squared_norm(update))
+        for name, value in self._parameters.items():
+            # No element of an update is longer than all of it, which mostly is short enough.
+            if name in update and value.is_floating_point() and norm > self._room(name):
+                there = value.double() + written(update[name], tuple(value.shape))
+                if not all_finite(there.to(value.dtype)):
+                    raise NotFiniteError(f"the update takes {name!r} beyond {value.dtype}")
+        return norm
+
+    def _room(self, name: str) -> float:
+        """Return how far any element of a parameter can go before its dtype ends."""
+        if name not in self._rooms:
+            value = self._parameters[name]
+            self._rooms[name] = torch.finfo(value.dtype).max - largest(value)
+        return self._rooms[name]
 
     def step(
         self,
@@ -159,6 +177,7 @@ class Server:
         self._parameters = self._down.decode(broadcast, self._parameters)
         self.version += 1
         self._sent[self.version], self._whole, self._digest = broadcast, None, None
+        self._rooms.clear()
         self._forget()
         return broadcast
 
@@ -227,6 +246,7 @@ class Server:
         """Go on where `state` was taken."""
         self.version, self._parameters = state["version"], state["parameters"]
         self._sent, self._whole, self._digest = state["sent"], None, None
+        self._rooms.clear()
         self._optimizer.load(state["optimizer"])
         self._up.load(state["up"])
         self._down.load(state["down"])

@@ -31,6 +31,12 @@ Tree: TypeAlias = Any
 _TREE = "tree"
 # What stands for a value that JSON has no form of. Dicts are always written as pairs.
 _TENSOR, _BYTES, _PAIRS = "tensor", "bytes", "pairs"
+# Those that the library writes whatever its version, by their names in files.
+_NAMES = (
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64"),
+)
+_DTYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in _NAMES}
 
 
 def write_tree(path: Path, tree: Tree) -> None:
@@ -125,20 +131,19 @@ class _Writer:
     def packed(self) -> tuple[dict[str, Tensor], list[tuple[str, torch.Size]]]:
         """Return all tensors of each dtype as one, and the dtype and shape of each."""
         parts: dict[str, list[Tensor]] = {}
-        names = {
-            dtype: str(dtype).removeprefix("torch.")
-            for dtype in {value.dtype for value in self._tensors}
-        }
         places = []
         with torch.no_grad():
             for value in self._tensors:
-                name = names[value.dtype]
+                name = _DTYPES[value.dtype]
                 places.append((name, value.shape))
                 parts.setdefault(name, []).append(value.reshape(-1).cpu())
             return {name: torch.cat(part) for name, part in parts.items()}, places
 
     def plain(self, value: Tree, place: str) -> Any:
         if isinstance(value, Tensor):  # as most are
+            if not _holdable(value):
+                kind = f"{value.layout} {value.dtype} on {value.device}"
+                raise TypeError(f"{place or '/'} must be a dense tensor with data, got {kind}")
             number = self._numbers.setdefault(id(value), len(self._tensors))
             if number == len(self._tensors):
                 self._tensors.append(value)
@@ -159,6 +164,11 @@ class _Writer:
         raise TypeError(f"{place or '/'} must be tensors, bytes or plain values, got {type(value)}")
 
 
+def _holdable(value: Tensor) -> bool:
+    dense = value.layout == torch.strided and not value.is_nested
+    return dense and not value.is_meta and value.dtype in _DTYPES
+
+
 def _taken_apart(flat: Mapping[str, Tensor], places: Sequence[Any]) -> list[Tensor]:
     """Return the tensors that lie in others, one behind the other, in memory of their own.
 
@@ -172,6 +182,9 @@ def _taken_apart(flat: Mapping[str, Tensor], places: Sequence[Any]) -> list[Tens
     Raises:
         ValueError: they are not what lies there.
     """
+    for name, value in flat.items():
+        if _DTYPES.get(value.dtype) != name:
+            raise ValueError(f"{name} holds {value.dtype}")
     sizes: dict[str, list[int]] = {name: [] for name in flat}
     for name, shape in places:
         if min(shape, default=0) < 0:
@@ -192,8 +205,13 @@ def _read(value: Any, tensors: Sequence[Tensor]) -> Tree:
         return value
     ((kind, content),) = value.items()
     if kind == _PAIRS:
-        return {key: _read(one, tensors) for key, one in content}
+        pairs = {key: _read(one, tensors) for key, one in content}
+        if len(pairs) < len(content) or any(type(key) not in (str, int) for key in pairs):
+            raise ValueError(f"keys must differ and be str or int, got {[*pairs][:3]}")
+        return pairs
     if kind not in (_TENSOR, _BYTES):
         raise ValueError(f"unknown kind {kind!r}")
+    if not 0 <= content < len(tensors):
+        raise ValueError(f"there are {len(tensors)} tensors, and no {content}")
     found = tensors[content]
     return found if kind == _TENSOR else found.numpy().tobytes()

@@ -93,16 +93,17 @@ def surely_finite(parts: Parts, dtype: torch.dtype) -> bool:
     if not dtype.is_floating_point:
         return True
     # NaN where one of the values is.
-    bound = _largest(parts) if isinstance(parts, Tensor) else _largest_product(*parts)
+    bound = largest(parts) if isinstance(parts, Tensor) else _largest_product(*parts)
     return bound < torch.finfo(dtype).max
 
 
-def _largest(values: Tensor) -> float:
+def largest(values: Tensor) -> float:
+    """Return the largest magnitude; NaN where one of the values is."""
     return max(abs(float(end)) for end in values.aminmax()) if values.numel() else 0.0
 
 
 def _largest_product(left: Tensor, right: Tensor) -> float:
-    return len(left) * _largest(left) * _largest(right)
+    return len(left) * largest(left) * largest(right)
 
 
 def exact_integers(values: Tensor) -> bool:

@@ -71,6 +71,7 @@ def remote(
     method: str = "fedkd",
     *,
     mail: Callable[[Mail], None] = lambda mail: None,
+    wait_s: float = 0.0,
     **fields: Any,
 ) -> tuple[Run, Mail]:
     """Train with clients of their own."""
@@ -82,7 +83,7 @@ def remote(
     if found.config.encrypt:
         known = {index: key.public for index, key in found.keys.items()}
         carrier = SealedCarrier(found, found.server, known, "7")
-    ways = connect(found.config, task, carrier, wait_s=0.0)
+    ways = connect(found.config, task, carrier, wait_s)
     return train(task, method, connect=ways, **fields), found
 
 

@@ -220,6 +220,29 @@ def test_keys_must_be_there_and_be_the_clients(tmp_path: Path) -> None:
     assert not (tmp_path / "remote").exists()
 
 
+@pytest.mark.parametrize(
+    "head", ["5", "null", "[1]", "{}", '["{}", true]', '["{}", 0, 0]', "[[], 0]"]
+)
+def test_what_a_client_seals_must_be_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    """Whoever is enrolled can seal anything, and must not end the run with it."""
+
+    def execute(node: SealedNode, order: Order) -> Answer:
+        if node._index != 1 or order.number == 0:  # which says hello
+            return whole(node, order)
+        channel, _ = node._opened(order)
+        return Answer(
+            {"sealed": base64.b64encode(channel.seal(head.encode(), order.number)).decode()}
+        )
+
+    whole = SealedNode.execute
+    monkeypatch.setattr(SealedNode, "execute", execute)
+    run, _ = remote(tmp_path, encrypt=True, rounds=2)
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert {line["client"] for line in failed} == {1} and run.summary["rounds"] == 2
+
+
 def test_both_sides_seal_or_neither(tmp_path: Path, mail: Mail) -> None:
     task = tiny_task("fedkd")
     plain = Mail(tmp_path, task, "fedkd", NEEDED)

@@ -200,6 +200,26 @@ def test_a_client_that_fails_is_as_it_was_before(tmp_path: Path) -> None:
         train(Breaking(1, 2), "fedkd", rounds=3, quorum=1.0)
 
 
+def test_a_client_that_fails_without_a_word_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(client: Client, *arguments: Any) -> Any:
+        if client.index in failed:
+            raise TimeoutError
+        return whole(client, *arguments)
+
+    whole, failed = Client.train, {1}
+    monkeypatch.setattr(Client, "train", failing)
+    fields: dict[str, Any] = {"rounds": 1, "quorum": 0.5}
+    train(TinyTask(), "fedkd", **fields, out=tmp_path / "run")
+    found = journal(tmp_path / "run")
+    assert [line["accepted"] for line in found if line["event"] == "round"] == [2]
+    assert [line["reason"] for line in found if line["event"] == "failed"] == ["TimeoutError()"]
+    failed.add(2)
+    with pytest.raises(QuorumError, match=r"has 1 of 3 .*client 1: TimeoutError\(\); client 2"):
+        train(TinyTask(), "fedkd", **fields)
+
+
 def test_what_a_client_received_before_it_failed_is_counted(tmp_path: Path) -> None:
     """It is brought up to date, fails, and has to be brought up to date again."""
     run = train(Breaking(1, 2, 3), "fedkd", rounds=4, out=tmp_path / "run")

@@ -265,6 +265,34 @@ def test_another_run_begins_anew() -> None:
         client.reply(moved(received, seed))
 
 
+def test_a_refused_letter_of_another_run_changes_nothing() -> None:
+    server, client = Broadcaster(), Receiver()
+    server.publish(model())
+    received = client.receive(server.letter("a"))
+    client.reply(moved(received, 1))
+    before = client.state()
+    for letter in (
+        Letter(server.run + 1, 1, (b"damaged",)),
+        Letter(server.run + 1, 3, (), digest=b"x" * 16),
+        Letter(server.run + 1, 2, ()),
+    ):
+        with pytest.raises(ValueError):
+            client.receive(letter)
+        assert client.state() == before
+
+
+def test_a_whole_model_of_other_tensors_is_refused_within_a_run() -> None:
+    """It could be of any size."""
+    server, client = Broadcaster(), Receiver()
+    server.publish(model())
+    client.receive(server.letter("a"))
+    other = Broadcaster()
+    other.publish({"embed": torch.zeros(1 << 14, 1 << 10)})
+    with pytest.raises(ValueError, match="does not match"):
+        client.receive(Letter(server.run, 5, other.letter("a").frames))
+    assert client.version == 1
+
+
 def test_averages_of_counters_become_counters_again() -> None:
     server = Broadcaster()
     server.publish(model())

@@ -19,11 +19,13 @@ from fedkd_fast.assembly import participants
 from fedkd_fast.client import Client, Decoded
 from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
+from fedkd_fast.decompression import NotFiniteError
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.legs import CompressorLeg
 from fedkd_fast.methods import METHODS
 from fedkd_fast.server import Server
 from fedkd_fast.trainer import train
+from fedkd_fast.wire import Base
 
 EXCHANGING = [name for name, method in METHODS.items() if method.exchanges]
 
@@ -68,6 +70,22 @@ def make_server(codec: str) -> tuple[dict[str, Tensor], Server]:
     start = {"w": torch.ones(64, 32), "b": torch.ones(32)}
     legs = CompressorLeg(sender()), CompressorLeg(sender(codec))
     return start, Server(start, *legs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_updates_that_leave_the_range_of_the_parameters_are_refused(dtype: torch.dtype) -> None:
+    """Each is finite, and so is each parameter, but not their sum."""
+    start = {"w": torch.full((8, 4), torch.finfo(dtype).max / 2, dtype=dtype)}
+    server = Server(start, CompressorLeg(sender("raw")), CompressorLeg(sender("raw")))
+    update = {"w": torch.zeros(8, 4, dtype=dtype)}
+    for last, fits in ((0.25, True), (-0.9, True), (0.9, False)):
+        update["w"][7, 3] = last * torch.finfo(dtype).max
+        frame = sender("raw").compress(update, relative_to=Base(digest=server.digest()))
+        if fits:
+            assert server.norm(frame) == pytest.approx(abs(float(update["w"][7, 3])))
+        else:
+            with pytest.raises(NotFiniteError, match=f"takes 'w' beyond {dtype}"):
+                server.norm(frame)
 
 
 def test_missed_broadcasts_are_replayed_while_they_are_smaller() -> None:

@@ -296,6 +296,7 @@ def resumed_steps(rank: int) -> Any:
     other = a_model(5)
     again = OuterStep(other, compressor=Compressor(0.7, feedback=True))
     wrong = failing(lambda: again.load_state_dict({**state, "agreed.x": state["agreed.0.bias"]}))
+    small = failing(lambda: again.load_state_dict({**state, "agreed.0.bias": torch.ones(1)}))
     again.load_state_dict(state)
     trained(other, rank, 1)
     again.step()
@@ -305,12 +306,15 @@ def resumed_steps(rank: int) -> Any:
             parameters_of(model).values(), parameters_of(other).values(), strict=True
         )
     )
-    return same, wrong
+    return same, wrong, small
 
 
 def test_the_outer_step_resumes_to_the_bit(ranks: Ranks) -> None:
-    for same, wrong in ranks.run(resumed_steps):
+    for same, wrong, small in ranks.run(resumed_steps):
         assert same
+        assert small.startswith(
+            "ValueError: state does not match the model: 'agreed.0.bias' is (1,)"
+        )
         assert wrong == "ValueError: state does not match the model: ['agreed.x']"
 
 

@@ -203,16 +203,42 @@ def test_scores_that_are_nonsense_are_none(
     assert found == {(1, None), (2, "test")}
 
 
-def test_a_final_score_that_does_not_come_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [(2,), (0,), (0, 1, 2)])
+def test_final_scores_that_do_not_come_are_left_out(tmp_path: Path, gone: tuple[int, ...]) -> None:
+    """All that was trained is kept; what all share is scored by whoever is there."""
+
     def deaf(mail: Mail) -> None:
         mail.before = lambda client, order: (
-            NoAnswerError("client 2 is gone")
-            if client == 2 and order.steps[-1][0] == "score" and order.steps[-1][3]
+            NoAnswerError(f"client {client} is gone")
+            if client in gone and order.steps[-1][0] == "score" and order.steps[-1][3]
             else None
         )
 
-    with pytest.raises(NoAnswerError, match="client 2 is gone"):
-        remote(tmp_path, mail=deaf)
+    run, _ = remote(tmp_path, mail=deaf)
+    whole = here(tmp_path)
+    assert run.summary["score_mentor"] is None and run.summary["scores_mentor"] == []
+    there = len(gone) < 3
+    assert run.summary["score_mentee"] == (whole.summary["score_mentee"] if there else None)
+    assert run.summary["inference"] == ("mentee" if there else "mentor")
+    assert run.summary["faults"] == {"failed": len(gone)}
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert [line["client"] for line in failed] == [*gone]
+    assert all("final models are not scored: client" in line["reason"] for line in failed)
+    assert (tmp_path / "remote" / "mentee").is_dir()
+
+
+def test_a_client_that_cannot_score_once_is_asked_again(tmp_path: Path) -> None:
+    left = ["No space left on device"]
+
+    def full(mail: Mail) -> None:
+        mail.before = lambda client, order: (
+            ClientError(left.pop())
+            if left and client == 1 and order.steps[-1][0] == "score" and order.steps[-1][3]
+            else None
+        )
+
+    run, _ = remote(tmp_path, mail=full, wait_s=60.0)
+    assert not left and run.summary["scores_mentor"] == here(tmp_path).summary["scores_mentor"]
 
 
 def test_too_few_answers_are_no_quorum(tmp_path: Path) -> None:
@@ -232,6 +258,9 @@ def test_too_few_answers_are_no_quorum(tmp_path: Path) -> None:
         ({"seconds": 10**400}, "seconds of client 1 must be a finite number, got 1000"),
         ({"state": None}, "state of client 1 must be a finite number, got None"),
         ({"error": ["no"]}, r"\['no'\]"),
+        ({"error": ""}, "client 1 failed without a word"),
+        ({"seconds": 1.7e308}, r"seconds of client 1 must lie in \[0, 1e\+09\], got 1.7e\+308"),
+        ({"seconds_codec": -1.0}, r"seconds_codec of client 1 must lie in \[0, 1e\+09\], got -1"),
     ],
 )
 def test_nonsense_of_a_client_is_its_own_affair(
@@ -250,6 +279,54 @@ def test_nonsense_of_a_client_is_its_own_affair(
     assert {line["client"] for line in failed} == {1} and len(failed) == 2
     assert re.search(reason, failed[0]["reason"])
     assert run.summary["faults"] == {"failed": 2}
+
+
+def test_clients_without_samples_cannot_weigh_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hello(node: Node) -> dict[str, Any]:
+        return {**whole(node), **({"samples": 0} if node._index == 1 else {})}
+
+    whole = Node.hello
+    monkeypatch.setattr(Node, "hello", hello)
+    with pytest.raises(ValueError, match=r"client 1 must have 1 to [0-9]+ samples, says 0"):
+        remote(tmp_path, weighting="samples")
+    remote(tmp_path, rounds=1)
+
+
+def test_metrics_that_not_all_give_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(node: Node, order: Order) -> Answer:
+        answer = whole(node, order)
+        for metrics in answer.facts.get("scores", {}).values():
+            metrics[f"of {node._index}"] = 1.0
+        return answer
+
+    whole = Node.execute
+    monkeypatch.setattr(Node, "execute", execute)
+    run, _ = remote(tmp_path, rounds=1)
+    assert [*run.summary["metrics"]["mentor"]] == ["accuracy"]
+
+
+@pytest.mark.parametrize("what", ["state-1.2.safetensors", "checkpoint.json"])
+def test_a_client_whose_state_is_damaged_begins_anew(tmp_path: Path, what: str) -> None:
+    def damage(mail: Mail) -> None:
+        def spoil(client: int, order: Order) -> None:
+            if (client, mail.round) == (0, 3) and order.steps[-1][0] != "score":
+                (path,) = (tmp_path / "nodes" / "0" / "state").glob(f"{what.split('.')[0]}.*")
+                path.write_bytes(path.read_bytes()[:-1])
+
+        mail.before = spoil
+
+    run, mail = remote(tmp_path, mail=damage, rounds=4)
+    failed = [line for line in journal(tmp_path / "remote") if line["event"] == "failed"]
+    assert [(line["round"], line["client"]) for line in failed] == [(3, 0)]
+    assert "cannot be used: " in failed[0]["reason"] and run.summary["rounds"] == 4
+    assert len(run.summary["scores_mentor"]) == 3
+    assert 0 in [order.base for client, order in mail.orders if client == 0][2:]
+    aside = [*(tmp_path / "nodes" / "0").glob("state.damaged-*")]
+    assert len(aside) == (what == "checkpoint.json"), "nothing of a client's is removed"
 
 
 @pytest.mark.parametrize("text", ["[]", "{", 7, None])
@@ -277,7 +354,14 @@ def test_a_frame_that_is_damaged_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("version", "0"), ("clients", 9), ("digest", "00"), ("samples", -1), ("samples", 10**30)],
+    [
+        ("version", "0"),
+        ("clients", 9),
+        ("digest", "00"),
+        ("samples", -1),
+        ("samples", 10**30),
+        ("samples", True),
+    ],
 )
 def test_a_client_that_does_not_fit_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object

@@ -189,6 +189,9 @@ def test_different_trees_have_different_files(tmp_path: Path) -> None:
         ({1.5: 1}, "keys at / must be str or int, got 1.5"),
         ({True: 1}, "keys at / must be str or int, got True"),
         ({"x": {3: bytearray(1)}}, "^/x/3 must be"),
+        ({"x": torch.ones(2, 2).to_sparse()}, "^/x must be a dense tensor .*sparse"),
+        ({"x": torch.ones(2, device="meta")}, "^/x must be a dense tensor .*meta"),
+        ([torch.ones(2, dtype=torch.complex128)], "^/0 must be a dense tensor .*complex128"),
     ],
 )
 def test_what_no_file_can_hold_is_named(tree: Any, words: str, tmp_path: Path) -> None:
@@ -233,7 +236,8 @@ PLACES = '[["float32", [2]], ["bfloat16", []], ["bfloat16", [1]]]'
     [None, "", "no JSON", "{}", "[]", "3", *(f"[{PLACES}, {tree}]" for tree in (
         '{"what": 0}', '{"tensor": 9}', '{"tensor": [0]}', '{"tensor": "0"}',
         '{"tensor": 0, "bytes": 0}', '{"pairs": 1}', '{"pairs": [1]}', '{"pairs": [[1]]}',
-        '{"pairs": [[["a"], 1]]}', '{"pairs": [["a", {"tensor": 3}]]}', '{"bytes": 1}',
+        '{"pairs": [[["a"], 1]]}', '{"pairs": [[null, 1]]}', '{"pairs": [["a", 1], ["a", 1]]}',
+        '{"tensor": -1}', '{"pairs": [["a", {"tensor": 3}]]}', '{"bytes": 1}',
         "[" * 5000 + "]" * 5000,
     )), *(f'[{places}, {{"tensor": 0}}]' for places in (
         "[]", "3", "[[]]", *(f'[["float32", {one}], ["bfloat16", [2]]]' for one in (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ BIN = Path(sys.executable).parent  # of the environment that has Flower
 NODES = 2
 HOST = "127.0.0.1"
 START_S = 180.0
+# SuperNodes of Flower 1.39 speak gRPC, for which the SuperLink has a port of its own.
+GRPC = importlib.metadata.version("flwr").startswith("1.39.")
 
 
 def free_port() -> int:
@@ -41,7 +44,8 @@ class Deployment:
     """Processes of one deployment, ended together."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.keys, self.port = folder, folder / "keys", free_port()
+        self.folder, self.keys = folder, folder / "keys"
+        self.port, self.grpc_port = free_port(), free_port()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock, self._over = threading.Lock(), False
         self._environment = {
@@ -93,6 +97,7 @@ class Deployment:
         """Start the SuperLink, and wait until it listens."""
         self.start(
             *("superlink", "flower-superlink", "--host", HOST, "--port", str(self.port)),
+            *("--fleet-api-address", f"{HOST}:{self.grpc_port}"),
             *("--ssl-ca-certfile", str(self.keys / "ca.crt")),
             *("--ssl-certfile", str(self.keys / "superlink.crt")),
             *("--ssl-keyfile", str(self.keys / "superlink.key")),
@@ -126,8 +131,9 @@ class Deployment:
             f"partition-id={node} num-partitions={NODES} state-dir='{self.folder / 'state'}' "
             f"key='{self.keys / f'client-{node}.key'}' server-key='{self.keys / 'server.key.pub'}'"
         )
+        port = self.grpc_port if GRPC else self.port
         self.start(
-            *(f"supernode-{node}", "flower-supernode", "--superlink", f"{HOST}:{self.port}"),
+            *(f"supernode-{node}", "flower-supernode", "--superlink", f"{HOST}:{port}"),
             *("--root-certificates", str(self.keys / "ca.crt")),
             *("--auth-supernode-private-key", str(self.keys / f"node-{node}")),
             *("--port", str(free_port()), "--node-config", config),

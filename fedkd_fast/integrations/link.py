@@ -268,14 +268,12 @@ class Receiver:
             MissingBaseError: the letter builds on weights that are not held here.
             ValueError: it is for other tensors.
         """
-        if letter.run != self._run:
-            # Residuals and subspaces of another run are of no use.
-            self.version, self._held, self._run = 0, {}, letter.run
-            self._compressor.load_state_dict({})
         held, version = self._held, self.version
+        if letter.run != self._run:
+            held, version = {}, 0
         whole = bool(letter.frames) and wire.header(letter.frames[0]).base is None
         if whole:
-            held, version = _whole(letter.frames[0]), letter.version
+            held, version = _whole(letter.frames[0], like=held or None), letter.version
         elif letter.digest and version == 0:
             held, version = self._first(letter.digest), letter.version
         else:
@@ -292,7 +290,10 @@ class Receiver:
                 base = Base(run=letter.run, round=version)
                 held = decompress(frame, held, held, relative_to=base, max_bytes=most)
                 version += 1
-        self._held, self.version = held, version
+        if letter.run != self._run:
+            # Residuals and subspaces of another run are of no use.
+            self._compressor.load_state_dict({})
+        self._held, self.version, self._run = held, version, letter.run
         return {name: value.clone() for name, value in held.items()}
 
     def _first(self, digest: bytes) -> dict[str, Tensor]:
@@ -385,10 +386,16 @@ def _dense(state: State) -> int:
     return sum(value.nbytes for value in state.values())
 
 
-def _whole(frame: bytes, base: Base | None = None) -> dict[str, Tensor]:
-    """Decode what is raw, and so about as long as what it says, however large a model is."""
+def _whole(frame: bytes, base: Base | None = None, like: State | None = None) -> dict[str, Tensor]:
+    """Decode a whole model or state, which is about as long as what it says, however large it is.
+
+    Args:
+        frame: of raw tensors.
+        base: that it names.
+        like: tensors that it must be of, where they are known; they bound what it takes.
+    """
     most = max(wire.DEFAULT_MAX_BYTES, 2 * len(frame))
-    return decompress(frame, relative_to=base, max_bytes=most)
+    return decompress(frame, like, relative_to=base, max_bytes=most)
 
 
 def _like(name: str, value: Tensor, held: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class OuterStep:
         """Restore `state_dict`; the model takes the agreed parameters.
 
         Raises:
-            ValueError: names that are missing or unknown; nothing is changed then.
+            ValueError: names that are missing or unknown, or other shapes; nothing is changed then.
         """
         own, rest = self._own(), {}
         for name, one in state.items():
@@ -103,6 +103,12 @@ class OuterStep:
         wrong = set(own) ^ {name for name in state if not name.startswith(_COMPRESSOR)}
         if wrong:
             raise ValueError(f"state does not match the model: {sorted(wrong)[:3]}")
+        for name, one in own.items():
+            if state[name].shape != one.shape:
+                raise ValueError(
+                    f"state does not match the model: {name!r} is {tuple(state[name].shape)}, "
+                    f"must be {tuple(one.shape)}"
+                )
         self._compressor.load_state_dict(rest)
         for name, one in own.items():
             one.copy_(state[name])

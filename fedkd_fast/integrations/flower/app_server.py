@@ -23,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
         ValueError: the configuration, a key or a client does not fit.
         OSError: a file of keys cannot be read.
         QuorumError: too few replies of a round count.
-        NoAnswerError: clients did not come, or final models could not be scored.
+        NoAnswerError: clients did not come.
     """
     found = settings(context.run_config)
     config = found.config
@@ -36,13 +36,12 @@ def main(grid: Grid, context: Context) -> None:
         progress=_show,
         **found.fields,
     )
-    summary = run.summary
+    summary, score = run.summary, run.summary["score"]
     log.info(
-        "%s %s: %s %.4f, %.0f bytes up and %.0f down a client in %d rounds",
+        "%s %s: %s, %.0f bytes up and %.0f down a client in %d rounds",
         config.task,
         config.method,
-        summary["metric"],
-        summary["score"],
+        "no scores" if score is None else f"{summary['metric']} {score:.4f}",
         summary["bytes_up"],
         summary["bytes_down"],
         summary["rounds"],
