@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fedkd_fast.codec.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decode_frame_parts
 from fedkd_fast.tensors import Shaped
-from fedkd_fast.updates import cast, check_weights, exact_integers
+from fedkd_fast.updates import Client, cast, check_weights, exact_integers
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 
 Frame: TypeAlias = bytes | bytearray | memoryview
@@ -43,8 +43,9 @@ class Aggregate(Mapping[str, Tensor]):
     ) -> None:
         self._values = dict(values)
         self.relative_to, self.refused = relative_to, dict(refused)
-        # Tied tensors are one object before and after they are written out.
-        self._written: dict[int, Tensor] = {}
+        # Tied tensors are one object before and after they are written out. With each, how often
+        # it had been changed by then.
+        self._written: dict[int, tuple[Tensor, int]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a mean as a tensor."""
@@ -52,8 +53,9 @@ class Aggregate(Mapping[str, Tensor]):
         if isinstance(value, Tensor):
             return value
         if id(value) not in self._written:
-            self._written[id(value)] = value.dense()
-        return self._written[id(value)]
+            dense = value.dense()
+            self._written[id(value)] = dense, dense._version
+        return self._written[id(value)][0]
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names in the order they were sent."""
@@ -69,7 +71,13 @@ class Aggregate(Mapping[str, Tensor]):
         What was added up as factors of small rank is not written out for it, unless the compressor
         keeps residuals.
         """
-        return compressor.compress(self._values, energy=energy, relative_to=self.relative_to)
+        values = {name: self._sent(value) for name, value in self._values.items()}
+        return compressor.compress(values, energy=energy, relative_to=self.relative_to)
+
+    def _sent(self, value: Tensor | LowRank) -> Tensor | LowRank:
+        """Return factors, unless what they were written out as was changed in place."""
+        written, version = self._written.get(id(value), (None, 0))
+        return value if written is None or written._version == version else written
 
 
 class _Sum:
@@ -134,14 +142,24 @@ class _Sum:
 
 
 def _weighted(
-    frames: Iterable[Frame] | Mapping[str, Frame], weights: Sequence[float] | None
-) -> Iterator[tuple[str | int, Frame, float]]:
+    frames: Iterable[Frame] | Mapping[Any, Frame],
+    weights: Sequence[float] | Mapping[Any, float] | None,
+) -> Iterator[tuple[Client, Frame, float]]:
     """Pair frames with names and weights, without holding more than one frame."""
-    named: Iterable[tuple[str | int, Frame]] = (
+    named: Iterable[tuple[Client, Frame]] = (
         frames.items() if isinstance(frames, Mapping) else enumerate(frames)
     )
     if weights is None:
         yield from ((name, frame, 1.0) for name, frame in named)
+        return
+    if isinstance(weights, Mapping):
+        left: dict[Client, float] = check_weights(weights)
+        for name, frame in named:
+            if name not in left:
+                raise ValueError(f"weights must have an entry for each frame, {name!r} has none")
+            yield name, frame, left.pop(name)
+        if left:
+            raise ValueError(f"weights must be of frames, there is none of {next(iter(left))!r}")
         return
     checked, count = check_weights(dict(enumerate(weights))), 0
     for count, (name, frame) in enumerate(named, 1):
@@ -154,8 +172,8 @@ def _weighted(
 
 
 def aggregate(
-    frames: Iterable[Frame] | Mapping[str, Frame],
-    weights: Sequence[float] | None = None,
+    frames: Iterable[Frame] | Mapping[str, Frame] | Mapping[int, Frame],
+    weights: Sequence[float] | Mapping[str, float] | Mapping[int, float] | None = None,
     schema: Mapping[str, Shaped] | None = None,
     *,
     relative_to: Base | None = None,
@@ -170,7 +188,8 @@ def aggregate(
 
     Args:
         frames: at least one, also from a generator; by name, or counted from 0.
-        weights: one finite number >= 0 per frame, for instance sample counts; None means equal.
+        weights: one finite number >= 0 per frame, for instance sample counts, in their order or by
+            their names; None means equal.
         schema: expected tensors, as in `decompress`; None takes those of the first frame that
             decodes. With a schema, no frame can cost more than what it describes.
         relative_to: the base that frames must be made against; None takes that of the first one.
@@ -184,10 +203,13 @@ def aggregate(
         that are tied in every frame stay tied.
 
     Raises:
+        TypeError: one frame instead of several.
         ValueError: no frame that counts, or wrong weights. With `strict`, also a frame that does
             not match the others or the schema, or that holds integers beyond 2^53; names it.
         WireError: with `strict`, anything wrong with the bytes of a frame.
     """
+    if isinstance(frames, (bytes, bytearray, memoryview)):
+        raise TypeError("frames must be several, one a sender, got a single one: pass [frame]")
     module = backend_named(backend)
     mean = _Mean(schema, relative_to)
     refused: dict[str | int, str] = {}
@@ -214,6 +236,8 @@ class _Mean:
         self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
     ) -> None:
         """Decode a frame completely, then add it: one that is refused leaves no trace."""
+        if not isinstance(frame, (bytes, bytearray, memoryview)):
+            raise ValueError(f"frame {name} must be bytes, got {type(frame).__name__}")
         found, made_against = decode_frame_parts(
             frame,
             self._wanted,

@@ -148,9 +148,13 @@ def deal(config: TrainConfig, task: Task, clients: int | None = None) -> Sequenc
     """Return the shards of a task's data, for so many clients as the run has unless said otherwise.
 
     Raises:
-        ValueError: there are fewer samples than clients.
+        ValueError: there are fewer samples than clients, or the task gives another number.
     """
-    return task.shards(clients or config.clients, derived_seed(config.seed, _SHARDS))
+    wanted = clients or config.clients
+    found = task.shards(wanted, derived_seed(config.seed, _SHARDS))
+    if len(found) != wanted:
+        raise ValueError(f"task.shards({wanted}, …) must give {wanted} shards, got {len(found)}")
+    return found
 
 
 def make_clients(config: TrainConfig, task: Task, method: Method) -> list[Client]:

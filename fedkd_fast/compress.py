@@ -21,7 +21,7 @@ from fedkd_fast.codec.message import CODECS, STEPPED, Message, wide
 from fedkd_fast.codec.rows import Rows, touched
 from fedkd_fast.codec.targets import Target, check_energy, make_target
 from fedkd_fast.codec.wf1 import EXACT_SHARE
-from fedkd_fast.feedback import EF21, ErrorFeedback, SubspaceCache
+from fedkd_fast.feedback import EF21, ErrorFeedback, SubspaceCache, all_or_nothing
 from fedkd_fast.tensors import (
     as_mapping,
     as_tensors,
@@ -63,7 +63,7 @@ class Compressor:
     receiver will have. One quantisation step serves all coefficients of ``U·diag(σ)`` and
     ``V·diag(σ)``, which is the optimum, and a static entropy coder gives each column the bits it
     needs. Where two factors do not pay, rows are coded directly, or a few factors and the rest.
-    Vectors keep a 16 times smaller error. ``dense`` is wf1 without factors, at the same promise:
+    Vectors keep a 4 times smaller error. ``dense`` is wf1 without factors, at the same promise:
     larger frames in a fraction of the time, because nothing is factorised. ``wf0`` does as wf1 does
     with whole bits for each column and no entropy coder: at least a fifth more bytes.
     ``factors-fp32`` is the paper's payload,
@@ -125,6 +125,13 @@ class Compressor:
             raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+        for name, value, kinds in (
+            ("feedback", feedback, (bool, ErrorFeedback, EF21)),
+            ("cache", cache, (SubspaceCache, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} must be {wanted}, got {value!r}")
         if feedback and stateless:
             raise ValueError("stateless=True excludes feedback=True: a residual is state")
         if cache is not None and stateless:
@@ -211,8 +218,8 @@ class Compressor:
 
         Raises:
             ValueError: as `compress`, and for a budget or scope "message", which need the whole
-                update at once. The file holds no frame then, but state has moved on for the
-                tensors before.
+                update at once. The file holds no frame then, and state is unchanged; until the
+                end, what is kept is there twice.
         """
         if energy is None and (self.target.energy is None or self.scope != "tensor"):
             raise ValueError("compress_to takes an energy or error for each tensor, not a budget")
@@ -223,7 +230,8 @@ class Compressor:
         order = {name: index for index, name in enumerate(update)}
         start = file.tell()
         header = self._finish(base, relative_to).keywords
-        with self._alone(), wire.FrameWriter(file, **header) as writer:
+        states = self._state().values()
+        with self._alone(), all_or_nothing(states), wire.FrameWriter(file, **header) as writer:
             for name in update:
                 part = {name: update[name]}
                 before = None if base is None else {name: base[name]}
@@ -400,14 +408,9 @@ class Compressor:
         for prefix, part in parts.items():
             if part and prefix not in own:
                 raise ValueError(f"state holds {prefix}* tensors, which this Compressor lacks")
-        before = {prefix: keeper.state_dict() for prefix, keeper in own.items()}
-        try:
+        with all_or_nothing(own.values()):
             for prefix, keeper in own.items():
                 keeper.load_state_dict(parts[prefix])
-        except (TypeError, ValueError):
-            for prefix, keeper in own.items():
-                keeper.load_state_dict(before[prefix])
-            raise
 
     def _state(self) -> dict[str, ErrorFeedback | EF21 | SubspaceCache]:
         kept = {_FEEDBACK_PREFIX: self._feedback, _CACHE_PREFIX: self._cache}

@@ -2,8 +2,10 @@
 
 Error feedback: ``x_r = δ_r + e_{r-1}``; send ``C(x_r)``; ``e_r = x_r - decode(C(x_r))``
 (Seide et al. 2014; Karimireddy et al. 2019). The residual is taken from the decoded bytes, so it is
-exactly what the receiver lacks. EF21 (Richtárik et al. 2021) sends ``C(δ_r - g_{r-1})`` instead,
-and both ends keep ``g_r = g_{r-1} + decode(C(δ_r - g_{r-1}))``.
+exactly what the message left out. What a receiver rounds when it adds that to parameters of its own
+is not in it, which matters where these have 16 bits: let the shared ones have 32. EF21
+(Richtárik et al. 2021) sends ``C(δ_r - g_{r-1})`` instead, and both ends keep
+``g_r = g_{r-1} + decode(C(δ_r - g_{r-1}))``.
 
 Warm starts: the update of a layer points much the same way in the next round, so the subspace of
 the last factors is where the search for the next ones begins, and their spectrum tells how many
@@ -13,13 +15,17 @@ there will be.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkd_fast.codec.common import all_finite
+from fedkd_fast.decompression import decode_frame
 from fedkd_fast.reference import Factors, Subspace
+from fedkd_fast.tensors import Shaped, as_tensors
 
 
 class State:
@@ -27,6 +33,7 @@ class State:
 
     def __init__(self) -> None:
         self._owner: weakref.ref[object] | None = None
+        self._kept: dict[str, Any] = {}
 
     def claim(self, owner: object) -> None:
         """Bind this state to its Compressor.
@@ -42,12 +49,22 @@ class State:
         self._owner = weakref.ref(owner)
 
 
+@contextmanager
+def all_or_nothing(states: Iterable[State]) -> Iterator[None]:
+    """Let states be as before if the body raises, which replaces values and changes none."""
+    before = [(state, dict(state._kept)) for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, kept in before:
+            state._kept = kept
+        raise
+
+
 class _ByName(State):
     """A tensor for each name, float32 (float64 for float64 tensors)."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: dict[str, Tensor] = {}
+    _kept: dict[str, Tensor]
 
     def __contains__(self, name: str) -> bool:
         """Tell whether something is kept of this tensor."""
@@ -119,17 +136,36 @@ class ErrorFeedback(_ByName):
         """Store ``sent - decoded`` for the next message."""
         self._kept[name] = sent - decoded.to(sent.dtype)
 
-    def lost(self, update: Mapping[str, Tensor]) -> None:
+    def lost(
+        self,
+        message: bytes | Mapping[str, Tensor],
+        schema: Mapping[str, Shaped] | None = None,
+    ) -> None:
         """Take back what a message held that did not arrive, so that the next one brings it.
 
         Args:
-            update: what the message decodes to.
+            message: the frame; or what it decodes to without a base, the difference.
+            schema: as in `decompress`, for a frame without one of its own.
+
+        Raises:
+            WireError: the frame is damaged.
+            TypeError: a value is no tensor.
+            ValueError: NaN or Inf, or a tensor of another shape than its residual; names it.
+                Nothing is changed then.
         """
+        if isinstance(message, (bytes, bytearray, memoryview)):
+            message, _ = decode_frame(message, schema)
+        held = as_tensors(message, "message")
         taken: dict[int, Tensor] = {}
         for name, kept in self._kept.items():
-            if id(kept) not in taken:
-                taken[id(kept)] = kept + update[name].to(kept.dtype)
-        self._kept = {name: taken[id(kept)] for name, kept in self._kept.items()}
+            if name in held and id(kept) not in taken:
+                if held[name].shape != kept.shape:
+                    raise ValueError(
+                        f"message[{name!r}] is {tuple(held[name].shape)}, but its error-feedback "
+                        f"residual is {tuple(kept.shape)}"
+                    )
+                taken[id(kept)] = kept + held[name].to(kept.dtype)
+        self._kept = {name: taken.get(id(kept), kept) for name, kept in self._kept.items()}
 
     def absent(self, rounds: int = 1) -> None:
         """Let the residuals decay, where the client missed rounds.
@@ -207,13 +243,14 @@ class SubspaceCache(State):
             after `load_state_dict` in the order of the state.
     """
 
+    # The vectors as bfloat16, (K, max(P, Q)): they are a start. Least recently kept first.
+    _kept: dict[str, Subspace]
+
     def __init__(self, max_bytes: int = 1 << 28) -> None:
         super().__init__()
         if max_bytes < 0:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
-        # The vectors as bfloat16, (K, max(P, Q)): they are a start. Least recently kept first.
-        self._kept: dict[str, Subspace] = {}
 
     @property
     def nbytes(self) -> int:

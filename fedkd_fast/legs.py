@@ -125,7 +125,7 @@ class CompressorLeg:
     def lost(self, frame: bytes, base: State) -> None:
         """Add what the frame held to the residuals, where there are any."""
         if self._feedback is not None:
-            self._feedback.lost(decode_frame(frame, base)[0])
+            self._feedback.lost(frame, base)
 
     def state(self) -> Tree:
         """Return the residuals."""

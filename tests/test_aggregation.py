@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from updates import relative_error
@@ -43,6 +45,20 @@ def test_weights_are_normalised() -> None:
     assert float((mean["w"] - exact).abs().max()) <= ROUNDING * float(exact.abs().max())
     only = aggregate(frames, weights=[0, 1])
     assert torch.equal(only["w"], updates(2)[1]["w"])
+
+
+def test_weights_may_be_by_name() -> None:
+    frames = [RAW.compress(part) for part in updates(2)]
+    wanted = aggregate(frames, weights=[30, 10])
+    for keys in ((7, 9), (1, 0), ("a", "b")):
+        named = dict(zip(keys, frames, strict=True))
+        mean = aggregate(named, weights={keys[1]: 10, keys[0]: 30})
+        assert all(torch.equal(mean[name], wanted[name]) for name in wanted)
+    assert torch.equal(aggregate(iter(frames), weights={1: 10, 0: 30})["w"], wanted["w"])
+    with pytest.raises(ValueError, match="weights must have an entry for each frame, 'b' has none"):
+        aggregate({"a": frames[0], "b": frames[1]}, weights={"a": 1})
+    with pytest.raises(ValueError, match="weights must be of frames, there is none of 'c'"):
+        aggregate({"a": frames[0]}, weights={"a": 1, "c": 2})
 
 
 def test_order_of_frames_does_not_matter_for_equal_weights() -> None:
@@ -124,6 +140,10 @@ def test_refusals() -> None:
         aggregate(other, strict=True)
     with pytest.raises(WireError):
         aggregate([frames[0], frames[1][:-1]], strict=True)
+    odd: list[Any] = [frames[0], None]
+    assert aggregate(odd).refused == {1: "frame 1 must be bytes, got NoneType"}
+    with pytest.raises(TypeError, match="frames must be several, one a sender, got a single one"):
+        aggregate(frames[0])  # type: ignore[arg-type]
 
 
 def low_rank(seed: int, rank: int = 3, shape: tuple[int, int] = (60, 40)) -> torch.Tensor:
@@ -167,6 +187,19 @@ def test_recompress_takes_the_mean_as_factors(monkeypatch: pytest.MonkeyPatch) -
     for other in (Compressor(0.95, feedback=True), Compressor(0.95, "wf0"), Compressor(0.99999)):
         decoded = decompress(aggregate(frames).recompress(other))
         assert relative_error(exact["w"], decoded["w"]) <= 0.05
+
+
+def test_a_mean_that_was_changed_in_place_is_sent_as_it_is_now() -> None:
+    parts = [{"w": low_rank(seed), "b": torch.ones(60)} for seed in range(3)]
+    mean = aggregate(Compressor(0.99).compress(part) for part in parts)
+    unread = mean.recompress(Compressor(1 - 1e-6))
+    before = {name: value.clone() for name, value in mean.items()}
+    assert mean.recompress(Compressor(1 - 1e-6)) == unread, "reading changes nothing"
+    for value in mean.values():
+        value.mul_(2.0)
+    decoded = decompress(mean.recompress(Compressor(1 - 1e-6)))
+    for name, value in before.items():
+        assert relative_error(2.0 * value, decoded[name]) < 2e-3
 
 
 def test_frames_that_do_not_fit_are_left_out_by_name() -> None:

@@ -217,6 +217,8 @@ def test_existing_output_is_kept(
     tmp_path: Path, tensors: Path, frame: Path, refused: Refusal
 ) -> None:
     assert f"{frame} exists: give --overwrite" in refused("compress", tensors, frame)
+    same = f"{tensors} is what is read: name another file to write"
+    assert same in refused("compress", tensors, tensors, "--overwrite")
     assert f"{tensors} exists: give --overwrite" in refused("decompress", frame, tensors)
 
 

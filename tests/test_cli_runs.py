@@ -153,6 +153,8 @@ def test_train_refuses(tmp_path: Path, refused: Refusal, options: list[str], mes
 
 def test_train_keeps_an_existing_folder(run: Path, tmp_path: Path, refused: Refusal) -> None:
     assert f"{run} exists: give --overwrite" in refused("train", "--out", run)
+    done = f"{run} has a finished run: there is nothing to resume"
+    assert done in refused("train", "--out", run, "--rounds", "2", "--resume")
     other = tmp_path / "letters"
     other.mkdir()
     (other / "letter.txt").write_text("dear")

@@ -73,6 +73,9 @@ def test_attackers_are_left_out_and_named(tmp_path: Path) -> None:
         ({"method": "local", "dp_clip": 1.0}, "dp_clip needs a method that exchanges"),
         ({"norm_limit": 0.5}, "norm_limit must be more than 1, got 0.5"),
         ({"dp_clip": 0.0}, "dp_clip must be positive"),
+        ({"dp_noise": 2.0}, "dp_noise needs dp_clip, .* got dp_noise 2.0 and dp_clip None"),
+        ({"dp_seed": 0}, "dp_seed needs dp_clip"),
+        ({"dp_delta": 1e-6}, "dp_delta needs dp_clip"),
     ],
 )
 def test_what_does_not_go_together(fields: dict[str, Any], words: str) -> None:

@@ -182,6 +182,16 @@ def test_lossless_exchange_is_the_mean_of_the_clients(method: str) -> None:
             assert float((found.double() - mean).abs().max()) <= bound
 
 
+@pytest.mark.parametrize("given", [1, 5])
+def test_a_task_must_deal_a_shard_to_each_client(
+    monkeypatch: pytest.MonkeyPatch, given: int
+) -> None:
+    whole = TinyTask.shards
+    monkeypatch.setattr(TinyTask, "shards", lambda task, clients, seed: whole(task, given, seed))
+    with pytest.raises(ValueError, match=rf"task.shards\(2, …\) must give 2 shards, got {given}"):
+        train(TinyTask(), "fedkd", clients=2, rounds=1)
+
+
 @pytest.mark.parametrize("method", EXCHANGING)
 def test_every_copy_is_the_same_bits(method: str) -> None:
     clients, server = federation(method)

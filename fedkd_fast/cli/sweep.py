@@ -52,7 +52,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
 _FILE = """the file; options are fields of TrainConfig, as train has them, with _ instead of -:
   common: {task: digits, rounds: 20}   # of all runs
-  methods: [local, fedavg, fedkd]      # or with options of each: {fedkd: {codec: wf0}}
+  methods: [local, fedavg, fedkd]      # or with options: {local: {}, fedkd: {codec: wf0}}
   runs:                                # or any runs, by name
     fedkd-paper: {method: fedkd, preset: paper}
   settings:                            # each run under each of them

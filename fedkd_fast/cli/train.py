@@ -67,6 +67,8 @@ def _train(args: argparse.Namespace) -> int:
     # Without options there must be a run to go on with.
     resumes = args.resume and (not options or unfinished_config(folder) is not None)
     if folder.exists() and not fields.get("overwrite") and not resumes:
+        if args.resume and (folder / "summary.json").is_file():
+            raise ValueError(f"{folder} has a finished run: there is nothing to resume")
         raise ValueError(f"{folder} exists: give --overwrite to replace it, or another --out")
     with progress_bar(args.quiet or bool(args.verbose)) as show, stopping() as stop:
         fields["out"] = str(folder)

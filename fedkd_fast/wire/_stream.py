@@ -49,7 +49,7 @@ class FrameWriter:
         schema: as in `encode`.
 
     Raises:
-        ValueError: an unknown codec.
+        ValueError: an unknown codec, or a file open for appending.
     """
 
     def __init__(
@@ -60,6 +60,9 @@ class FrameWriter:
         base: Base | None = None,
         schema: bool = True,
     ) -> None:
+        if "a" in str(getattr(file, "mode", "")):
+            # What is written there lands at the end, and the header comes last.
+            raise ValueError(f"file must not be open for appending, got mode {file.mode!r}")
         self._file = file
         self._facts = facts_of(codec, base, schema)
         self._start = file.tell()
