@@ -233,10 +233,9 @@ class Loop:
             if config.quorum == 1.0:
                 raise
             self.pool.undo(index, before)
-            reason = spoken(error)
-            self.journal.add("failed", round=number, client=index, reason=reason)
             row.losses, row.frame = Losses(None, None), b""
-            row.refused, row.gone = reason, True
+            row.refused, row.gone = spoken(error), True
+            self.journal.add("failed", round=number, client=index, reason=row.refused)
             row.error = None if isinstance(error, InjectedFault) else error
         current.rows.append(row)
         if self._progress is not None:

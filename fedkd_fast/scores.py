@@ -73,8 +73,8 @@ def evaluate(
         together: also score the mean of each client's two models.
 
     Raises:
-        ValueError: a score is NaN or infinite, which no model can be better or worse than; names
-            it.
+        ValueError: a score is NaN or infinite, which no model can be better or worse than, or
+            there is none by the name of the task's metric; names it.
     """
     own = bool(getattr(task, "own_tests", False))
 
@@ -87,6 +87,11 @@ def evaluate(
             task.evaluate(model, split=split, client=client) for client, model in enumerate(chosen)
         ]
         for client, metrics in enumerate(found):
+            if task.metric not in metrics:
+                raise ValueError(
+                    f"task.evaluate must give {task.metric!r}, the task's metric, got "
+                    f"{', '.join(map(repr, metrics)) or 'nothing'}"
+                )
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise ValueError(

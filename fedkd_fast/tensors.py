@@ -164,15 +164,17 @@ def tied_names(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def check_same_names(found: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
-    """Refuse a base or schema with other names.
+    """Refuse tensors with other names than a base or schema has, which messages call `what`.
 
     Raises:
         ValueError: names some that differ.
     """
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    if missing or extra:
-        raise ValueError(f"{what} does not match: missing {missing[:3]}, unexpected {extra[:3]}")
+    only = [name for name in wanted if name not in found]
+    lacking = [name for name in found if name not in wanted]
+    if only or lacking:
+        parts = [(only, "only in it"), (lacking, "not in it")]
+        said = [f"{', '.join(map(repr, names[:3]))} {where}" for names, where in parts if names]
+        raise ValueError(f"{what} does not match: {', '.join(said)}")
 
 
 def check_same_tensors(

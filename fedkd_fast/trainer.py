@@ -202,6 +202,8 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
     special = method if pure is None else None
     if isinstance(task, str):
         name, defaults = task, task_defaults(task, special)
+    elif isinstance(task, type):
+        raise TypeError(f"task must be an object, got the class {task.__name__}: {task.__name__}()")
     else:
         name, defaults = task.name, task.defaults(special)
     defaults = {**defaults, **(pure or {})}

@@ -62,7 +62,7 @@ def fitting(update: Update, like: Mapping[str, Tensor], what: str) -> dict[str, 
         ValueError: other names, shapes, or floating values where there should be none or the other
             way round; names the tensor.
     """
-    check_same_names(update, like, what)
+    check_same_names(like, update, what)
     tied = tied_names(like)
     for name, one in like.items():
         _check_fits(update[name], one, f"{what}: tensor {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -449,6 +450,13 @@ def test_a_file_that_breaks_off_leaves_the_state_alone(wrong: str, tmp_path: Pat
         pytest.raises(ValueError, match="appending.*'ab'"),
     ):
         compressor.compress_to(file, update)
+
+
+@pytest.mark.parametrize("name", ["energy", "error", "budget_bytes", "bits_per_param"])
+@pytest.mark.parametrize("value", ["x", b"1", True, [0.5]])
+def test_wishes_must_be_numbers(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"{name} must be a number, got {value!r}")):
+        Compressor(**{name: value})
 
 
 def test_state_of_other_kinds_is_refused_by_name() -> None:

@@ -85,7 +85,7 @@ def test_differences_travel_as_they_are(codec: str) -> None:
             lost = (found[name] - value).double().norm() ** 2
             assert lost <= (0.05 if codec != "raw" else 0.0) * value.double().norm() ** 2
     for wrong, said in (
-        ({"bias": update["bias"]}, "missing"),
+        ({"bias": update["bias"]}, "'embed', 'conv', 'half' only in it"),
         ({**update, "bias": torch.zeros(3)}, "'bias' is"),
         ({**update, "bias": torch.full((60,), torch.nan)}, "NaN"),
         ({**update, "batches": torch.tensor(torch.nan)}, "'batches' holds NaN, Inf"),
@@ -319,9 +319,9 @@ def test_what_does_not_fit_is_named() -> None:
         server.letter("a")
     server.publish(model())
     base = client.receive(server.letter("a"))
-    with pytest.raises(ValueError, match=r"missing \['bias'\]"):
+    with pytest.raises(ValueError, match="'bias' only in it"):
         client.reply({name: value for name, value in base.items() if name != "bias"})
-    with pytest.raises(ValueError, match=r"unexpected \['more'\]"):
+    with pytest.raises(ValueError, match="'more' not in it"):
         server.publish({**base, "more": torch.zeros(2)})
     with pytest.raises(ValueError, match="'bias' is \\(3,\\)"):
         server.publish({**base, "bias": torch.zeros(3)})

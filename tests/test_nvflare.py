@@ -325,7 +325,7 @@ def test_errors_of_a_client_are_named_on_both_ends(caplog: pytest.LogCaptureFixt
     at, site = server(), client()
     got = as_torch(received(site, broadcast(at, model(), 0, site)))
     for bad, words in (
-        ({**got, "more": torch.zeros(2)}, r"unexpected \['more'\]"),
+        ({**got, "more": torch.zeros(2)}, "'more' not in it"),
         ({**got, "bias": torch.zeros(3)}, "'bias' is"),
         ({**got, "bias": torch.full((40,), math.nan)}, "'bias'.* NaN"),
     ):
@@ -335,7 +335,7 @@ def test_errors_of_a_client_are_named_on_both_ends(caplog: pytest.LogCaptureFixt
         failed.set_return_code(ReturnCode.TASK_DATA_FILTER_ERROR)
         at.result.process(failed, at.context(site))
         assert f"site-1 failed: {caught.value}" in caplog.text
-    with pytest.raises(ValueError, match=r"missing \['bias'"):
+    with pytest.raises(ValueError, match="'bias'.* only in it"):
         reply(site, {"matrix": got["matrix"]}, DataKind.WEIGHT_DIFF)
     with pytest.raises(
         ValueError, match=r"'bias' is \(1,\) float32, what was received has \(40,\)"
@@ -358,7 +358,7 @@ def test_weights_that_cannot_be_sent_end_the_job(monkeypatch: pytest.MonkeyPatch
         broadcast(at, {**model(), "bias": torch.full((40,), math.nan)}, 0, site)
     assert len(said) == 1 and "the weights cannot be sent" in said[0] and "'bias'" in said[0]
     received(site, broadcast(at, model(), 0, site))
-    with pytest.raises(ValueError, match=r"missing \['bias'"):
+    with pytest.raises(ValueError, match="'bias'.* only in it"):
         broadcast(at, {"matrix": model()["matrix"]}, 1, site)
 
 

@@ -356,7 +356,7 @@ def test_integers_beyond_float64_are_refused() -> None:
 def test_updates_that_do_not_fit() -> None:
     update = random_updates(1)[0]
     wrong: dict[str, object] = {
-        r"client 7 does not match: missing \['b'\]": None,
+        r"client 7 does not match: 'b' not in it": None,
         r"tensor 'b' must have shape \(7,\), got \(8,\)": torch.zeros(8),
         r"tensor 'b' must have factors of a \(7,\) tensor": (torch.ones(1, 2), torch.ones(1, 2)),
         r"tensor 'b' must be of a kind with torch.float32, got torch.int64": torch.ones(

@@ -182,6 +182,15 @@ def test_lossless_exchange_is_the_mean_of_the_clients(method: str) -> None:
             assert float((found.double() - mean).abs().max()) <= bound
 
 
+def test_a_task_must_be_an_object_that_gives_its_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: Any = TinyTask
+    with pytest.raises(TypeError, match=r"task must be an object, got the class TinyTask"):
+        train(wrong, "fedkd", rounds=1)
+    monkeypatch.setattr(TinyTask, "evaluate", lambda *args, **fields: {"f1": 1.0})
+    with pytest.raises(ValueError, match="task.evaluate must give 'accuracy', .* got 'f1'"):
+        train(TinyTask(), "fedkd", rounds=1)
+
+
 @pytest.mark.parametrize("given", [1, 5])
 def test_a_task_must_deal_a_shard_to_each_client(
     monkeypatch: pytest.MonkeyPatch, given: int

@@ -31,9 +31,15 @@ class Target(NamedTuple):
 
 def check_energy(energy: float) -> float:
     """Return an energy as a float, or say what it must be."""
+    _check_number("energy", energy)
     if not 0.0 < energy <= 1.0:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
     return float(energy)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def make_target(
@@ -46,6 +52,7 @@ def make_target(
     """Read the arguments that say what a message may lose or take.
 
     Raises:
+        TypeError: one that is no number.
         ValueError: more than one of them, or one out of its range.
     """
     given = {
@@ -57,6 +64,8 @@ def make_target(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"give one of energy, error, budget_bytes, bits_per_param, got {named}")
+    for name in named:
+        _check_number(name, given[name])
     if error is not None:
         if not 0.0 <= error < 1.0:
             raise ValueError(f"error must lie in [0, 1), got {error}")

@@ -270,7 +270,7 @@ def test_another_model_is_refused_on_either_side() -> None:
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
     arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     more = ArrayRecord({**arrays, "more": Array(np.zeros(3, np.float32))})
-    with pytest.raises(ValueError, match=r"unexpected \['more'\]"):
+    with pytest.raises(ValueError, match="'more' not in it"):
         strategy.configure_train(2, more, ConfigRecord(), grid)
 
     def smaller(node: int) -> ClientApp:
