@@ -54,7 +54,7 @@ class Aggregate(Mapping[str, Tensor]):
             return value
         if id(value) not in self._written:
             dense = value.dense()
-            self._written[id(value)] = dense, dense._version
+            self._written[id(value)] = dense, _changes(dense)
         return self._written[id(value)][0]
 
     def __iter__(self) -> Iterator[str]:
@@ -77,7 +77,12 @@ class Aggregate(Mapping[str, Tensor]):
     def _sent(self, value: Tensor | LowRank) -> Tensor | LowRank:
         """Return factors, unless what they were written out as was changed in place."""
         written, version = self._written.get(id(value), (None, 0))
-        return value if written is None or written._version == version else written
+        return value if written is None or _changes(written) == version else written
+
+
+def _changes(value: Tensor) -> int:
+    """Return how often a tensor was changed in place; those of inference mode are not counted."""
+    return 0 if value.is_inference() else value._version
 
 
 class _Sum:
@@ -236,8 +241,11 @@ class _Mean:
         self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
     ) -> None:
         """Decode a frame completely, then add it: one that is refused leaves no trace."""
-        if not isinstance(frame, (bytes, bytearray, memoryview)):
-            raise ValueError(f"frame {name} must be bytes, got {type(frame).__name__}")
+        try:
+            memoryview(frame)
+        except TypeError as error:
+            kind = type(frame).__name__
+            raise ValueError(f"frame {name} must be bytes, got {kind}") from error
         found, made_against = decode_frame_parts(
             frame,
             self._wanted,

@@ -153,7 +153,7 @@ class ErrorFeedback(_ByName):
             ValueError: NaN or Inf, or a tensor of another shape than its residual; names it.
                 Nothing is changed then.
         """
-        if isinstance(message, (bytes, bytearray, memoryview)):
+        if not isinstance(message, Mapping):
             message, _ = decode_frame(message, schema)
         held = as_tensors(message, "message")
         taken: dict[int, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from updates import relative_error
@@ -142,6 +143,8 @@ def test_refusals() -> None:
         aggregate([frames[0], frames[1][:-1]], strict=True)
     odd: list[Any] = [frames[0], None]
     assert aggregate(odd).refused == {1: "frame 1 must be bytes, got NoneType"}
+    like: list[Any] = [bytearray(frames[0]), np.frombuffer(frames[1], np.uint8)]
+    assert torch.equal(aggregate(like)["w"], aggregate(frames)["w"])
     with pytest.raises(TypeError, match="frames must be several, one a sender, got a single one"):
         aggregate(frames[0])  # type: ignore[arg-type]
 
@@ -197,6 +200,9 @@ def test_a_mean_that_was_changed_in_place_is_sent_as_it_is_now() -> None:
     assert mean.recompress(Compressor(1 - 1e-6)) == unread, "reading changes nothing"
     for value in mean.values():
         value.mul_(2.0)
+    with torch.inference_mode():
+        quiet = aggregate(Compressor(0.99).compress(part) for part in parts)
+        assert torch.equal(quiet["w"], before["w"]) and quiet.recompress(Compressor(1 - 1e-6))
     decoded = decompress(mean.recompress(Compressor(1 - 1e-6)))
     for name, value in before.items():
         assert relative_error(2.0 * value, decoded[name]) < 2e-3

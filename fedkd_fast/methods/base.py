@@ -286,8 +286,9 @@ class Steps:
         self._done = state["done"]
         self._optimizer.state.clear()
         # Steps are counted on the device, too. One tensor for each, made at once.
-        counts = torch.tensor([0.0 if one is None else one["step"] for one in found]).unbind()
-        for parameter, one, step in zip(parameters, found, counts, strict=True):
+        counts = [0.0 if one is None else one["step"] for one in found]
+        steps = torch.tensor(counts, dtype=torch.float32).unbind()
+        for parameter, one, step in zip(parameters, found, steps, strict=True):
             if one is not None:
                 self._optimizer.state[parameter] = {
                     name: value.to(parameter.device)
