@@ -88,7 +88,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _task_of(folder: Path, config: Mapping[str, Any]) -> Task:
     name = config.get("task")
     if name not in TASKS:
-        raise ValueError(f"{folder} is a run of task {name!r}, which is not built in: pass task=")
+        raise ValueError(
+            f"{folder} is a run of task {name!r}, which is not built in: pass task= to the "
+            "functions of fedkd_fast.runs"
+        )
     known = {key: config[key] for key in TrainConfig.__dataclass_fields__ if key in config}
     if known.get("mentor") is not None:
         # The trained models carry all that is needed; the pretrained ones may be gone by now.
