@@ -213,7 +213,7 @@ def aggregate(
             not match the others or the schema, or that holds integers beyond 2^53; names it.
         WireError: with `strict`, anything wrong with the bytes of a frame.
     """
-    if isinstance(frames, (bytes, bytearray, memoryview)):
+    if isinstance(frames, str) or _is_buffer(frames):
         raise TypeError("frames must be several, one a sender, got a single one: pass [frame]")
     module = backend_named(backend)
     mean = _Mean(schema, relative_to)
@@ -229,6 +229,14 @@ def aggregate(
     return mean.finish(refused)
 
 
+def _is_buffer(value: object) -> bool:
+    try:
+        memoryview(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
 class _Mean:
     def __init__(self, schema: Mapping[str, Shaped] | None, relative_to: Base | None) -> None:
         self._wanted, self._what = schema, "schema"
@@ -241,11 +249,8 @@ class _Mean:
         self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
     ) -> None:
         """Decode a frame completely, then add it: one that is refused leaves no trace."""
-        try:
-            memoryview(frame)
-        except TypeError as error:
-            kind = type(frame).__name__
-            raise ValueError(f"frame {name} must be bytes, got {kind}") from error
+        if not _is_buffer(frame):
+            raise ValueError(f"frame {name} must be bytes, got {type(frame).__name__}")
         found, made_against = decode_frame_parts(
             frame,
             self._wanted,

@@ -202,12 +202,6 @@ class TrainConfig:
         if self.norm_limit is not None and self.norm_limit <= 1.0:
             raise ValueError(f"norm_limit must be more than 1, got {self.norm_limit}")
         if self.dp_clip is None:
-            for name in ("dp_noise", "dp_delta", "dp_seed"):
-                if getattr(self, name) != TrainConfig.__dataclass_fields__[name].default:
-                    raise ValueError(
-                        f"{name} needs dp_clip, the bound on each update that its noise hides, got "
-                        f"{name} {getattr(self, name)!r} and dp_clip None"
-                    )
             return
         # Anything else that depends on the updates gives away more than is accounted for.
         without = {"aggregation": "mean", "weighting": "equal", "patience": None}

@@ -26,6 +26,7 @@ from fedkd_fast.codec.common import all_finite
 from fedkd_fast.decompression import decode_frame
 from fedkd_fast.reference import Factors, Subspace
 from fedkd_fast.tensors import Shaped, as_tensors
+from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
 
 class State:
@@ -140,21 +141,29 @@ class ErrorFeedback(_ByName):
         self,
         message: bytes | Mapping[str, Tensor],
         schema: Mapping[str, Shaped] | None = None,
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         """Take back what a message held that did not arrive, so that the next one brings it.
 
         Args:
             message: the frame; or what it decodes to without a base, the difference.
             schema: as in `decompress`, for a frame without one of its own.
+            max_bytes: as in `decompress`.
 
         Raises:
             WireError: the frame is damaged.
-            TypeError: a value is no tensor.
+            TypeError: neither a frame nor a mapping of names to tensors.
             ValueError: NaN or Inf, or a tensor of another shape than its residual; names it.
                 Nothing is changed then.
         """
         if not isinstance(message, Mapping):
-            message, _ = decode_frame(message, schema)
+            try:
+                memoryview(message)
+            except TypeError as error:
+                kind = type(message).__name__
+                raise TypeError(f"message must be a frame or a mapping, got {kind}") from error
+            message, _ = decode_frame(message, schema, max_bytes=max_bytes)
         held = as_tensors(message, "message")
         taken: dict[int, Tensor] = {}
         for name, kept in self._kept.items():
@@ -165,7 +174,14 @@ class ErrorFeedback(_ByName):
                         f"residual is {tuple(kept.shape)}"
                     )
                 taken[id(kept)] = kept + held[name].to(kept.dtype)
-        self._kept = {name: taken.get(id(kept), kept) for name, kept in self._kept.items()}
+        # Nothing is kept of it where this state is newer than the message.
+        new = {
+            name: value if value.dtype == torch.float64 else value.float()
+            for name, value in held.items()
+            if name not in self._kept and value.is_floating_point()
+        }
+        now = {name: taken.get(id(kept), kept) for name, kept in self._kept.items()}
+        self._kept = {**now, **new}
 
     def absent(self, rounds: int = 1) -> None:
         """Let the residuals decay, where the client missed rounds.

@@ -144,6 +144,7 @@ class Node:
             with locked(self._folder / "lock"):
                 return self._execute(order)
         except MissingStateError as error:
+            _log.warning("client %d, order %d: %s", self._index, order.number, error)
             return Answer({"error": str(error), "missing": True})
         except Exception as error:
             _log.exception("client %d, order %d", self._index, order.number)
@@ -197,7 +198,9 @@ class Node:
             with _readable(folder):
                 return Store(folder)
         except MissingStateError:
-            folder.rename(self._folder / f"state.damaged-{number}")
+            aside = self._folder / f"state.damaged-{number}"
+            _log.warning("client %d: %s is damaged and now %s", self._index, folder, aside)
+            folder.rename(aside)
             raise
 
     def _scores(

@@ -136,8 +136,9 @@ class Recorder:
         fedavg = mentor_frame_bytes(task, learner) * messages / count
         names = ("method", "preset", "task", "seed", "clients", "energy_start", "energy_end")
         # What users would ask, or else the model that there is.
-        wanted = (config.inference, "mentor", "mentee")
-        role = next((one for one in wanted if scores.of(_ROLES[one])), config.inference)
+        there = {"mentor": learner.mentor is not None, "mentee": learner.mentee is not None}
+        there["mean"] = all(there.values())
+        role = next(one for one in (config.inference, "mentor", "mentee") if there[one])
         return {
             **{name: getattr(config, name) for name in names},
             "rounds": self.rounds_done,

@@ -29,6 +29,10 @@ class ClientError(RuntimeError):
     """A client answered that it could not do what it was asked for, or answered nonsense."""
 
 
+class LostStateError(ClientError):
+    """A client lost what it had learned, or cannot read it; it begins anew with its next order."""
+
+
 class Carrier(Protocol):
     """Brings orders to clients, and their answers back."""
 
@@ -115,11 +119,13 @@ class RemoteClient:
         if isinstance(outcome, Exception):
             raise outcome
         facts = outcome.facts
+        said = str(facts.get("error", "")) or f"client {self.index} failed without a word"
         if facts.get("missing"):
             self._missing.add(self._base)
             self.load((self.version, self._base, [], []))
+            raise LostStateError(said)
         if "error" in facts:
-            raise ClientError(str(facts["error"]) or f"client {self.index} failed without a word")
+            raise ClientError(said)
         self.elsewhere = self._seconds(facts, "seconds"), self._seconds(facts, "seconds_codec")
         self._base, self._steps, self._frames = int(self._number(facts, "state")), [], []
         self._frame = outcome.frame

@@ -9,7 +9,7 @@ from typing import Any
 from fedkd_fast.client import Client
 from fedkd_fast.config import TrainConfig
 from fedkd_fast.evaluation import Evaluation, Models
-from fedkd_fast.remote import ClientError, NoAnswerError, RemotePool, finite
+from fedkd_fast.remote import ClientError, LostStateError, NoAnswerError, RemotePool, finite
 from fedkd_fast.scores import Metrics, Scores, test_sets
 from fedkd_fast.server import Server
 from fedkd_fast.tasks import Task
@@ -21,7 +21,8 @@ class RemoteEvaluation(Evaluation):
     """Scores models where they are: mentors never leave their clients.
 
     A round in which a client does not answer, or cannot score, has no scores. After the last one
-    there is a wait for it; then the run ends without the scores of its models.
+    there is a wait for it; then the run ends without the scores of its models. One that lost its
+    state has nothing to score: what it began with is not its model.
 
     Args:
         config: of the run.
@@ -83,16 +84,22 @@ class RemoteEvaluation(Evaluation):
         if final:  # all save their models
             asked.update({index: asked.get(index, []) for index in range(len(self._pool))})
         found, failed = self._found(asked, split, final, self._wait_s if final else 0.0)
+        for index, error in failed.items():
+            if final or isinstance(error, LostStateError):
+                self._remote.failed(index, f"its models are not scored: {error}")
         if failed and not final:
             return Scores(task.metric, "none")
-        for index, error in failed.items():
-            self._remote.failed(index, f"its final models are not scored: {error}")
+        # What all share anybody can score who is there.
         shared = [(role, 0) for role in roles if self._scorers(role, 0) == [(self.current, 0)]]
-        if self.current in failed and found and shared:
-            # What all share, anybody can score.
-            self.current = min(found)
-            again, _ = self._found({self.current: shared}, split, final, 0.0)
-            found[self.current] |= again.get(self.current, {})
+        others = sorted(found) if shared and self.current in failed else []
+        while others and self.current not in found:
+            index = others.pop(0)
+            again, failed = self._found({index: shared}, split, final, 0.0)
+            for error in failed.values():
+                self._remote.failed(index, f"what all share is not scored: {error}")
+            if again:
+                self.current = index
+                found[index] |= again[index]
         lists: dict[str, list[Metrics]] = {}
         for role in ("mentor", "mentee", "mean"):
             scorers = [index for index, _ in self._scorers(role, clients)]
@@ -116,20 +123,25 @@ class RemoteEvaluation(Evaluation):
     ) -> tuple[dict[int, dict[str, Metrics]], dict[int, Exception]]:
         """Return what each of the clients says of its models, by role, and why others do not."""
         found: dict[int, dict[str, Metrics]] = {}
-        until = time.monotonic() + wait_s
+        failed: dict[int, Exception] = {}
+        missing, until = [*asked], time.monotonic() + wait_s
         while True:
-            missing = [index for index in asked if index not in found]
             self._remote.send({i: self._work(i, asked[i], split, final) for i in missing})
-            failed: dict[int, Exception] = {}
+            left = []
             for index in missing:
                 client = self._remote.take(index)
+                before = failed.pop(index, None)
                 try:
                     scores = client.facts().get("scores")
                     found[index] = _scores_of(index, asked[index], scores, self._task.metric)
                 except (NoAnswerError, ClientError) as error:
-                    # Also one that could not may be able to next time: it begins anew, say.
                     failed[index] = error
-            if not failed or time.monotonic() >= until:
+                    # Who says the same twice will go on doing so.
+                    settled = isinstance(error, ClientError) and str(error) == str(before)
+                    if not settled and not isinstance(error, LostStateError):
+                        left.append(index)
+            missing = left
+            if not missing or time.monotonic() >= until:
                 return found, failed
             time.sleep(_RETRY_S)
 
@@ -137,7 +149,9 @@ class RemoteEvaluation(Evaluation):
         self, index: int, roles: Sequence[tuple[str, int]], split: str, final: bool
     ) -> tuple[list[list[Any]], list[bytes]]:
         """Return the order to score, with what the shared model lacks where that is of all."""
-        shared = any(role != "mentor" and not self._apart for role, _ in roles)
+        shared = not self._apart and any(
+            role != "mentor" or self._shares_mentor for role, _ in roles
+        )
         frames: list[bytes] = []
         if shared and self._server is not None:
             frames = self._server.catch_up(self._remote.version(index))

@@ -22,6 +22,8 @@ from fedkd_fast.trees import Tree
 from fedkd_fast.updates import Client, Update, largest, squared_norm, written
 from fedkd_fast.wire import Base, TensorSpec
 
+MOST_SQUARED = 1e19  # the square of a float32 beyond that is infinite
+
 
 @dataclass
 class ServerOptimizer:
@@ -51,6 +53,13 @@ class ServerOptimizer:
     def identity(self) -> bool:
         """Whether nothing is changed."""
         return self.kind == "none" and self.lr == 1.0
+
+    @property
+    def gain(self) -> float:
+        """How far an update moves parameters in all rounds, over its own length; adam's own: 1."""
+        if self.kind == "momentum":
+            return self.lr / max(1.0 - self.momentum, 1e-3)
+        return self.lr if self.kind == "none" else 1.0
 
     def step(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the update to broadcast, and remember."""
@@ -137,12 +146,16 @@ class Server:
             ValueError: it does not fit the shared parameters.
         """
         update = self._up.update(frame, self._parameters)
-        norm = math.sqrt(squared_norm(update))
+        norm, gain = math.sqrt(squared_norm(update)), self._optimizer.gain
+        most = MOST_SQUARED if self._optimizer.kind == "adam" else math.inf
         for name, value in self._parameters.items():
             # No element of an update is longer than all of it, which mostly is short enough.
-            if name in update and value.is_floating_point() and norm > self._room(name):
-                there = value.double() + written(update[name], tuple(value.shape))
-                if not all_finite(there.to(value.dtype)):
+            if name not in update or not value.is_floating_point():
+                continue
+            if norm * gain > self._room(name) or norm > most:
+                moved = written(update[name], tuple(value.shape))
+                there = (value.double() + gain * moved).to(value.dtype)
+                if not all_finite(there) or largest(moved) > most:
                     raise NotFiniteError(f"the update takes {name!r} beyond {value.dtype}")
         return norm
 

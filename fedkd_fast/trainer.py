@@ -23,6 +23,7 @@ from fedkd_fast.config import PRESETS, task_options
 from fedkd_fast.config import TrainConfig as TrainConfig
 from fedkd_fast.loop import Connect, Loop
 from fedkd_fast.loop import Progress as Progress
+from fedkd_fast.methods import get_method
 from fedkd_fast.runs import load_run
 from fedkd_fast.tasks import Task, build_task, task_defaults
 from fedkd_fast.writer import RunWriter, unfinished_config
@@ -207,10 +208,17 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
     else:
         name, defaults = task.name, task.defaults(special)
     defaults = {**defaults, **(pure or {})}
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted((set(fields) | set(defaults)) - known)
+    general = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted((set(fields) | set(defaults)) - set(general))
     if unknown:
         raise TypeError(f"{unknown[0]!r} is no field of TrainConfig")
+    if get_method(method).exchanges and fields.get("dp_clip") is None:
+        for name in ("dp_noise", "dp_delta", "dp_seed"):
+            if fields.get(name, general[name]) != general[name]:
+                raise ValueError(
+                    f"{name} needs dp_clip, the bound on each update that noise hides, got "
+                    f"{name} {fields[name]!r} and dp_clip None"
+                )
     # Paths as text, which the configuration is written as.
     plain = {
         key: os.fspath(value) if isinstance(value, os.PathLike) else value

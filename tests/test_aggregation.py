@@ -147,6 +147,8 @@ def test_refusals() -> None:
     assert torch.equal(aggregate(like)["w"], aggregate(frames)["w"])
     with pytest.raises(TypeError, match="frames must be several, one a sender, got a single one"):
         aggregate(frames[0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="frames must be several"):
+        aggregate(np.frombuffer(frames[0], np.uint8))
 
 
 def low_rank(seed: int, rank: int = 3, shape: tuple[int, int] = (60, 40)) -> torch.Tensor:

@@ -409,6 +409,7 @@ def test_what_a_lost_message_did_not_hold_stays_as_it_is() -> None:
     [
         ({"w": torch.full((20, 20), torch.nan)}, ValueError, r"message\['w'\] holds NaN or Inf"),
         ({"b": torch.ones(20), "w": torch.ones(20, 2)}, ValueError, r"message\['w'\] is \(20, 2\)"),
+        (None, TypeError, "message must be a frame or a mapping, got NoneType"),
         ({"w": 3}, TypeError, r"message\['w'\] must be a torch.Tensor"),
         (b"no frame", ValueError, "frame"),
     ],
@@ -424,6 +425,17 @@ def test_what_cannot_have_been_lost_changes_nothing(
         compressor.feedback.lost(message)
     after = compressor.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_lost_message_is_kept_where_nothing_else_is() -> None:
+    """As after a restart without the state."""
+    update = {"w": powerlaw(20, 20), "h": powerlaw(20, 20, seed=1).half(), "n": torch.tensor(1)}
+    frame = Compressor(0.9, feedback=True).compress(update)
+    fresh = ErrorFeedback()
+    fresh.lost(frame)
+    decoded = decompress(frame)
+    assert sorted(fresh.state_dict()) == ["h", "w"]
+    assert all(torch.equal(kept, decoded[n].float()) for n, kept in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize("wrong", ["nan", "disk"])

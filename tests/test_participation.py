@@ -23,7 +23,7 @@ from fedkd_fast.decompression import NotFiniteError
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.legs import CompressorLeg
 from fedkd_fast.methods import METHODS
-from fedkd_fast.server import Server
+from fedkd_fast.server import Server, ServerOptimizer
 from fedkd_fast.trainer import train
 from fedkd_fast.wire import Base
 
@@ -85,6 +85,31 @@ def test_updates_that_leave_the_range_of_the_parameters_are_refused(dtype: torch
             assert server.norm(frame) == pytest.approx(abs(float(update["w"][7, 3])))
         else:
             with pytest.raises(NotFiniteError, match=f"takes 'w' beyond {dtype}"):
+                server.norm(frame)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "last"),
+    [
+        (ServerOptimizer(lr=2.5), 0.3),
+        (ServerOptimizer("momentum", momentum=0.9), 0.06),
+        (ServerOptimizer("adam"), 1e-18),
+    ],
+    ids=lambda one: getattr(one, "kind", ""),
+)
+def test_what_the_optimizer_makes_too_large_is_refused(
+    optimizer: ServerOptimizer, last: float
+) -> None:
+    start = {"w": torch.full((8, 4), torch.finfo(torch.float32).max / 2)}
+    server = Server(start, *(CompressorLeg(sender("raw")) for _ in range(2)), optimizer)
+    update = {"w": torch.zeros(8, 4)}
+    for share, fits in ((0.01, True), (1.0, False)):
+        update["w"][7, 3] = share * last * torch.finfo(torch.float32).max
+        frame = sender("raw").compress(update, relative_to=Base(digest=server.digest()))
+        if fits:
+            server.norm(frame)
+        else:
+            with pytest.raises(NotFiniteError, match="takes 'w' beyond"):
                 server.norm(frame)
 
 
