@@ -213,11 +213,11 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
     if unknown:
         raise TypeError(f"{unknown[0]!r} is no field of TrainConfig")
     if get_method(method).exchanges and fields.get("dp_clip") is None:
-        for name in ("dp_noise", "dp_delta", "dp_seed"):
-            if fields.get(name, general[name]) != general[name]:
+        for option in ("dp_noise", "dp_delta", "dp_seed"):
+            if fields.get(option, general[option]) != general[option]:
                 raise ValueError(
-                    f"{name} needs dp_clip, the bound on each update that noise hides, got "
-                    f"{name} {fields[name]!r} and dp_clip None"
+                    f"{option} needs dp_clip, the bound on each update that noise hides, got "
+                    f"{option} {fields[option]!r} and dp_clip None"
                 )
     # Paths as text, which the configuration is written as.
     plain = {
