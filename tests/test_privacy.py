@@ -151,7 +151,7 @@ def test_integers_are_not_released() -> None:
     with pytest.raises(ValueError, match="floating tensors only, got 'steps' torch.int64"):
         mean_of().mean({}, like)
     update = {**random_updates(1)[0], "extra": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"update of client 3 does not match: .* \['extra'\]"):
+    with pytest.raises(ValueError, match="update of client 3 does not match: 'extra' only in it"):
         mean_of().mean({3: update}, LIKE)
 
 
