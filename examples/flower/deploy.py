@@ -29,8 +29,6 @@ BIN = Path(sys.executable).parent  # of the environment that has Flower
 NODES = 2
 HOST = "127.0.0.1"
 START_S = 180.0
-# SuperNodes of Flower 1.39 speak gRPC, for which the SuperLink has a port of its own.
-GRPC = importlib.metadata.version("flwr").startswith("1.39.")
 
 
 def free_port() -> int:
@@ -131,7 +129,9 @@ class Deployment:
             f"partition-id={node} num-partitions={NODES} state-dir='{self.folder / 'state'}' "
             f"key='{self.keys / f'client-{node}.key'}' server-key='{self.keys / 'server.key.pub'}'"
         )
-        port = self.grpc_port if GRPC else self.port
+        # SuperNodes of Flower 1.39 speak gRPC, for which the SuperLink has a port of its own.
+        grpc = importlib.metadata.version("flwr").startswith("1.39.")
+        port = self.grpc_port if grpc else self.port
         self.start(
             *(f"supernode-{node}", "flower-supernode", "--superlink", f"{HOST}:{port}"),
             *("--root-certificates", str(self.keys / "ca.crt")),
