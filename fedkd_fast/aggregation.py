@@ -15,7 +15,7 @@ from fedkd_fast.codec.decode import Parts, backend_named
 from fedkd_fast.codec.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decode_frame_parts
-from fedkd_fast.tensors import Shaped
+from fedkd_fast.tensors import Shaped, is_buffer
 from fedkd_fast.updates import Client, cast, check_weights, exact_integers
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 
@@ -213,7 +213,7 @@ def aggregate(
             not match the others or the schema, or that holds integers beyond 2^53; names it.
         WireError: with `strict`, anything wrong with the bytes of a frame.
     """
-    if isinstance(frames, str) or _is_buffer(frames):
+    if isinstance(frames, str) or is_buffer(frames):
         raise TypeError("frames must be several, one a sender, got a single one: pass [frame]")
     module = backend_named(backend)
     mean = _Mean(schema, relative_to)
@@ -229,14 +229,6 @@ def aggregate(
     return mean.finish(refused)
 
 
-def _is_buffer(value: object) -> bool:
-    try:
-        memoryview(value)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
-
-
 class _Mean:
     def __init__(self, schema: Mapping[str, Shaped] | None, relative_to: Base | None) -> None:
         self._wanted, self._what = schema, "schema"
@@ -249,7 +241,7 @@ class _Mean:
         self, name: str | int, frame: Frame, weight: float, max_bytes: int, module: ModuleType
     ) -> None:
         """Decode a frame completely, then add it: one that is refused leaves no trace."""
-        if not _is_buffer(frame):
+        if not is_buffer(frame):
             raise ValueError(f"frame {name} must be bytes, got {type(frame).__name__}")
         found, made_against = decode_frame_parts(
             frame,

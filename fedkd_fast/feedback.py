@@ -25,7 +25,7 @@ from torch import Tensor
 from fedkd_fast.codec.common import all_finite
 from fedkd_fast.decompression import decode_frame
 from fedkd_fast.reference import Factors, Subspace
-from fedkd_fast.tensors import Shaped, as_tensors
+from fedkd_fast.tensors import Shaped, as_tensors, is_buffer
 from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
 
@@ -158,11 +158,9 @@ class ErrorFeedback(_ByName):
                 Nothing is changed then.
         """
         if not isinstance(message, Mapping):
-            try:
-                memoryview(message)
-            except TypeError as error:
+            if not is_buffer(message):
                 kind = type(message).__name__
-                raise TypeError(f"message must be a frame or a mapping, got {kind}") from error
+                raise TypeError(f"message must be a frame or a mapping, got {kind}")
             message, _ = decode_frame(message, schema, max_bytes=max_bytes)
         held = as_tensors(message, "message")
         taken: dict[int, Tensor] = {}

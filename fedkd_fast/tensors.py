@@ -14,6 +14,15 @@ from fedkd_fast.codec.common import DTYPES, all_finite
 from fedkd_fast.wire import TensorSpec
 
 
+def is_buffer(value: Any) -> bool:
+    """Tell whether a value is bytes, or shows memory as these do, and so may be a frame."""
+    try:
+        memoryview(value)
+    except TypeError:
+        return False
+    return True
+
+
 class Shaped(Protocol):
     """Anything with a shape and a dtype: tensors, arrays, meta tensors, wire entries."""
 

@@ -145,10 +145,10 @@ def test_refusals() -> None:
     assert aggregate(odd).refused == {1: "frame 1 must be bytes, got NoneType"}
     like: list[Any] = [bytearray(frames[0]), np.frombuffer(frames[1], np.uint8)]
     assert torch.equal(aggregate(like)["w"], aggregate(frames)["w"])
-    with pytest.raises(TypeError, match="frames must be several, one a sender, got a single one"):
-        aggregate(frames[0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="frames must be several"):
-        aggregate(np.frombuffer(frames[0], np.uint8))
+    single: list[Any] = [frames[0], np.frombuffer(frames[0], np.uint8), "frames"]
+    for one in single:
+        with pytest.raises(TypeError, match="frames must be several, one a sender, got a single"):
+            aggregate(one)
 
 
 def low_rank(seed: int, rank: int = 3, shape: tuple[int, int] = (60, 40)) -> torch.Tensor:
