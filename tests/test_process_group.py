@@ -318,7 +318,7 @@ def test_the_outer_step_resumes_to_the_bit(ranks: Ranks) -> None:
     for same, wrong, small in ranks.run(resumed_steps):
         assert same
         assert small.startswith(
-            "ValueError: state does not match the model: 'agreed.0.bias' is (1,)"
+            "ValueError: the model does not match: 'agreed.0.bias' is (1,) float32"
         )
         assert wrong == "ValueError: state does not match the model: ['agreed.x']"
 

@@ -51,6 +51,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from fedkd_fast.config import TrainConfig
+    from fedkd_fast.runs import SUMMARY
     from fedkd_fast.trainer import resume_run, train
     from fedkd_fast.writer import unfinished_config
 
@@ -67,7 +68,7 @@ def _train(args: argparse.Namespace) -> int:
     # Without options there must be a run to go on with.
     resumes = args.resume and (not options or unfinished_config(folder) is not None)
     if folder.exists() and not fields.get("overwrite") and not resumes:
-        if args.resume and (folder / "summary.json").is_file():
+        if args.resume and (folder / SUMMARY).is_file():
             raise ValueError(f"{folder} has a finished run: there is nothing to resume")
         raise ValueError(f"{folder} exists: give --overwrite to replace it, or another --out")
     with progress_bar(args.quiet or bool(args.verbose)) as show, stopping() as stop:

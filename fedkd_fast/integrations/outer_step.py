@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedkd_fast.compress import Compressor
 from fedkd_fast.integrations.process_group import GroupMean, compressed_mean
+from fedkd_fast.tensors import check_same_tensors
 
 _AGREED, _VELOCITY, _COMPRESSOR = "agreed.", "velocity.", "compressor."
 
@@ -94,7 +95,8 @@ class OuterStep:
         """Restore `state_dict`; the model takes the agreed parameters.
 
         Raises:
-            ValueError: names that are missing or unknown, or other shapes; nothing is changed then.
+            ValueError: names that are missing or unknown, or other shapes or dtypes; nothing is
+                changed then.
         """
         own, rest = self._own(), {}
         for name, one in state.items():
@@ -103,12 +105,7 @@ class OuterStep:
         wrong = set(own) ^ {name for name in state if not name.startswith(_COMPRESSOR)}
         if wrong:
             raise ValueError(f"state does not match the model: {sorted(wrong)[:3]}")
-        for name, one in own.items():
-            if state[name].shape != one.shape:
-                raise ValueError(
-                    f"state does not match the model: {name!r} is {tuple(state[name].shape)}, "
-                    f"must be {tuple(one.shape)}"
-                )
+        check_same_tensors({name: state[name] for name in own}, own, "the model")
         self._compressor.load_state_dict(rest)
         for name, one in own.items():
             one.copy_(state[name])
