@@ -4,7 +4,7 @@
 
 namespace bind = fedkd_fast::bind;
 
-// The build for tests on CPU threads has a namespace of its own.
+// The build for tests without a GPU has a namespace of its own.
 #ifndef FEDKD_FAST_OPS
 #define FEDKD_FAST_OPS fedkd_fast
 #endif

@@ -28,7 +28,7 @@ using torch::stable::Tensor;
 
 #ifdef FEDKD_FAST_HAS_CUDA
 #ifdef FEDKD_FAST_SIMT
-// For tests, kernels run on CPU threads (simt/): every tensor counts as one of a GPU, and the
+// For tests, kernels run on the CPU (simt/): every tensor counts as one of a GPU, and the
 // engine stands in for torch's guard and stream.
 inline bool on_gpu(const Tensor&) { return true; }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from native_build import simt_ops
+from native_build import SIMT, simt_ops
 from ranks import Ranks
 
 from fedkd_fast import ops
@@ -38,10 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device an op test runs on; `simt` runs the CUDA kernels on CPU threads."""
+    """The device an op test runs on; `simt` runs the CUDA kernels on the CPU."""
     if request.param == "simt":
-        if request.node.get_closest_marker("many_blocks"):
-            pytest.skip("thousands of blocks take minutes on CPU threads")
+        if not SIMT:
+            pytest.skip("Linux on x86-64")
         monkeypatch.setattr(ops._library, "native", simt_ops())
         return torch.device("cpu")
     return torch.device(request.param)
@@ -56,15 +56,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 @pytest.fixture
-def runs_on_threads(device: torch.device) -> bool:
+def runs_on_simt(device: torch.device) -> bool:
     """Whether `device` is `simt`."""
     return ops._library.native is not torch.ops.fedkd_fast
 
 
 @pytest.fixture
-def runs_cuda_kernels(device: torch.device, runs_on_threads: bool) -> bool:
+def runs_cuda_kernels(device: torch.device, runs_on_simt: bool) -> bool:
     """Whether `device` stands for the CUDA half of the ops, which reports some errors late."""
-    return device.type == "cuda" or runs_on_threads
+    return device.type == "cuda" or runs_on_simt
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -73,5 +73,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if passed:
         seconds = sum(report.duration for report in passed)
         terminalreporter.write_line(
-            f"{len(passed)} tests ran CUDA kernels on CPU threads, in {seconds:.0f} s"
+            f"{len(passed)} tests ran CUDA kernels on the CPU, in {seconds:.0f} s"
         )

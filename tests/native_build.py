@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import platform
 import subprocess
 import sys
 import zlib
@@ -15,6 +16,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 # One folder an environment, like that of the package: its cache names the environment's tools.
 BUILD = ROOT / "build" / f"native-{zlib.crc32(sys.prefix.encode()):08x}"
+# Where CUDA kernels run on the CPU: fiber.h changes between stacks of that machine.
+SIMT = platform.system() == "Linux" and platform.machine() == "x86_64"
 SIMT_LIBRARY = BUILD / "libfedkd_fast_simt.so"
 
 
@@ -48,7 +51,7 @@ def _problem_of(*step: str) -> str:
 
 @functools.cache
 def simt_ops() -> torch._ops._OpNamespace:
-    """Load the ops that run CUDA kernels on CPU threads."""
+    """Load the ops that run CUDA kernels on the CPU."""
     built("fedkd_fast_simt")
     torch.ops.load_library(str(SIMT_LIBRARY))  # type: ignore[no-untyped-call]
     return torch.ops.fedkd_fast_simt

@@ -22,7 +22,7 @@ COUNT = 1001
 LEVELS = torch.tensor([0, 70, -60, 20], dtype=torch.int16)
 MULTIPLIER = torch.tensor([1.0, 20.0, 1.0, 9.0])  # the last row has escaped symbols
 CODED = 40
-LOGIT_ROWS = 12  # more than blocks on CPU threads, which need a second for each
+LOGIT_ROWS = 12
 
 
 class Op(NamedTuple):

@@ -129,7 +129,6 @@ def check_against_reference(
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.many_blocks
 @pytest.mark.parametrize("sure", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4096])
@@ -216,7 +215,6 @@ def test_equal_logits_have_no_divergence(device: torch.device, dtype: torch.dtyp
     assert torch.equal(result.mentor_loss, result.mentee_loss)
 
 
-@pytest.mark.many_blocks
 def test_divergence_is_never_negative(device: torch.device) -> None:
     mentor, _, labels = make_inputs(2000, 5, torch.float32, device, LARGE)
     mentee = mentor * (1 + torch.finfo(torch.float32).eps)
@@ -305,7 +303,6 @@ def test_only_total_is_differentiable(device: torch.device) -> None:
     assert largest(mentee.grad) > 0.0
 
 
-@pytest.mark.many_blocks
 def test_float16_gradients_survive_many_rows(device: torch.device) -> None:
     # 1e-4 / 40000 is below the range of float16; a gradient scaler multiplies before that.
     rows, scaler = 40_000, 2.0**16
@@ -361,9 +358,9 @@ def test_torch_compile_keeps_it_in_one_graph() -> None:
 @pytest.mark.parametrize("config", [PAPER, PUBLIC], ids=["paper", "public_code"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(
-    device: torch.device, runs_on_threads: bool, dtype: torch.dtype, config: DistillationConfig
+    device: torch.device, runs_on_simt: bool, dtype: torch.dtype, config: DistillationConfig
 ) -> None:
-    if runs_on_threads:
+    if runs_on_simt:
         pytest.skip("its library has no fake kernels")
     mentor, mentee, labels = make_inputs(6, 5, dtype, device)
     # The workspace is not written where a row does not count.

@@ -166,8 +166,8 @@ def test_fake_kernels_know_the_device_of_the_data() -> None:
         assert values.device.type == "cuda" and values.dtype == torch.float32
 
 
-def test_opcheck(device: torch.device, runs_on_threads: bool) -> None:
-    if runs_on_threads:
+def test_opcheck(device: torch.device, runs_on_simt: bool) -> None:
+    if runs_on_simt:
         pytest.skip("its library has no fake kernels")
     values, scale, widths = (part.to(device) for part in sample(4, 20, [3]))
     codes = ops.pack_factors(values, scale, widths)

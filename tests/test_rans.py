@@ -43,7 +43,6 @@ def test_chunks_end_where_the_specification_says(
     check(sample(shapes, levels, tails=0.3))
 
 
-@pytest.mark.many_blocks
 def test_many_streams_with_escapes_and_raw_bits(device: torch.device) -> None:
     shapes = [(4, 5000), (7, 3), (2, 20000), (1, 1), (5, 999), (3, 6000), (1, 7)]
     owner = [0, 0, 1, 2, 3, 3, 4]
@@ -240,8 +239,8 @@ def test_fake_kernels_know_the_device_of_the_data() -> None:
         assert values.device.type == "cuda" and values.shape == (2, 9)
 
 
-def test_opcheck(device: torch.device, runs_on_threads: bool) -> None:
-    if runs_on_threads:
+def test_opcheck(device: torch.device, runs_on_simt: bool) -> None:
+    if runs_on_simt:
         pytest.skip("its library has no fake kernels")
     message = sample([(4, 20)], [3]).to(device)
     codes, sizes = ops.rans_encode(*message)

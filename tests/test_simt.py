@@ -1,14 +1,13 @@
-"""CUDA kernels on CPU threads: the engine reports faults, and sanitizers find nothing in ours."""
+"""CUDA kernels on the CPU: the engine reports faults, and sanitizers find nothing in ours."""
 
 from __future__ import annotations
 
-import platform
 import re
 
 import pytest
-from native_build import ROOT, run
+from native_build import ROOT, SIMT, run
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers and setarch")
+pytestmark = pytest.mark.skipif(not SIMT, reason="Linux on x86-64")
 
 LINE = re.compile(r"error (\d+), total (-?\d+), sum (-?\d+)")
 PLACE = r"simt: .*{kernel}_kernel.*, block \({block}, 0, 0\), thread \(\d+, 0, 0\)"
@@ -40,6 +39,7 @@ def test_simt_runs_sound_kernels(name: str, total: int, total_sum: int, build: s
     assert results(name, build) == (0, total, total_sum)
 
 
+@pytest.mark.parametrize("build", ["plain", "thread", "address"])
 @pytest.mark.parametrize(
     ("name", "block", "what"),
     [
@@ -50,8 +50,10 @@ def test_simt_runs_sound_kernels(name: str, total: int, total_sum: int, build: s
         ("partial_warp", 0, "uses a warp operation without all 32 lanes"),
     ],
 )
-def test_simt_reports_barriers_that_not_all_reach(name: str, block: object, what: str) -> None:
-    done = run("simt_faults_plain", name.replace("_", "-"), timeout_s=30)
+def test_simt_reports_barriers_that_not_all_reach(
+    name: str, block: object, what: str, build: str
+) -> None:
+    done = run(f"simt_faults_{build}", name.replace("_", "-"), timeout_s=30)
     assert re.search(PLACE.format(kernel=name, block=block) + ".*" + what, done.stderr), done.stderr
     assert done.returncode == 1 and f"error {LAUNCH_FAILURE}" in done.stdout
 
@@ -70,7 +72,7 @@ def test_simt_thread_sanitizer_finds_planted_races(name: str) -> None:
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize("name", ["overrun_static", "overrun_dynamic"])
+@pytest.mark.parametrize("name", ["overrun_static", "overrun_dynamic", "overrun_local"])
 def test_simt_address_sanitizer_finds_planted_overruns(name: str) -> None:
     done = run("simt_faults_address", name.replace("_", "-"))
     assert re.search(PLACE.format(kernel=name, block=0), done.stderr), done.stderr

@@ -1,4 +1,4 @@
-"""What every op owes to a CUDA program, as far as CPU threads can show it.
+"""What every op owes to a CUDA program, as far as a CPU can show it.
 
 A held stream keeps what is launched on it until it is told to run, and may be told again: so does a
 GPU that is busy, and a graph. Torch's own work is not held: data that torch has to copy first, and
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from native_build import ROOT, SIMT_LIBRARY, simt_ops
+from native_build import ROOT, SIMT, SIMT_LIBRARY, simt_ops
 from op_samples import ALL_OURS, BITS, COUNT, OPS, SCALE, Op, check, noise, overwrite
 
 from fedkd_fast import ops, reference
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="the C library's mallopt")
+pytestmark = pytest.mark.skipif(not SIMT, reason="Linux on x86-64")
 
 MARKER = 0x5EED  # stands for a stream; nothing looks behind it
 # All tensors of the CPU have one index: a launch inside the guard of one is told from one outside.
@@ -43,7 +42,7 @@ def engine() -> ctypes.CDLL:
 
 
 @pytest.fixture(autouse=True)
-def on_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_simt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops._library, "native", simt_ops())
     yield
     engine().simt_ignore()

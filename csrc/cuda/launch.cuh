@@ -1,5 +1,5 @@
 // The one place where kernels are launched: no <<<>>> stands in a kernel file, so that the same
-// text is also executed on CPU threads (simt/), where FEDKD_FAST_SIMT is defined.
+// text is also executed on the CPU (simt/), where FEDKD_FAST_SIMT is defined.
 //
 // A kernel is a template argument: launch<kernel>(grid, block, shared_bytes, stream, args...). It
 // returns at once, with cudaSuccess where the launch was accepted.

@@ -91,6 +91,15 @@ __global__ void overrun_dynamic_kernel(int* out, unsigned past) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
+// Beside a thread's own array, behind a barrier: its stack is watched also when it goes on.
+__global__ void overrun_local_kernel(int* out, unsigned past) {
+  int values[kThreads] = {};
+  __syncthreads();
+  values[threadIdx.x + past] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+}
+
 // Sound: every warp operation against what it must return.
 __global__ void warp_kernel(int* wrong) {
   const int lane = static_cast<int>((threadIdx.y * blockDim.x + threadIdx.x) % 32);
@@ -143,6 +152,8 @@ int main(int argc, char** argv) {
       return launch<overrun_static_kernel>(one, block, 0, nullptr, out.data(), 1u);
     if (is("overrun-dynamic"))
       return launch<overrun_dynamic_kernel>(one, block, kBytes, nullptr, out.data(), 1u);
+    if (is("overrun-local"))
+      return launch<overrun_local_kernel>(one, block, 0, nullptr, out.data(), 1u);
     if (is("warp")) return launch<warp_kernel>(two, dim3(16, 4), 0, nullptr, &total);
     if (is("grid"))
       return simt::launch<grid_kernel>(true, dim3(4), block, 0, nullptr, in.data(), out.data());
