@@ -20,7 +20,7 @@ from fedkd_fast._files import read_json_object, replacing, sync
 from fedkd_fast.trees import Tree, read_tree, write_tree
 
 MANIFEST = "checkpoint.json"
-FORMAT = 4
+FORMAT = 5
 _FILE = re.compile(r"([a-z0-9-]+)\.([0-9]+)\.safetensors")
 _PART = re.compile(r"\.checkpoint\.json\.[0-9]+\.part")  # what `replacing` may leave
 _CHUNK = 1 << 20

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedkd_fast.trees import Tree, tensor_bytes
 
 # Where the batches of refreshing come from, among the epochs of a round.
 _REFRESHING = 1_000_000
+_MOST_LINKS = 1024  # between versions of shared parameters; who missed more is sent all of them
 
 
 class _Stream(Iterator[Batch]):
@@ -74,44 +75,44 @@ class _Shard:
 class Decoded:
     """What broadcasts turn shared parameters into, for clients of one process that hold the same.
 
-    Many clients decode the same frame against the same parameters, and get the same bits. Kept are
-    those of as many updates as clients that missed rounds may be sent, which together have no more
-    bytes than the parameters themselves; those that were asked for longest ago go first.
-
-    Args:
-        limit: bytes that are kept at most.
+    Many clients decode the same frames onto the same parameters, and get the same bits. Kept are
+    the newest of these, and of the others only which follow upon which, as digests.
     """
 
-    def __init__(self, limit: int = 1 << 24) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[tuple[bytes, bytes], tuple[Mapping[str, Tensor], bytes]]
-        self._kept = OrderedDict()
+    def __init__(self) -> None:
+        self._links: dict[tuple[bytes, bytes], bytes] = {}  # by frame and what it is applied to
+        self._newest: tuple[bytes, Mapping[str, Tensor]] | None = None
 
     def get(
-        self, frame: bytes, base: bytes, decode: Callable[[], Mapping[str, Tensor]]
+        self,
+        frames: Sequence[bytes],
+        base: Mapping[str, Tensor],
+        digest: bytes,
+        decode: Callable[[bytes, Mapping[str, Tensor]], Mapping[str, Tensor]],
     ) -> tuple[Mapping[str, Tensor], bytes]:
         """Return parameters, not to be changed, and their digest.
 
         Args:
-            frame: a broadcast.
-            base: digest of the parameters that it is applied to.
-            decode: does so.
+            frames: broadcasts in their order.
+            base: what the first is applied to.
+            digest: of it.
+            decode: applies one.
         """
-        key = frame, base
-        if key not in self._kept:
-            state = decode()
-            self._kept[key] = state, digest_of(state)
-            while len(self._kept) > 1 and self._too_many(self._nbytes(key) - len(frame)):
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _too_many(self, whole: int) -> bool:
-        updates = sum(len(frame) for frame, base in self._kept if base)
-        return updates > whole or sum(map(self._nbytes, self._kept)) > self._limit
-
-    def _nbytes(self, key: tuple[bytes, bytes]) -> int:
-        return len(key[0]) + sum(value.nbytes for value in self._kept[key][0].values())
+        keys = [hashlib.blake2b(frame, digest_size=16).digest() for frame in frames]
+        # Whole parameters are the same whatever they are applied to.
+        anew = [wire.header(frame).base is None for frame in frames]
+        found: bytes | None = digest
+        for key, whole in zip(keys, anew, strict=True):
+            found = None if found is None else self._links.get((key, b"" if whole else found))
+        if self._newest is None or found != self._newest[0]:
+            for frame, key, whole in zip(frames, keys, anew, strict=True):
+                before = b"" if whole else digest
+                base = decode(frame, base)
+                digest = self._links[key, before] = digest_of(base)
+            self._newest = digest, base
+            while len(self._links) > _MOST_LINKS:
+                del self._links[next(iter(self._links))]
+        return self._newest[1], self._newest[0]
 
 
 class Client:
@@ -265,13 +266,11 @@ class Client:
             WireError: the bytes are damaged.
             ValueError: an update is meant for other parameters.
         """
-        base, digest = self._base, self._base_digest or digest_of(self._base)
-        for frame in frames:
-            # Whole parameters are the same whatever they are applied to.
-            onto = b"" if wire.header(frame).base is None else digest
-            base, digest = self._decoded.get(frame, onto, partial(self._applied, frame, base))
-        self._base, self._base_digest, self._at_base = base, digest, True
-        self.learner.adopt(base)
+        digest = self._base_digest or digest_of(self._base)
+        found = self._decoded.get(frames, self._base, digest, self._applied)
+        self._base, self._base_digest = found
+        self._at_base = True
+        self.learner.adopt(self._base)
 
     def _applied(self, frame: bytes, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if wire.header(frame).base is None:
@@ -289,6 +288,7 @@ class Client:
             "down": self._down.state(),
             # As a rule the shared parameters are the base.
             "base": None if self._at_base else dict(self._base),
+            "digest": None if self._base_digest is None else self._base_digest.hex(),
         }
 
     def load(self, state: Tree) -> None:
@@ -304,7 +304,7 @@ class Client:
         self._down.load(state["down"])
         self._at_base = state["base"] is None
         self._base = self.learner.exchanged() if self._at_base else state["base"]
-        self._base_digest = None
+        self._base_digest = None if state["digest"] is None else bytes.fromhex(state["digest"])
 
     def nbytes(self) -> int:
         """Return about what the client takes in memory: models, base, and what its legs keep."""

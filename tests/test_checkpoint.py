@@ -266,7 +266,7 @@ def test_manifests_name_files_of_the_folder_only(key: str, name: Any, tmp_path: 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"format": 1}, "has format 1, this version reads 4"), ({"format": None}, "has format None"),
+    [({"format": 1}, "has format 1, this version reads 5"), ({"format": None}, "has format None"),
      ({"files": []}, "is damaged"), ({"files": {"a": []}}, "is damaged"), ({"facts": 3}, "damaged"),
      ({"files": {"a": 3}}, "is damaged"), ({"facts": {"n": 1}}, "damaged: it is not what was"),
      ({"sha256": "0"}, "is damaged: it is not what was written")],

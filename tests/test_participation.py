@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import weakref
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ from fedkd_fast.assembly import participants
 from fedkd_fast.client import Client, Decoded
 from fedkd_fast.compress import Compressor
 from fedkd_fast.config import TrainConfig
-from fedkd_fast.decompression import NotFiniteError
+from fedkd_fast.decompression import NotFiniteError, decompress
 from fedkd_fast.feedback import ErrorFeedback
 from fedkd_fast.legs import CompressorLeg
 from fedkd_fast.methods import METHODS
 from fedkd_fast.server import Server, ServerOptimizer
+from fedkd_fast.tensors import digest_of
 from fedkd_fast.trainer import train
 from fedkd_fast.wire import Base
 
@@ -200,29 +204,68 @@ def test_every_byte_of_catching_up_is_counted(
     assert set(received) == set(range(4))
 
 
-def test_as_much_is_kept_decoded_as_may_be_sent_again() -> None:
-    """Frames that together weigh more than the parameters are never sent: the whole ones are."""
-    decoded = Decoded()
-    state = {"x": torch.zeros(100)}  # 400 bytes
-    calls: list[bytes] = []
+class Decoding:
+    """Versions 0 to 3 of shared parameters, and a cache of what leads to them; counts decoding."""
 
-    def get(frame: bytes, base: bytes) -> None:
-        def decode() -> dict[str, Tensor]:
-            calls.append(frame)
-            return state
+    def __init__(self) -> None:
+        self.compressor = Compressor(codec="raw")
+        self.versions = [{"x": torch.full((100,), float(number))} for number in range(4)]
+        self.digests = [digest_of(version) for version in self.versions]
+        self.frames = [
+            self.compressor.compress(new, base=old)
+            for old, new in itertools.pairwise(self.versions)
+        ]
+        self.whole = self.compressor.compress(self.versions[3])
+        self.cache = Decoded()
+        self.calls: list[bytes] = []
 
-        decoded.get(frame, base, decode)
+    def decode(self, frame: bytes, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self.calls.append(frame)
+        return decompress(frame, base=base if wire.header(frame).base else None)
 
-    frames = [bytes([number]) * 100 for number in range(6)]
-    for frame in [*frames, *frames[2:]]:
-        get(frame, b"base")
-    assert calls == frames
-    get(b"whole" * 100, b"")  # parameters that need no base displace nothing
-    for frame in frames[2:]:
-        get(frame, b"base")
-    assert calls == [*frames, b"whole" * 100]
-    get(frames[0], b"base")
-    assert calls[-1] == frames[0]
+    def get(self, version: int, *frames: bytes) -> int:
+        """Apply frames to a version; return which one that gives."""
+        # Every client has parameters of its own.
+        base = {"x": self.versions[version]["x"].clone()}
+        state, digest = self.cache.get(frames, base, self.digests[version], self.decode)
+        assert digest_of(state) == digest
+        return self.digests.index(digest)
+
+
+def test_each_broadcast_is_decoded_once() -> None:
+    run = Decoding()
+    for version in range(3):
+        assert run.get(version, run.frames[version]) == version + 1
+        for missed in range(version + 1):  # clients that come back
+            assert run.get(missed, *run.frames[missed : version + 1]) == version + 1
+    assert run.calls == run.frames
+
+
+def test_whole_parameters_are_decoded_once_whoever_gets_them() -> None:
+    run = Decoding()
+    assert [run.get(version, run.whole) for version in (0, 2, 1)] == [3, 3, 3]
+    assert run.get(2, run.frames[2]) == 3 and run.get(1, run.whole) == 3
+    assert run.calls == [run.whole, run.frames[2]]
+
+
+def test_one_version_is_kept_decoded() -> None:
+    run = Decoding()
+    state, _ = run.cache.get(run.frames[:1], run.versions[0], run.digests[0], run.decode)
+    gone = weakref.ref(state["x"])
+    del state
+    assert run.get(1, run.frames[1]) == 2
+    assert gone() is None
+    # Who still asks for the one before gets it all the same.
+    assert run.get(0, run.frames[0]) == 1 and run.get(0, *run.frames[:2]) == 2
+
+
+def test_what_was_decoded_for_others_is_not_for_another_base() -> None:
+    run = Decoding()
+    assert run.get(0, run.frames[0]) == 1
+    other = {"x": torch.full((100,), 0.5)}
+    with pytest.raises(ValueError, match="base"):
+        run.cache.get(run.frames[:1], other, digest_of(other), run.decode)
+    assert run.get(0, run.frames[0]) == 1
 
 
 def test_fewer_participants_send_fewer_bytes() -> None:
