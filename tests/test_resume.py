@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from outcomes import after, bare, journal, outcome, stopped
 from tiny_task import TinyTask, tiny_task
 from torch import nn
@@ -238,20 +239,20 @@ def command(*arguments: object) -> list[str]:
 
 def killed(out: Path, seconds: float) -> bool:
     """Start a run, kill it so many seconds after its first sign, and say whether it was cut."""
-    first = command("train", *DIGITS, "--quiet", "--out", out)
-    process = subprocess.Popen(first, stderr=subprocess.DEVNULL)
+    process = warm.start("train", *DIGITS, "--quiet", "--out", out)
     config = out.parent / f".{out.name}.partial" / "run" / "config.json"
-    while process.poll() is None and not config.exists():
+    while process.is_alive() and not config.exists():
         time.sleep(0.005)
     time.sleep(seconds)
     process.kill()
-    return process.wait() == -signal.SIGKILL
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> int:
     """Kill runs at random points, and hold each that goes on against one that was left alone."""
     began = time.perf_counter()
-    subprocess.run(command("train", *DIGITS, "--quiet", "--out", tmp_path / "whole"), check=True)
+    warm.run("train", *DIGITS, "--quiet", "--out", tmp_path / "whole")
     wanted = outcome(tmp_path / "whole")
     length = time.perf_counter() - began
     generator, cut = np.random.default_rng(seed), 0
@@ -260,7 +261,7 @@ def kill_and_resume(tmp_path: Path, kills: int, seed: int) -> int:
         if killed(out, float(generator.uniform(0.0, 0.6 * length))):
             cut += 1
             if not out.exists():  # else it was killed when all was done
-                subprocess.run(command("train", "--resume", "--quiet", "--out", out), check=True)
+                warm.run("train", "--resume", "--quiet", "--out", out)
         found = outcome(out)
         # Killed between a checkpoint and the line about it, a run has no such line.
         assert found["checkpoints"].items() <= wanted["checkpoints"].items()
