@@ -198,3 +198,37 @@ def test_in_appfls_loader() -> None:
         compressor.compress_model(a_model().state_dict()), a_model()
     )
     assert relative_error(found["0.weight"], a_model().state_dict()["0.weight"]) <= 0.05**0.5
+
+
+def many_models(count: int) -> tuple[bytes, nn.Module]:
+    """A few bytes that stand for so many models of 64 KiB."""
+    entries = [Entry(f"{i}/weight", "float32", (128, 128), Mode.ZERO) for i in range(count)]
+    form = ["list", [["dict", [["weight", ["tensor", one.name]]]] for one in entries]]
+    text = json.dumps(form).encode()
+    data = struct.pack("<I", len(text)) + text + encode(entries, codec="wf1")
+    return data, nn.Linear(128, 128, bias=False)
+
+
+def test_a_message_takes_no_more_than_the_model_allows() -> None:
+    data, model = many_models(4)
+    assert len(FrameCompressor({}).decompress_model(data, model)) == 4
+    data, model = many_models(5)
+    with pytest.raises(WireError, match="max_bytes = 262144"):
+        FrameCompressor({}).decompress_model(data, model)
+    assert len(FrameCompressor({}).decompress_model(data, model, batched=True)) == 5
+    with pytest.raises(WireError, match="max_bytes = 300000"):
+        FrameCompressor({"max_bytes": 300000}).decompress_model(data, model, batched=True)
+    assert len(FrameCompressor({"max_bytes": 1 << 20}).decompress_model(data, model)) == 5
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1"])
+def test_a_bound_is_an_integer(value: object) -> None:
+    with pytest.raises(ValueError, match="max_bytes must be an integer above 0, got"):
+        FrameCompressor({"max_bytes": value})
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int64"])
+def test_numbers_of_another_kind_are_refused(dtype: str) -> None:
+    frame = encode([Entry("0.weight", dtype, (128, 64), Mode.ZERO)], codec="wf1")
+    with pytest.raises(ValueError, match="'0.weight' must hold numbers as torch.float32 does"):
+        FrameCompressor({}).decompress_model(bytes(4) + frame, a_model())

@@ -243,3 +243,39 @@ def test_wrong_arguments_and_states_are_named() -> None:
         state.load_state_dict(
             {k: v for k, v in state.state_dict().items() if k != "basis.0.weight"}
         )
+
+
+def a_late_gradient(rank: int) -> Any:
+    """Begin with a gradient of zeros, and leave the first rows alone for ever."""
+    layer = nn.Linear(64, 256, bias=False)
+    state = LowRankState(layer, rank=4)
+    generator = torch.Generator().manual_seed(rank)
+    told, whole = torch.zeros(256, 64), torch.zeros(256, 64)
+    for step in range(60):
+        gradient = torch.zeros(256, 64)
+        if step:
+            gradient[8:] = torch.randn(248, 2, generator=generator) @ torch.randn(
+                2, 64, generator=torch.Generator().manual_seed(7)
+            )
+        whole += gradient
+        state.average([layer.weight], [gradient])
+        told += gradient
+    return told.numpy(), whole.numpy(), state.state_dict()["residual.weight"].numpy()
+
+
+def test_a_gradient_of_zeros_is_not_the_end_of_learning(ranks: Ranks) -> None:
+    results = ranks.run(a_late_gradient)
+    told = results[0][0]
+    whole = sum(result[1] for result in results) / RANKS
+    left = sum(result[2] for result in results) / RANKS
+    assert np.linalg.norm(told - whole) < 0.05 * np.linalg.norm(whole)
+    assert np.allclose(told + left, whole, atol=1e-4)
+
+
+def test_parameters_that_were_frozen_are_named() -> None:
+    model = a_model()
+    model[0].requires_grad_(False)
+    state = LowRankState(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="1 of these parameters frozen, or not at all, when Low"):
+        state.average([model[0].bias], [torch.zeros(256)])

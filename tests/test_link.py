@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fedkd_fast import wire
 from fedkd_fast.decompression import decompress
+from fedkd_fast.integrations import link
 from fedkd_fast.integrations.link import (
     Broadcaster,
     Compression,
@@ -238,6 +240,35 @@ def test_state_goes_on_in_another_process() -> None:
     assert digest_of(other.receive(server.letter("a"))) == digest_of(server.held)
 
 
+def test_a_state_older_than_a_reply_that_counts_has_no_residual() -> None:
+    """What was left out has been sent with that reply: it would be sent once more."""
+    server, client = Broadcaster(), Receiver()
+    weights = model()
+    states = []
+    for number in range(1, 4):
+        server.publish(weights)
+        received = client.receive(server.letter("a"))
+        weights = server.weights(client.reply(moved(received, number)))
+        server.confirm("a", client.version, replied=True)
+        states.append(client.state())
+    server.publish(weights)
+    back = Receiver()
+    back.load(states[1])  # the one of the third reply was lost on its way
+    with pytest.raises(MissingBaseError):
+        back.receive(server.letter("a"))
+    server.forget("a")
+    received = back.receive(server.letter("a"))
+    fresh = Receiver()
+    fresh.receive(server.letter("b"))
+    trained = moved(received, 9)
+    assert back.reply(trained) == fresh.reply(trained)
+    # Whoever holds what the server knows of keeps it, also through a whole model.
+    kept = Receiver()
+    kept.load(states[2])
+    kept.receive(server.letter("a"))
+    assert kept.reply(trained) != fresh.reply(trained)
+
+
 def test_damaged_state_is_refused() -> None:
     server, client = Broadcaster(), Receiver()
     server.publish(model())
@@ -300,6 +331,53 @@ def test_averages_of_counters_become_counters_again() -> None:
     weights["batches"] = np.float64(11.6)
     server.publish(weights)
     assert server.held["batches"].dtype == torch.int64 and int(server.held["batches"]) == 12
+
+
+def test_counters_may_begin_as_averages() -> None:
+    """As where weights that a framework has averaged begin another run."""
+    server, client = Broadcaster(), Receiver()
+    server.publish({**model(), "batches": np.float64(11.0)})
+    received = client.receive(server.letter("a"))
+    trained: dict[str, object] = {**moved(received, 1), "batches": torch.tensor(15)}
+    found = server.weights(client.reply(trained))
+    assert found["batches"].dtype == torch.float64 and float(found["batches"]) == 15.0
+    # What that dtype cannot hold is no counter of it.
+    with pytest.raises(ValueError, match="'batches' is \\(\\) int64"):
+        client.reply({**trained, "batches": torch.tensor(2**53 + 1)})
+
+
+@pytest.mark.parametrize("codec", ["wf1", "wf0"])
+def test_weights_that_cannot_be_sent_leave_no_trace(codec: str) -> None:
+    server, client = Broadcaster(Compression(codec=codec)), Receiver()
+    start = {"half": torch.full((300, 200), 6e4, dtype=torch.float16)}
+    server.publish(start)
+    client.receive(server.letter("a"))
+    server.publish({"half": start["half"] - 100 * torch.randn(300, 200).half()})
+    kept = {name: one.clone() for name, one in server._compressor.state_dict().items()}
+    bad = {"half": torch.full((300, 200), torch.nan, dtype=torch.float16)}
+    with pytest.raises(ValueError, match="NaN"):
+        server.publish(bad)
+    with (
+        mock.patch.object(link, "decompress", side_effect=wire.WireError("beyond float16")),
+        pytest.raises(ValueError, match="beyond"),
+    ):
+        server.publish({"half": start["half"] + 1000})
+    after = server._compressor.state_dict()
+    assert server.version == 2 and kept.keys() == after.keys()
+    assert all(torch.equal(kept[name], after[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("embed", 3.4e38), ("half", 3.3e38), ("batches", 2**63 - 1), ("batches", -(2**53) - 1)],
+)
+def test_numbers_that_would_spoil_averages_are_refused(name: str, value: float) -> None:
+    server, client = Broadcaster(Compression(codec="raw")), Receiver(Compression(codec="raw"))
+    server.publish({**model(), name: torch.zeros_like(model()[name])})
+    trained = client.receive(server.letter("a"))
+    trained[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"'{name}' holds numbers that averages cannot hold"):
+        server.weights(client.reply(trained))
 
 
 def test_what_is_received_may_be_changed_in_place() -> None:

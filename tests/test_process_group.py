@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
@@ -341,13 +340,96 @@ def test_a_failed_step_leaves_models_alone(ranks: Ranks) -> None:
         assert "rank 0: ValueError: update['0.weight'] holds NaN or Inf" in reason and same
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
-        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
-    ],
-)
-def test_outer_arguments_out_of_range(kwargs: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OuterStep(nn.Linear(2, 2), **kwargs)
+def wrong_arguments_of_one(rank: int) -> Any:
+    kwargs: list[dict[str, float]] = [{"lr": 0.0}, {"momentum": 1.0}, {"lr": 0.5}]
+    return [
+        failing(lambda one=one: OuterStep(a_model(rank), **(one if rank == 1 else {})))
+        for one in kwargs
+    ]
+
+
+def test_outer_arguments_out_of_range_fail_everywhere(ranks: Ranks) -> None:
+    for lr, momentum, differ in ranks.run(wrong_arguments_of_one):
+        assert "the ranks cannot begin: rank 1: ValueError: lr must be above 0, got 0.0" in lr
+        assert "rank 1: ValueError: momentum must lie in [0, 1), got 1.0" in momentum
+        assert "must be the same on all ranks, those of [1] are not those of rank 0" in differ
+
+
+def other_layers(rank: int) -> Any:
+    """Train another layer of the same shape on each rank, or one more."""
+    swapped, more = a_model(0), a_model(0)
+    kept = parameters_of(swapped)
+    for index, parameter in enumerate(swapped.parameters()):
+        parameter.requires_grad_(index // 2 == rank)
+    next(more.parameters()).requires_grad_(rank == 0)
+    reasons = [failing(lambda one=one: OuterStep(one)) for one in (swapped, more)]
+    left = parameters_of(swapped)
+    return reasons, all(kept[name].tobytes() == left[name].tobytes() for name in kept)
+
+
+def test_ranks_that_train_other_parameters_fail_everywhere(ranks: Ranks) -> None:
+    for reasons, same in ranks.run(other_layers):
+        assert all("those of [1] are not those of rank 0" in reason for reason in reasons)
+        assert same
+
+
+def assigned_parameters(rank: int) -> Any:
+    """Put other tensors in the place of those that the outer step was made with."""
+    model = a_model(0)
+    outer = OuterStep(model, compressor=Compressor(1.0), lr=1.0, momentum=0.0)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    trained(model, rank, 0)
+    wanted = parameters_of(model)
+    outer.step()
+    return wanted, parameters_of(model)
+
+
+def test_parameters_may_be_assigned_between_steps(ranks: Ranks) -> None:
+    (first, found), (second, other) = ranks.run(assigned_parameters)
+    for name, value in found.items():
+        assert np.allclose(value, (first[name] + second[name]) / 2, atol=1e-6)
+        assert value.tobytes() == other[name].tobytes()
+
+
+def changed_models(rank: int) -> Any:
+    """Change on rank 1 what is trained, or as which numbers, between two steps."""
+    found = []
+    for change in (lambda model: model.double(), lambda model: model[0].requires_grad_(True)):
+        model = a_model(0)
+        model[0].requires_grad_(False)
+        outer = OuterStep(model)
+        if rank == 1:
+            change(model)
+        found.append(failing(outer.step))
+    return found
+
+
+def test_models_that_changed_are_named_everywhere(ranks: Ranks) -> None:
+    for dtypes, names in ranks.run(changed_models):
+        assert "rank 1: ValueError: the parameters that the ranks agreed on does not" in dtypes
+        assert "float64" in dtypes and "rank 0" not in dtypes
+        assert "rank 1: ValueError" in names and "'0.bias'" in names
+
+
+def without_memory(rank: int) -> Any:
+    compressor = Compressor(ENERGY, feedback=True)
+    before = compressor.state_dict()
+
+    def failed(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    whole = process_group.aggregate
+    process_group.aggregate = failed if rank == 1 else whole
+    try:
+        reason = failing(lambda: mean_of(compressor=compressor))
+    finally:
+        process_group.aggregate = whole
+    return reason, before.keys() == compressor.state_dict().keys()
+
+
+def test_any_error_of_a_rank_fails_everywhere(ranks: Ranks) -> None:
+    (first, kept), (second, also) = ranks.run(without_memory)
+    assert "ranks [1] cannot use what was sent" in first
+    assert "out of memory" in second
+    assert kept and also

@@ -36,6 +36,7 @@ from fedkd_fast.wire import WireError
 
 _LENGTH = struct.Struct("<I")  # of the form, in bytes; 0 where the frame says everything
 _DEFAULT_ERROR = 0.01
+_MOST_MODELS = 4  # in a message: weights, and for some algorithms control variates beside them
 
 
 class FrameCompressor:
@@ -48,7 +49,8 @@ class FrameCompressor:
             ``train_configs``), ``energy: 0.95`` is enough, and ``feedback: True`` sends what one
             message leaves out with the next; it would be wrong for weights. APPFL's FedAvg takes
             what was changed for weights too; FedBuff, for one, does not. Running means and
-            variances of batch normalisation are sent as they are.
+            variances of batch normalisation are sent as they are. A message may decode to
+            ``max_bytes``: four times the model's, or 4 GiB where that is not known or several come.
 
     Raises:
         ValueError: a value out of its range, or both error and energy.
@@ -60,6 +62,10 @@ class FrameCompressor:
             error = _DEFAULT_ERROR
         feedback = bool(compressor_config.get("feedback", False))
         self._compressor = Compressor(energy, error=error, feedback=feedback)
+        found = compressor_config.get("max_bytes")
+        if found is not None and (type(found) is not int or found < 1):
+            raise ValueError(f"max_bytes must be an integer above 0, got {found!r}")
+        self._max_bytes: int | None = found
 
     def compress_model(self, model: Any, batched: bool = False) -> bytes:
         """Encode a model's tensors.
@@ -85,19 +91,21 @@ class FrameCompressor:
 
         Args:
             compressed_model: the bytes.
-            model: whose state dict has the names and shapes that are accepted, checked before
-                anything is decoded; None accepts all.
-            batched: not looked at.
+            model: whose state dict has the names, shapes and kinds of numbers that are accepted,
+                checked before anything is decoded; None accepts all.
+            batched: whether it may be more than a model and what belongs to it.
 
         Returns:
             What was encoded, with tensors on the CPU; dicts are ordered ones.
 
         Raises:
-            WireError: anything wrong with the bytes.
-            ValueError: a tensor that the model lacks or has in another shape; names it.
+            WireError: anything wrong with the bytes, or more than `max_bytes`.
+            ValueError: a tensor that the model lacks or has in another shape, or as numbers of
+                another kind; names it.
         """
         text, frame = _split(compressed_model)
-        shapes = {info.name: info.shape for info in wire.inspect(frame)}
+        entries = {info.name: info for info in wire.inspect(frame)}
+        shapes = {name: info.shape for name, info in entries.items()}
         known = None if model is None else model.state_dict()
         used: set[str] = set()
 
@@ -111,6 +119,11 @@ class FrameCompressor:
                 raise ValueError(f"tensor {name!r} is none of the model's")
             if shapes[place] != (wanted := tuple(known[name].shape)):
                 raise ValueError(f"tensor {name!r} must have shape {wanted}, got {shapes[place]}")
+            if _floats(entries[place].dtype) != known[name].is_floating_point():
+                raise ValueError(
+                    f"tensor {name!r} must hold numbers as {known[name].dtype} does, got "
+                    f"{entries[place].dtype}"
+                )
 
         form = _parsed(text) if text else _flat(shapes)
         try:
@@ -119,8 +132,15 @@ class FrameCompressor:
             raise WireError("form of the model is damaged: nested too deeply") from error
         if unused := sorted(set(shapes) - used):
             raise WireError(f"form of the model is damaged: it has no place for {unused[:3]}")
-        tensors = decompress(frame)
+        most = self._max_bytes or wire.DEFAULT_MAX_BYTES
+        if self._max_bytes is None and known is not None and not batched:
+            most = max(_MOST_MODELS * sum(value.nbytes for value in known.values()), 1)
+        tensors = decompress(frame, max_bytes=most)
         return _put_together(form, "", lambda place, _: tensors[place])
+
+
+def _floats(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
 
 
 def _split(message: bytes) -> tuple[bytes, memoryview]:

@@ -55,19 +55,21 @@ class LowRankState:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.group = group
         self.sent_bytes = self.dense_bytes = 0
-        generator = torch.Generator().manual_seed(seed)
         self._names: dict[Tensor, str] = {
             one: name for name, one in model.named_parameters() if one.requires_grad
         }
         self._residual: dict[str, Tensor] = {}  # E_i (P, Q)
         self._basis: dict[str, Tensor] = {}  # B (Q, K)
+        self._first: dict[str, Tensor] = {}  # where B begins, and begins anew
+        generator = torch.Generator().manual_seed(seed)
         for parameter, name in self._names.items():
             rows, columns = _sides(parameter)
             if 2 * rank * (rows + columns) <= rows * columns:
                 device, dtype = parameter.device, _wide(parameter.dtype)
                 self._residual[name] = torch.zeros(rows, columns, dtype=dtype, device=device)
                 drawn = torch.randn(columns, rank, generator=generator)
-                self._basis[name] = drawn.to(device, dtype)
+                self._first[name] = drawn.to(device, dtype)
+                self._basis[name] = self._first[name].clone()
 
     def average(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         """Put the mean over ranks in the place of gradients of one dtype.
@@ -75,7 +77,12 @@ class LowRankState:
         If a gradient is not finite on some rank, all of these become NaN on all ranks, so that a
         gradient scaler skips the step everywhere, and residuals stay.
         """
-        names = [self._names[one] for one in parameters]
+        names = [self._names[one] for one in parameters if one in self._names]
+        if len(names) < len(parameters):
+            raise ValueError(
+                f"model had {len(parameters) - len(names)} of these parameters frozen, or not at "
+                "all, when LowRankState was made of it: make one anew"
+            )
         self.dense_bytes += sum(one.nbytes for one in gradients)
         # M_i (P, Q), by name
         wanted = {
@@ -100,6 +107,10 @@ class LowRankState:
             if name in wanted:
                 self._residual[name] = wanted[name].addmm_(left[name], right[name].T, alpha=-1)
                 means[name] = left[name] @ self._basis[name].T
+                # A gradient of zeros, or one of lower rank, leaves directions in which nothing
+                # would ever be looked for again.
+                dead = (self._basis[name] == 0).all(0)
+                self._basis[name] = torch.where(dead, self._first[name], self._basis[name])
             gradient.copy_(means[name].view_as(gradient))
 
     def _all_reduced(self, shares: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +25,10 @@ from fedkd_fast import wire
 from fedkd_fast.codec.common import DTYPES, raw_entry
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decompress
-from fedkd_fast.feedback import ErrorFeedback, SubspaceCache
+from fedkd_fast.integrations.averages import can_be_averaged, counted, like
+from fedkd_fast.integrations.letters import Compression as Compression
+from fedkd_fast.integrations.letters import Letter as Letter
+from fedkd_fast.integrations.letters import MissingBaseError as MissingBaseError
 from fedkd_fast.tensors import (
     as_tensors,
     check_same_names,
@@ -40,74 +42,7 @@ State = Mapping[str, Tensor]
 _RUN_BITS = 63  # what signed integers of other systems can carry
 # Of the model in raw form: an honest frame is never much larger than that.
 _FRAME_SLACK, _FRAME_EXTRA = 1.1, 1 << 16
-_HELD, _KEPT = "held.", "kept."  # in the state of a client
-
-
-class MissingBaseError(ValueError):
-    """A message builds on weights that the receiver does not hold; the whole model is needed."""
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How one direction of a link codes differences.
-
-    Args:
-        energy: share of the squared norm of each difference to keep, in (0, 1]; larger means more
-            bytes. With feedback, what is left out is sent later, so less is enough.
-        feedback: add to each message what the messages before left out. Not for weights that
-            hold it already, because they are kept apart from what was received of them.
-        codec: "wf1", "dense" (larger messages in a fraction of the time), "wf0", "factors-fp32" or
-            "raw".
-        scope: "tensor" keeps the promise for each tensor, "message" for all together.
-        warm: start factorisations where the last ones ended: faster, for half of the factors' size
-            in memory, and in the client's state.
-
-    Raises:
-        ValueError: an argument out of its range.
-    """
-
-    energy: float = 0.9
-    feedback: bool = True
-    codec: str = "wf1"
-    scope: str = "tensor"
-    warm: bool = True
-
-    def __post_init__(self) -> None:
-        self.compressor()
-
-    def compressor(self) -> Compressor:
-        """Make what encodes the messages of one sender."""
-        # Who was away holds the newest weights again: its residual is as good as it was.
-        return Compressor(
-            self.energy,
-            self.codec,
-            scope=self.scope,
-            feedback=ErrorFeedback(decay=1.0) if self.feedback and self.codec != "raw" else False,
-            cache=SubspaceCache() if self.warm and self.codec not in ("raw", "dense") else None,
-            schema=False,
-        )
-
-
-@dataclass(frozen=True)
-class Letter:
-    """What a client needs to hold the newest version.
-
-    Args:
-        run: names the run, below 2^63.
-        version: of the weights that the client will hold, from 1 on.
-        frames: the whole model, or differences in their order, or nothing if it holds them already.
-        digest: of first weights that the client has to make itself, else empty.
-    """
-
-    run: int
-    version: int
-    frames: tuple[bytes, ...]
-    digest: bytes = b""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the frames."""
-        return sum(map(len, self.frames))
+_HELD, _KEPT, _REPLIED = "held.", "kept.", "replied"  # in the state of a client
 
 
 class Broadcaster:
@@ -141,6 +76,7 @@ class Broadcaster:
         self._frames: dict[int, bytes] = {}  # by the version that they lead to
         self._whole_frame: bytes | None = None
         self._known: dict[Hashable, int] = {}  # version by client, as far as it was confirmed
+        self._replied: dict[Hashable, int] = {}  # version of the last reply by client
         self._failed: set[Hashable] = set()  # clients to which nothing may be left to make
 
     def publish(self, weights: Mapping[str, object]) -> int:
@@ -150,12 +86,13 @@ class Broadcaster:
 
         Raises:
             TypeError: a value is no dense tensor or array; names it.
-            ValueError: NaN or Inf, or other names or shapes than before; names the first.
+            ValueError: NaN or Inf, or other names or shapes than before; names the first. Nothing
+                is changed then.
         """
         tensors = as_tensors(weights, "weights")
         if self.held:
             check_same_names(tensors, self.held, "weights of the version before")
-            tensors = {name: _like(name, tensors[name], held) for name, held in self.held.items()}
+            tensors = {name: like(name, tensors[name], held) for name, held in self.held.items()}
             check_same_tensors(tensors, self.held, "weights of the version before")
         digest = digest_of(tensors)
         if digest == self._published:
@@ -164,11 +101,15 @@ class Broadcaster:
             # Not the caller's: who trains in place would change what the clients hold.
             self.held = {name: value.clone() for name, value in tensors.items()}
         else:
-            base = Base(run=self.run, round=self.version)
-            frame = self._compressor.compress(tensors, base=self.held, relative_to=base)
+            base, before = Base(run=self.run, round=self.version), self._compressor.state_dict()
             most = max(_dense(self.held), 1)
-            self.held = decompress(frame, self.held, self.held, relative_to=base, max_bytes=most)
-            self._frames[self.version + 1] = frame
+            try:
+                frame = self._compressor.compress(tensors, base=self.held, relative_to=base)
+                held = decompress(frame, self.held, self.held, relative_to=base, max_bytes=most)
+            except ValueError:
+                self._compressor.load_state_dict(before)
+                raise
+            self.held, self._frames[self.version + 1] = held, frame
             self._frames.pop(self.version + 1 - self._keep, None)
         self.version += 1
         self._published, self._whole_frame = digest, None
@@ -184,22 +125,31 @@ class Broadcaster:
         """
         if not self.version:
             raise ValueError("publish must come before letter: there are no weights yet")
+        frames, digest = self._frames_for(client)
+        return Letter(self.run, self.version, frames, digest, self._replied.get(client, 0))
+
+    def _frames_for(self, client: Hashable) -> tuple[tuple[bytes, ...], bytes]:
         known = self._known.get(client)
         if known == self.version:
-            return Letter(self.run, self.version, ())
+            return (), b""
         if self.version == 1 and self._shared_start and client not in self._failed:
-            return Letter(self.run, self.version, (), digest_of(self.held))
+            return (), digest_of(self.held)
         if known is not None:
             missed = [self._frames.get(one) for one in range(known + 1, self.version + 1)]
             frames = tuple(frame for frame in missed if frame is not None)
             if len(frames) == len(missed) and sum(map(len, frames)) < _dense(self.held):
-                return Letter(self.run, self.version, frames)
+                return frames, b""
         if self._whole_frame is None:
             self._whole_frame = self._whole.compress(self.held)
-        return Letter(self.run, self.version, (self._whole_frame,))
+        return (self._whole_frame,), b""
 
-    def confirm(self, client: Hashable, version: int) -> None:
+    def confirm(self, client: Hashable, version: int, *, replied: bool = False) -> None:
         """Note which version a client says it holds.
+
+        Args:
+            client: as in `letter`.
+            version: of the weights.
+            replied: it was said with a reply that counts.
 
         Raises:
             ValueError: there is no such version.
@@ -207,6 +157,8 @@ class Broadcaster:
         if not 1 <= version <= self.version:
             raise ValueError(f"version must lie in [1, {self.version}], got {version}")
         self._known[client] = version
+        if replied:
+            self._replied[client] = version
 
     def forget(self, client: Hashable) -> None:
         """Send the whole model next time: the client failed, or may have lost what it held."""
@@ -218,7 +170,8 @@ class Broadcaster:
 
         Raises:
             WireError: the bytes are damaged, hold NaN or Inf, or are more than the model.
-            ValueError: made against another version, or for other tensors.
+            ValueError: made against another version, or for other tensors, or with numbers that
+                averages cannot hold.
         """
         return self._decoded(frame, self.held)
 
@@ -236,7 +189,11 @@ class Broadcaster:
         if len(frame) > most:
             raise wire.WireError(f"a reply must be at most {most} bytes, got {len(frame)}")
         version = Base(run=self.run, round=self.version)
-        return decompress(frame, self.held, base, relative_to=version, max_bytes=max(dense, 1))
+        found = decompress(frame, self.held, base, relative_to=version, max_bytes=max(dense, 1))
+        for name, value in found.items():
+            if not can_be_averaged(value):
+                raise ValueError(f"{name!r} holds numbers that averages cannot hold")
+        return found
 
 
 class Receiver:
@@ -256,6 +213,7 @@ class Receiver:
         initial: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
         self.version, self._run = 0, 0
+        self._replied = 0  # version that the last reply was made from
         self._held: dict[str, Tensor] = {}
         self._initial = initial
         self._compressor = (compression or Compression()).compressor()
@@ -290,9 +248,11 @@ class Receiver:
                 base = Base(run=letter.run, round=version)
                 held = decompress(frame, held, held, relative_to=base, max_bytes=most)
                 version += 1
-        if letter.run != self._run:
-            # Residuals and subspaces of another run are of no use.
+        if letter.run != self._run or letter.replied > self._replied:
+            # Residuals of another run are of no use. Those of a state that is older than a reply
+            # which the server has would be sent once more.
             self._compressor.load_state_dict({})
+            self._replied = letter.replied
         self._held, self.version, self._run = held, version, letter.run
         return {name: value.clone() for name, value in held.items()}
 
@@ -325,12 +285,20 @@ class Receiver:
             raise MissingBaseError("there is nothing to compare with: receive comes before reply")
         base = Base(run=self._run, round=self.version)
         if not differences:
-            return self._compressor.compress(weights, base=self._held, relative_to=base)
+            # Counters of a model may be held as the averages that they began with.
+            trained = {
+                name: counted(name, value, self._held.get(name)) for name, value in weights.items()
+            }
+            frame = self._compressor.compress(trained, base=self._held, relative_to=base)
+            self._replied = self.version
+            return frame
         found = as_tensors(weights, "the reply", finite=False)
         check_same_names(found, self._held, "what was received")
-        update = {name: _like(name, found[name], held) for name, held in self._held.items()}
+        update = {name: like(name, found[name], held) for name, held in self._held.items()}
         check_same_tensors(update, self._held, "what was received")
-        return self._compressor.compress(update, relative_to=base)
+        frame = self._compressor.compress(update, relative_to=base)
+        self._replied = self.version
+        return frame
 
     @property
     def run(self) -> int:
@@ -351,6 +319,7 @@ class Receiver:
         """Return all that another process needs to go on, as one frame."""
         kept = {_HELD + name: value for name, value in self._held.items()}
         kept |= {_KEPT + name: value for name, value in self._compressor.state_dict().items()}
+        kept[_REPLIED] = torch.tensor(self._replied)
         places = {name: index for index, name in enumerate(kept)}
         tied = tied_names(kept)  # residuals stay one where they were one
         entries = [
@@ -372,14 +341,18 @@ class Receiver:
         if base is None or base.run is None or base.round is None:
             raise ValueError("state must be what Receiver.state returned: it names no run")
         kept = _whole(state, base)
-        found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}}
+        found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}, _REPLIED: {}}
         for name, value in kept.items():
             prefix = next((one for one in found if name.startswith(one)), None)
             if prefix is None:
                 raise ValueError(f"state must be what Receiver.state returned: it has {name!r}")
             found[prefix][name.removeprefix(prefix)] = value
+        replied = found[_REPLIED].get("")
+        if replied is None or replied.numel() != 1:
+            raise ValueError("state must be what Receiver.state returned: it lacks 'replied'")
         self._compressor.load_state_dict(found[_KEPT])
         self._run, self.version, self._held = base.run, base.round, found[_HELD]
+        self._replied = int(replied)
 
 
 def _dense(state: State) -> int:
@@ -396,20 +369,3 @@ def _whole(frame: bytes, base: Base | None = None, like: State | None = None) ->
     """
     most = max(wire.DEFAULT_MAX_BYTES, 2 * len(frame))
     return decompress(frame, like, relative_to=base, max_bytes=most)
-
-
-def _like(name: str, value: Tensor, held: Tensor) -> Tensor:
-    """Return a value in the dtype of what is held of it; averages of integers are rounded.
-
-    Raises:
-        ValueError: it holds what that dtype cannot.
-    """
-    if held.is_floating_point():
-        return value.to(held.dtype) if value.is_floating_point() else value
-    if not value.is_floating_point():
-        return value
-    whole = value.round()
-    found = whole.nan_to_num().to(held.dtype)
-    if not torch.equal(found.to(whole.dtype), whole):
-        raise ValueError(f"{name!r} holds NaN, Inf or what is beyond {held.dtype}")
-    return found

@@ -6,6 +6,7 @@ outer optimiser makes one step of it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedkd_fast.compress import Compressor
-from fedkd_fast.integrations.process_group import GroupMean, compressed_mean
+from fedkd_fast.integrations.process_group import GroupMean, Sent, gathered, mean_of
 from fedkd_fast.tensors import check_same_tensors
 
 _AGREED, _VELOCITY, _COMPRESSOR = "agreed.", "velocity.", "compressor."
@@ -37,7 +38,8 @@ class OuterStep:
         momentum: μ in [0, 1).
 
     Raises:
-        ValueError: `lr` or `momentum` out of range.
+        ValueError: on all ranks together, if `lr` or `momentum` is out of range on one, or they
+            differ in these or in names, shapes or dtypes of what is trained.
     """
 
     def __init__(
@@ -49,19 +51,42 @@ class OuterStep:
         lr: float = 0.7,
         momentum: float = 0.9,
     ) -> None:
-        if not lr > 0:
-            raise ValueError(f"lr must be above 0, got {lr}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-        self._group, self._lr, self._momentum = group, lr, momentum
+        self._model, self._group, self._lr, self._momentum = model, group, lr, momentum
         self._compressor = Compressor(feedback=True) if compressor is None else compressor
-        self._parameters = {
-            name: one.data for name, one in model.named_parameters() if one.requires_grad
-        }
-        for parameter in self._parameters.values():
+        self._check_alike()
+        for parameter in self._trained().values():
             dist.broadcast(parameter, group_src=0, group=group)
-        self._agreed = {name: one.clone() for name, one in self._parameters.items()}
+        self._agreed = {name: one.clone() for name, one in self._trained().items()}
         self._velocity = {name: torch.zeros_like(one) for name, one in self._agreed.items()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: one.data for name, one in self._model.named_parameters() if one.requires_grad}
+
+    def _check_alike(self) -> None:
+        """See that all ranks will do the same, before the first of them waits for others."""
+
+        def described() -> Sent:
+            if not self._lr > 0:
+                raise ValueError(f"lr must be above 0, got {self._lr}")
+            if not 0 <= self._momentum < 1:
+                raise ValueError(f"momentum must lie in [0, 1), got {self._momentum}")
+            kinds = [(name, one.shape, one.dtype) for name, one in self._trained().items()]
+            text = repr((self._lr, self._momentum, kinds))
+            return Sent(hashlib.blake2b(text.encode(), digest_size=16).digest(), 0.0)
+
+        found, _ = gathered(described, self._group, "the ranks cannot begin")
+        others = [rank for rank, one in enumerate(found) if one.frame != found[0].frame]
+        if others:
+            raise ValueError(
+                "lr, momentum, and names, shapes and dtypes of trainable parameters must be the "
+                f"same on all ranks, those of {others} are not those of rank 0"
+            )
+
+    def _moved(self) -> dict[str, Tensor]:
+        """Return how far the parameters came, θ - θ_i."""
+        trained = self._trained()
+        check_same_tensors(trained, self._agreed, "the parameters that the ranks agreed on")
+        return {name: agreed - trained[name] for name, agreed in self._agreed.items()}
 
     def step(self, weight: float = 1.0) -> GroupMean:
         """Move the model, trained here, to what all ranks agree on.
@@ -73,15 +98,16 @@ class OuterStep:
             Δ and what it cost.
 
         Raises:
-            ValueError: as `compressed_mean`; the model stays as it was trained, so that the step
-                can be tried again.
+            ValueError: as `compressed_mean`, and if other parameters are trained than at the
+                beginning, or in another shape or dtype; the model stays as it was trained, so that
+                the step can be tried again.
         """
-        moved = {name: agreed - self._parameters[name] for name, agreed in self._agreed.items()}
-        found = compressed_mean(moved, self._group, compressor=self._compressor, weight=weight)
+        found = mean_of(self._moved, self._group, self._compressor, weight=weight)
+        trained = self._trained()
         for name, delta in found.mean.items():
             velocity = self._velocity[name].mul_(self._momentum).add_(delta)
             self._agreed[name] -= self._lr * (delta + self._momentum * velocity)
-            self._parameters[name].copy_(self._agreed[name])
+            trained[name].copy_(self._agreed[name])
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,7 +135,7 @@ class OuterStep:
         self._compressor.load_state_dict(rest)
         for name, one in own.items():
             one.copy_(state[name])
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._trained().items():
             parameter.copy_(self._agreed[name])
 
     def _own(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkd_fast.aggregation import aggregate
 from fedkd_fast.compress import Compressor
 from fedkd_fast.feedback import EF21
+from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
 # Before its frame each rank says how long it is, what it weighs, and whether it is one at all or
 # the reason why there is none.
@@ -65,21 +66,33 @@ def compressed_mean(
             which and why), or some rank found a frame damaged, of another schema, or no weight.
             The compressor is as it was before then.
     """
-    if dist.get_rank(group) < 0:
-        raise ValueError("group must be one that this process is a rank of")
     compressor = Compressor(stateless=True) if compressor is None else compressor
+    return mean_of(lambda: update, group, compressor, energy=energy, weight=weight)
+
+
+def mean_of(
+    make: Callable[[], Mapping[str, Tensor]],
+    group: dist.ProcessGroup | None,
+    compressor: Compressor,
+    *,
+    energy: float | None = None,
+    weight: float = 1.0,
+) -> GroupMean:
+    """Average what `make` returns, as `compressed_mean`; where it raises, all ranks fail."""
     before = compressor.state_dict()
-    try:
+    update: Mapping[str, Tensor] = {}
+
+    def encoded() -> Sent:
+        nonlocal update
+        update = make()
         if isinstance(compressor.feedback, EF21):
             raise ValueError("compressor must have no EF21: receivers keep no estimates here")
-        sent = _Sent(compressor.compress(update, energy=energy), _checked(weight))
-    # Whatever it is, the other ranks are waiting.
-    except Exception as error:
-        sent = _Sent(f"{type(error).__name__}: {error}".encode(), 0.0, failed=True)
+        return Sent(compressor.compress(update, energy=energy), _checked(weight))
+
     try:
-        found, padded = _gathered(sent, group)
+        found, padded = gathered(encoded, group, "nothing is averaged, not all ranks have a frame")
         mean = _averaged(found, update, group)
-    except ValueError:
+    except Exception:
         compressor.load_state_dict(before)
         raise
     sizes = tuple(len(one.frame) for one in found)
@@ -87,7 +100,9 @@ def compressed_mean(
     return GroupMean(mean, sizes, cost, cost * (len(found) - 1))
 
 
-class _Sent(NamedTuple):
+class Sent(NamedTuple):
+    """What a rank hands to all others."""
+
     frame: bytes | memoryview  # or why there is none
     weight: float
     failed: bool = False
@@ -115,37 +130,53 @@ def _all_gather(
     return [part.cpu().numpy().data for part in parts]
 
 
-def _gathered(sent: _Sent, group: dist.ProcessGroup | None) -> tuple[list[_Sent], int]:
-    """Return what all ranks sent, and the length that they were padded to."""
+def gathered(
+    make: Callable[[], Sent], group: dist.ProcessGroup | None, problem: str
+) -> tuple[list[Sent], int]:
+    """Return what all ranks made, and the length that it was padded to.
+
+    Raises:
+        ValueError: on all ranks, if `make` raised on one: the problem, and which rank says what.
+    """
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must be one that this process is a rank of")
+    try:
+        sent = make()
+    # Whatever it is, the other ranks are waiting.
+    except Exception as error:
+        sent = Sent(f"{type(error).__name__}: {error}".encode(), 0.0, failed=True)
     head = _HEAD.pack(len(sent.frame), sent.weight, sent.failed)
     heads = [_HEAD.unpack(one) for one in _all_gather(head, _HEAD.size, group)]
     padded = max(length for length, _, _ in heads)
     parts = _all_gather(sent.frame, padded, group)
     found = [
-        _Sent(part[:length], weight, failed)
+        Sent(part[:length], weight, failed)
         for part, (length, weight, failed) in zip(parts, heads, strict=True)
     ]
     reasons = [
         f"rank {i}: {bytes(one.frame).decode()}" for i, one in enumerate(found) if one.failed
     ]
     if reasons:
-        raise ValueError(f"nothing is averaged, not all ranks have a frame: {'; '.join(reasons)}")
+        raise ValueError(f"{problem}: {'; '.join(reasons)}")
     return found, padded
 
 
 def _averaged(
-    found: list[_Sent], update: Mapping[str, Tensor], group: dist.ProcessGroup | None
+    found: list[Sent], update: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> dict[str, Tensor]:
     """Average what all could read, or fail on all ranks."""
     frames = {f"rank {index}": one.frame for index, one in enumerate(found)}
     weights = [one.weight for one in found]
     reason, mean = "", {}
     try:
-        aggregated = aggregate(frames, weights, schema=update)
+        # With a schema, no frame costs more than that, however large it is.
+        most = max(DEFAULT_MAX_BYTES, sum(value.nbytes for value in update.values()))
+        aggregated = aggregate(frames, weights, schema=update, max_bytes=most)
         reason = "; ".join(f"{name}: {why}" for name, why in aggregated.refused.items())
         mean = {name: aggregated[name].to(update[name].device) for name in update}
-    except ValueError as error:
-        reason = str(error)
+    # Whatever it is, want of memory for instance, the other ranks are waiting.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
     verdicts = _all_gather(bytes([bool(reason)]), 1, group)
     refusing = [index for index, verdict in enumerate(verdicts) if verdict[0]]
     if refusing:

@@ -120,3 +120,32 @@ def test_a_node_that_cannot_be_a_client_ends_the_beginning() -> None:
     found = carrier.GridCarrier(nodes, 5.0, 5.0, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="node 102: no data"):
         found.gather(3)
+
+
+@pytest.mark.parametrize("of", ["a new node", "a client"])
+@pytest.mark.parametrize("bad", ["", []])
+def test_what_flower_cannot_count_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, bad: str | list[int], of: str
+) -> None:
+    monkeypatch.setattr(carrier, "_PULL_S", 0.001)
+
+    class Evil(Nodes):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            (message,) = messages = list(messages)
+            (identity,) = super().push_messages(messages)
+            hello = message.metadata.message_type.startswith("query")
+            if message.metadata.dst_node_id == (300 if of == "a new node" else GONE) and (
+                hello == (of == "a new node")
+            ):
+                content = RecordDict({"x": ConfigRecord({"x": bad})})
+                self._replies[identity] = through_proto(Message(content, reply_to=message))
+            return [identity]
+
+    nodes = Evil()
+    found = carrier.GridCarrier(nodes, 5.0, 5.0, 0.5)  # type: ignore[arg-type]
+    assert found.gather(2).keys() == {0, 1}
+    if of == "a new node":
+        nodes.hellos[300] = None
+        del nodes.hellos[GONE]
+    answers = found.exchange({0: Order(0, 1, []), 1: Order(0, 2, [])}, 1, lambda client: None)
+    assert isinstance(answers[0], Answer) and isinstance(answers[1], Exception)

@@ -232,6 +232,73 @@ def test_a_mean_that_is_not_finite_does_not_count(caplog: pytest.LogCaptureFixtu
     assert gaps[0] == gaps[1] > gaps[2]
 
 
+class Untransportable(FedAvg):
+    """Makes weights in the second round that the difference to the last ones does not hold."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if server_round == 2:
+            bad = Array(np.array(2.0**64))
+            arrays = ArrayRecord({**arrays, "norm.num_batches_tracked": bad})
+        return arrays, metrics
+
+
+def test_a_mean_that_cannot_be_sent_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = type("Small", (CompressedStrategyMixin, Untransportable), {})()
+    logging.getLogger("flwr").propagate = True
+    with caplog.at_level(logging.ERROR, "flwr"):
+        found = strategy.start(LocalGrid(small), start(), num_rounds=3)
+    assert "round 2: the mean does not count: 'norm.num_batches_tracked' holds" in caplog.text
+    gaps = [row["gap"] for row in found.evaluate_metrics_clientapp.values()]
+    assert gaps[0] == gaps[1] > gaps[2]
+
+
+def test_a_run_goes_on_from_averaged_counters() -> None:
+    """FedAvg makes floating numbers of counters, and what it made begins the next run."""
+    first = Compressed().start(LocalGrid(small), start(), num_rounds=2)
+    strategy = Compressed()
+    found = strategy.start(LocalGrid(small), first.arrays, num_rounds=3)
+    assert all(row.refused == {} for row in strategy.traffic)
+    gaps = [row["gap"] for one in (first, found) for row in one.evaluate_metrics_clientapp.values()]
+    assert gaps[-1] < gaps[1] < gaps[0]
+
+
+def test_a_strategy_may_be_started_again() -> None:
+    """With the same clients, or new ones, or another model: as a new strategy would go on."""
+    strategy = Compressed()
+    strategy.start(LocalGrid(small), start(), num_rounds=2)
+    before = strategy.traffic
+    grid = LocalGrid(small)
+    found = strategy.start(grid, start(), num_rounds=2)
+    wanted = Compressed().start(LocalGrid(small), start(), num_rounds=2)
+    assert [row.round for row in strategy.traffic] == [1, 2]
+    assert strategy.traffic == before
+    for name, value in weights(found.arrays).items():
+        assert np.array_equal(value, weights(wanted.arrays)[name]), name
+
+
+class InPlace(FedAvg):
+    """Keeps one record, whose arrays it replaces."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if server_round == 1:
+            self.record = arrays
+        else:
+            self.record.update(arrays)
+        return self.record, metrics
+
+
+def test_a_record_that_is_changed_in_place_is_sent() -> None:
+    strategy = type("Small", (CompressedStrategyMixin, InPlace), {})()
+    found = strategy.start(LocalGrid(small), start(), num_rounds=4)
+    wanted = Compressed().start(LocalGrid(small), start(), num_rounds=4)
+    gaps = [
+        [row["gap"] for row in one.evaluate_metrics_clientapp.values()] for one in (found, wanted)
+    ]
+    assert gaps[0] == gaps[1]
+
+
 def test_a_client_that_lost_its_state_is_named_and_gets_the_whole_model() -> None:
     strategy, grid = Compressed(), LocalGrid(small)
     arrays = start()

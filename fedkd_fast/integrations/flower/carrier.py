@@ -107,8 +107,8 @@ class GridCarrier:
             self._heard.add(node)
             try:
                 found[node] = facts_of(reply)
-            except ValueError as error:
-                found[node] = error
+            except Exception as error:  # whatever a stranger says
+                found[node] = ValueError(str(error))
         return found
 
     def exchange(

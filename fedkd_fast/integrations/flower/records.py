@@ -71,6 +71,7 @@ def opened(record: Any, lengths: list[int]) -> tuple[bytes, ...]:
 def written(letter: Letter) -> tuple[Any, Any]:
     """Return a letter as an array record, and as the config record that belongs to it."""
     control = {"run": letter.run, "version": letter.version, "digest": letter.digest}
+    control["replied"] = letter.replied
     control["lengths"] = [len(frame) for frame in letter.frames]
     return sealed(letter.frames), app.ConfigRecord(control)
 
@@ -83,10 +84,10 @@ def read(record: Any, control: Mapping[str, Any]) -> Letter:
     """
     try:
         run, version, digest = (control[name] for name in ("run", "version", "digest"))
-        lengths = list(control["lengths"])
+        lengths, replied = list(control["lengths"]), int(control["replied"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"the record {CONTROL!r} of the message lacks {error}") from error
-    return Letter(int(run), int(version), opened(record, lengths), bytes(digest))
+    return Letter(int(run), int(version), opened(record, lengths), bytes(digest), replied)
 
 
 def only(records: Mapping[str, Any], what: str) -> tuple[str, Any]:

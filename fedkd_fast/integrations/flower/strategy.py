@@ -76,10 +76,19 @@ class CompressedStrategyMixin:
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._link = Broadcaster(compression, shared_start=shared_start)
-        self._given: Any = None  # the last weights of the strategy …
+        self._compression, self._shared_start = compression, shared_start
+        self._begin()
+
+    def _begin(self) -> None:
+        self._link = Broadcaster(self._compression, shared_start=self._shared_start)
+        self._given: list[tuple[str, Any]] = []  # the last weights of the strategy …
         self._held: Any = None  # … and what clients hold of them
         self.traffic: list[Traffic] = []
+
+    def start(self, *args: Any, **options: Any) -> Any:
+        """Run, with a link of its own: what was sent in another run of this object is over."""
+        self._begin()
+        return super().start(*args, **options)  # type: ignore[misc]
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Any]:
         """Send frames to the clients that the strategy chooses."""
@@ -109,6 +118,12 @@ class CompressedStrategyMixin:
                 "fedkd_fast: round %d: the mean is not finite and does not count", server_round
             )
             arrays = None
+        if arrays is not None:
+            try:
+                self._publish(arrays)
+            except ValueError as error:
+                _log.error("fedkd_fast: round %d: the mean does not count: %s", server_round, error)
+                arrays = None
         sent = self._row(server_round)
         _log.info(
             "fedkd_fast: round %d: %s bytes down of %s, %s up of %s",
@@ -124,11 +139,16 @@ class CompressedStrategyMixin:
 
     def _publish(self, arrays: Any) -> Any:
         """Make weights the newest version; return what clients hold of it."""
-        if arrays is not self._given:
+        # A strategy may change its record in place; arrays in it are only ever replaced.
+        given = list(arrays.items())
+        same = [name for name, _ in given] == [name for name, _ in self._given] and all(
+            one is other for (_, one), (_, other) in zip(given, self._given, strict=True)
+        )
+        if self._held is None or not same:
             before = self._link.version
             if self._link.publish(weights_of(arrays)) != before or self._held is None:
                 self._held = array_record(self._link.held)
-            self._given = arrays
+            self._given = given
         return self._held
 
     def _row(self, server_round: int) -> Traffic:
@@ -191,5 +211,5 @@ class CompressedStrategyMixin:
             weights = self._link.weights(frame)
             row.up, row.dense_up = row.up + len(frame), row.dense_up + self._dense()
             content[name] = array_record(weights)
-        self._link.confirm(node, int(control["version"]))
+        self._link.confirm(node, int(control["version"]), replied=trained)
         del content[CONTROL]
