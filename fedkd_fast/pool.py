@@ -7,6 +7,7 @@ memory follows from the bound, and on the disk from the clients that took part.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from fedkd_fast.checkpoint import Store
 from fedkd_fast.client import Client
 from fedkd_fast.methods import Learner, Losses
 from fedkd_fast.trees import Tree, copied
+
+_SETTLE_S = 1.0  # between two times that memory is given back, which takes milliseconds
 
 
 class Peer(Protocol):
@@ -95,7 +98,7 @@ class Pool(Protocol):
         """Write the clients that changed into the store."""
 
     def settle(self) -> None:
-        """Give memory of clients that left back to the system."""
+        """Give memory that rounds left behind back to the system."""
 
     def versions(self) -> dict[int, int]:
         """Return the versions of all clients that ever received something."""
@@ -126,7 +129,7 @@ class ClientPool:
         self._sizes: dict[int, int] = {}
         self._changed: set[int] = set()  # differ from what the store has
         self._versions: dict[int, int] = {}
-        self._left = False  # whether clients left the memory since the last `settle`
+        self._settled = time.monotonic()  # when memory was last given back
         self._spare: Learner | None = None  # of a client that left, for the next that is made
         self._lasting: set[int] = set()  # whose models somebody holds
 
@@ -232,17 +235,17 @@ class ClientPool:
             if index in self._changed:
                 self._write(index)
             client, _ = self._present.pop(index), self._sizes.pop(index)
-            self._versions[index], self._left = client.version, True
+            self._versions[index] = client.version
             if index in self._lasting:
                 self._lasting.discard(index)
             else:
                 self._spare = client.learner
 
     def settle(self) -> None:
-        """Give memory of clients that left back to the system."""
-        if self._left:
+        """Give memory that rounds left behind back to the system."""
+        if time.monotonic() - self._settled >= _SETTLE_S:
             give_back()
-            self._left = False
+            self._settled = time.monotonic()
 
     def versions(self) -> dict[int, int]:
         """Return the versions of all clients that ever received something."""

@@ -17,6 +17,7 @@ from federation import federation
 from tiny_task import TinyTask, tiny_task
 from trees_alike import alike
 
+from fedkd_fast import pool as pool_module
 from fedkd_fast.assembly import client_maker
 from fedkd_fast.checkpoint import Store
 from fedkd_fast.client import Client
@@ -368,3 +369,15 @@ def test_a_pool_goes_on_with_the_store_of_another(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"client-3\.\d+\.safetensors is damaged"):
         ClientPool(Made(), COUNT, Store(tmp_path), 1).look(3)
+
+
+def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all clients fit: training leaves holes. Not at every round, some take no time."""
+    now, calls = [100.0], []
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pool_module, "give_back", lambda: calls.append(now[0]))
+    pool = ClientPool(Made(), COUNT, None, 1 << 30)
+    for step in (0.0, 0.9, 0.2, 0.9, 0.2, 5.0):
+        now[0] += step
+        pool.settle()
+    assert calls == [pytest.approx(101.1), pytest.approx(102.2), pytest.approx(107.2)]
