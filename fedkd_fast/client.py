@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -82,6 +83,8 @@ class Decoded:
     def __init__(self) -> None:
         self._links: dict[tuple[bytes, bytes], bytes] = {}  # by frame and what it is applied to
         self._newest: tuple[bytes, Mapping[str, Tensor]] | None = None
+        # As a rule one and the same frame goes to many clients.
+        self._keys: deque[tuple[bytes, bytes]] = deque(maxlen=2)
 
     def get(
         self,
@@ -98,7 +101,7 @@ class Decoded:
             digest: of it.
             decode: applies one.
         """
-        keys = [hashlib.blake2b(frame, digest_size=16).digest() for frame in frames]
+        keys = [self._key(frame) for frame in frames]
         # Whole parameters are the same whatever they are applied to.
         anew = [wire.header(frame).base is None for frame in frames]
         found: bytes | None = digest
@@ -113,6 +116,13 @@ class Decoded:
             while len(self._links) > _MOST_LINKS:
                 del self._links[next(iter(self._links))]
         return self._newest[1], self._newest[0]
+
+    def _key(self, frame: bytes) -> bytes:
+        for known, key in self._keys:
+            if known is frame:
+                return key
+        self._keys.append((frame, hashlib.blake2b(frame, digest_size=16).digest()))
+        return self._keys[-1][1]
 
 
 class Client:

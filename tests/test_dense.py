@@ -162,7 +162,7 @@ def test_a_link_keeps_residuals_alone() -> None:
     # What one reply leaves out comes with the next, also at another process.
     first = server.weights(client.reply({"w": start["w"] + step}))["w"] - start["w"]
     kept = client.state()
-    assert [line.name for line in inspect(kept)] == ["held.w", "kept.feedback.w", "replied"]
+    assert [line.name for line in inspect(kept)] == ["held.w", "kept.feedback.w", "replies"]
     other = Receiver(compression)
     other.load(kept)
     second = server.weights(other.reply(start))["w"] - start["w"]

@@ -249,7 +249,7 @@ def test_a_state_older_than_a_reply_that_counts_has_no_residual() -> None:
         server.publish(weights)
         received = client.receive(server.letter("a"))
         weights = server.weights(client.reply(moved(received, number)))
-        server.confirm("a", client.version, replied=True)
+        server.confirm("a", client.version, reply=client.replies)
         states.append(client.state())
     server.publish(weights)
     back = Receiver()
@@ -267,6 +267,49 @@ def test_a_state_older_than_a_reply_that_counts_has_no_residual() -> None:
     kept.load(states[2])
     kept.receive(server.letter("a"))
     assert kept.reply(trained) != fresh.reply(trained)
+
+
+def test_two_replies_from_one_version_are_two() -> None:
+    """As where the mean of a round does not count."""
+    server, client = Broadcaster(), Receiver()
+    server.publish(model())
+    received = client.receive(server.letter("a"))
+    states = []
+    for number in range(2):
+        server.weights(client.reply(moved(received, number)))
+        server.confirm("a", client.version, reply=client.replies)
+        states.append(client.state())
+    back, fresh = Receiver(), Receiver()
+    back.load(states[0])  # the one of the second reply was lost on its way
+    trained = moved(back.receive(server.letter("a")), 9)
+    fresh.receive(server.letter("b"))
+    assert back.reply(trained) == fresh.reply(trained)
+    back.load(states[1])
+    back.receive(server.letter("a"))
+    assert back.reply(trained) != fresh.reply(trained)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        torch.full((5, 5), torch.finfo(torch.float32).min).triu(1),
+        torch.full((6,), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16),
+        torch.tensor([2**62 + 1, -(2**63), 7]),
+        torch.full((4,), 6e4, dtype=torch.float16),
+    ],
+    ids=["mask", "narrow mask", "hashes", "half"],
+)
+def test_numbers_that_were_held_before_are_welcome(held: Tensor) -> None:
+    raw = Compression(codec="raw")
+    for start in ({**model(), "held": held}, {**model(), "held": torch.zeros_like(held)}):
+        server, client = Broadcaster(raw), Receiver(raw)
+        server.publish(start)
+        trained = {**client.receive(server.letter("a")), "held": held}
+        if start["held"] is held or held.dtype == torch.float16:
+            assert torch.equal(server.weights(client.reply(trained))["held"], held)
+        else:
+            with pytest.raises(ValueError, match="'held' holds numbers that averages cannot"):
+                server.weights(client.reply(trained))
 
 
 def test_damaged_state_is_refused() -> None:
@@ -357,11 +400,12 @@ def test_weights_that_cannot_be_sent_leave_no_trace(codec: str) -> None:
     bad = {"half": torch.full((300, 200), torch.nan, dtype=torch.float16)}
     with pytest.raises(ValueError, match="NaN"):
         server.publish(bad)
-    with (
-        mock.patch.object(link, "decompress", side_effect=wire.WireError("beyond float16")),
-        pytest.raises(ValueError, match="beyond"),
-    ):
-        server.publish({"half": start["half"] + 1000})
+    for error in (wire.WireError("beyond float16"), MemoryError("beyond memory")):
+        with (
+            mock.patch.object(link, "decompress", side_effect=error),
+            pytest.raises(type(error), match="beyond"),
+        ):
+            server.publish({"half": start["half"] + 1000})
     after = server._compressor.state_dict()
     assert server.version == 2 and kept.keys() == after.keys()
     assert all(torch.equal(kept[name], after[name]) for name in kept)

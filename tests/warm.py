@@ -6,9 +6,10 @@ They are forked from a process that has imported everything and done nothing.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 from multiprocessing.context import ForkServerProcess
+
+import numpy as np
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -39,5 +40,5 @@ def run(*arguments: object) -> None:
 def _run(arguments: list[str]) -> None:
     from fedkd_fast.__main__ import main
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    np.random.seed()  # as in a process of its own
     sys.exit(main(arguments))

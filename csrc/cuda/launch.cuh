@@ -17,7 +17,7 @@ namespace fedkd_fast::cuda {
 
 // Along each side of a grid; what is beyond, blocks do in turn. Few here, so that they have to.
 constexpr int64_t kMostBlocks = 2;
-// Threads of a block that has a multiprocessor to itself; few here, where each is a real one.
+// Threads of a block that has a multiprocessor to itself; few, so that small sizes need several.
 constexpr int kLargeBlock = 64;
 // Little, so that small matrices already do not fit.
 inline int64_t most_shared_bytes() { return 16 * 1024; }

@@ -8,7 +8,8 @@
 // ThreadSanitizer sees a missing barrier as a data race, AddressSanitizer an access out of range,
 // and both name the line. Not seen: races between blocks, which are never alive together unless the
 // launch is cooperative, and static shared memory that is read before it is written, because it
-// keeps what the block before has left there. One launch at a time.
+// keeps what the block before has left there. A thread that waits for another in a loop, without a
+// barrier, waits for ever. One launch at a time.
 #pragma once
 
 #include <algorithm>

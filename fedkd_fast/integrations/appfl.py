@@ -25,6 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedkd_fast import wire
@@ -36,7 +37,8 @@ from fedkd_fast.wire import WireError
 
 _LENGTH = struct.Struct("<I")  # of the form, in bytes; 0 where the frame says everything
 _DEFAULT_ERROR = 0.01
-_MOST_MODELS = 4  # in a message: weights, and for some algorithms control variates beside them
+# In a message: weights, and for some algorithms control variates beside them; in float64.
+_MOST_MODELS, _MOST_ITEM = 4, 8
 
 
 class FrameCompressor:
@@ -50,7 +52,8 @@ class FrameCompressor:
             message leaves out with the next; it would be wrong for weights. APPFL's FedAvg takes
             what was changed for weights too; FedBuff, for one, does not. Running means and
             variances of batch normalisation are sent as they are. A message may decode to
-            ``max_bytes``: four times the model's, or 4 GiB where that is not known or several come.
+            ``max_bytes``: four times the model in float64, or 4 GiB where that is not known or
+            several come.
 
     Raises:
         ValueError: a value out of its range, or both error and energy.
@@ -91,8 +94,8 @@ class FrameCompressor:
 
         Args:
             compressed_model: the bytes.
-            model: whose state dict has the names, shapes and kinds of numbers that are accepted,
-                checked before anything is decoded; None accepts all.
+            model: whose state dict has the names and shapes that are accepted, and booleans where
+                it has them, checked before anything is decoded; None accepts all.
             batched: whether it may be more than a model and what belongs to it.
 
         Returns:
@@ -100,8 +103,8 @@ class FrameCompressor:
 
         Raises:
             WireError: anything wrong with the bytes, or more than `max_bytes`.
-            ValueError: a tensor that the model lacks or has in another shape, or as numbers of
-                another kind; names it.
+            ValueError: a tensor that the model lacks or has in another shape, or booleans in the
+                place of numbers; names it.
         """
         text, frame = _split(compressed_model)
         entries = {info.name: info for info in wire.inspect(frame)}
@@ -119,7 +122,7 @@ class FrameCompressor:
                 raise ValueError(f"tensor {name!r} is none of the model's")
             if shapes[place] != (wanted := tuple(known[name].shape)):
                 raise ValueError(f"tensor {name!r} must have shape {wanted}, got {shapes[place]}")
-            if _floats(entries[place].dtype) != known[name].is_floating_point():
+            if (entries[place].dtype == "bool") != (known[name].dtype == torch.bool):
                 raise ValueError(
                     f"tensor {name!r} must hold numbers as {known[name].dtype} does, got "
                     f"{entries[place].dtype}"
@@ -134,13 +137,10 @@ class FrameCompressor:
             raise WireError(f"form of the model is damaged: it has no place for {unused[:3]}")
         most = self._max_bytes or wire.DEFAULT_MAX_BYTES
         if self._max_bytes is None and known is not None and not batched:
-            most = max(_MOST_MODELS * sum(value.nbytes for value in known.values()), 1)
+            sizes = [one.numel() for one in known.values() if isinstance(one, Tensor)]
+            most = max(_MOST_MODELS * _MOST_ITEM * sum(sizes), 1)
         tensors = decompress(frame, max_bytes=most)
         return _put_together(form, "", lambda place, _: tensors[place])
-
-
-def _floats(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat"))
 
 
 def _split(message: bytes) -> tuple[bytes, memoryview]:

@@ -9,19 +9,28 @@ from torch import Tensor
 from fedkd_fast.tensors import as_tensors
 from fedkd_fast.updates import exact_integers, largest
 
+_EXACT = 2**53  # largest integer up to which float64 holds all
 _MARGIN = 2.0**-24  # of a dtype's range, left to sums of replies
 
 
-def can_be_averaged(value: Tensor) -> bool:
+def can_be_averaged(value: Tensor, held: Tensor | None) -> bool:
     """Tell whether a sum of such values, times the weights of clients, is likely to be a number.
 
     Frameworks add up in the dtype at hand; whoever sends numbers at its end would end the run.
+    Numbers that were held before, as in masks, are no matter of who sends them.
     """
     if value.dtype == torch.int64:
-        return exact_integers(value)
-    if value.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        return largest(value) <= torch.finfo(value.dtype).max * _MARGIN
-    return True
+        if exact_integers(value):
+            return True
+        outside = (value > _EXACT) | (value < -_EXACT)
+    elif value.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        most = torch.finfo(value.dtype).max * _MARGIN
+        if largest(value) <= most:
+            return True
+        outside = value.abs() > most
+    else:
+        return True
+    return held is not None and not bool((outside & (value != held)).any())
 
 
 def counted(name: str, value: object, held: Tensor | None) -> object:

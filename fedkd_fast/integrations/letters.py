@@ -62,7 +62,7 @@ class Letter:
         version: of the weights that the client will hold, from 1 on.
         frames: the whole model, or differences in their order, or nothing if it holds them already.
         digest: of first weights that the client has to make itself, else empty.
-        replied: version that its last reply was made from which the server has; 0 if not known.
+        replied: number of its last reply that counts at the server; 0 if there is none.
     """
 
     run: int

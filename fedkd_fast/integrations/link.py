@@ -42,7 +42,7 @@ State = Mapping[str, Tensor]
 _RUN_BITS = 63  # what signed integers of other systems can carry
 # Of the model in raw form: an honest frame is never much larger than that.
 _FRAME_SLACK, _FRAME_EXTRA = 1.1, 1 << 16
-_HELD, _KEPT, _REPLIED = "held.", "kept.", "replied"  # in the state of a client
+_HELD, _KEPT, _REPLIES = "held.", "kept.", "replies"  # in the state of a client
 
 
 class Broadcaster:
@@ -76,7 +76,7 @@ class Broadcaster:
         self._frames: dict[int, bytes] = {}  # by the version that they lead to
         self._whole_frame: bytes | None = None
         self._known: dict[Hashable, int] = {}  # version by client, as far as it was confirmed
-        self._replied: dict[Hashable, int] = {}  # version of the last reply by client
+        self._replied: dict[Hashable, int] = {}  # number of the last reply that counts, by client
         self._failed: set[Hashable] = set()  # clients to which nothing may be left to make
 
     def publish(self, weights: Mapping[str, object]) -> int:
@@ -106,7 +106,7 @@ class Broadcaster:
             try:
                 frame = self._compressor.compress(tensors, base=self.held, relative_to=base)
                 held = decompress(frame, self.held, self.held, relative_to=base, max_bytes=most)
-            except ValueError:
+            except BaseException:
                 self._compressor.load_state_dict(before)
                 raise
             self.held, self._frames[self.version + 1] = held, frame
@@ -143,13 +143,13 @@ class Broadcaster:
             self._whole_frame = self._whole.compress(self.held)
         return (self._whole_frame,), b""
 
-    def confirm(self, client: Hashable, version: int, *, replied: bool = False) -> None:
+    def confirm(self, client: Hashable, version: int, *, reply: int | None = None) -> None:
         """Note which version a client says it holds.
 
         Args:
             client: as in `letter`.
             version: of the weights.
-            replied: it was said with a reply that counts.
+            reply: number of the reply that it was said with, if that counts.
 
         Raises:
             ValueError: there is no such version.
@@ -157,8 +157,8 @@ class Broadcaster:
         if not 1 <= version <= self.version:
             raise ValueError(f"version must lie in [1, {self.version}], got {version}")
         self._known[client] = version
-        if replied:
-            self._replied[client] = version
+        if reply is not None:
+            self._replied[client] = reply
 
     def forget(self, client: Hashable) -> None:
         """Send the whole model next time: the client failed, or may have lost what it held."""
@@ -191,7 +191,7 @@ class Broadcaster:
         version = Base(run=self.run, round=self.version)
         found = decompress(frame, self.held, base, relative_to=version, max_bytes=max(dense, 1))
         for name, value in found.items():
-            if not can_be_averaged(value):
+            if not can_be_averaged(value, None if base is None else base[name]):
                 raise ValueError(f"{name!r} holds numbers that averages cannot hold")
         return found
 
@@ -213,7 +213,7 @@ class Receiver:
         initial: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
         self.version, self._run = 0, 0
-        self._replied = 0  # version that the last reply was made from
+        self._replies = 0  # made in this run
         self._held: dict[str, Tensor] = {}
         self._initial = initial
         self._compressor = (compression or Compression()).compressor()
@@ -248,11 +248,11 @@ class Receiver:
                 base = Base(run=letter.run, round=version)
                 held = decompress(frame, held, held, relative_to=base, max_bytes=most)
                 version += 1
-        if letter.run != self._run or letter.replied > self._replied:
+        if letter.run != self._run or letter.replied > self._replies:
             # Residuals of another run are of no use. Those of a state that is older than a reply
             # which the server has would be sent once more.
             self._compressor.load_state_dict({})
-            self._replied = letter.replied
+            self._replies = letter.replied
         self._held, self.version, self._run = held, version, letter.run
         return {name: value.clone() for name, value in held.items()}
 
@@ -290,15 +290,20 @@ class Receiver:
                 name: counted(name, value, self._held.get(name)) for name, value in weights.items()
             }
             frame = self._compressor.compress(trained, base=self._held, relative_to=base)
-            self._replied = self.version
+            self._replies += 1
             return frame
         found = as_tensors(weights, "the reply", finite=False)
         check_same_names(found, self._held, "what was received")
         update = {name: like(name, found[name], held) for name, held in self._held.items()}
         check_same_tensors(update, self._held, "what was received")
         frame = self._compressor.compress(update, relative_to=base)
-        self._replied = self.version
+        self._replies += 1
         return frame
+
+    @property
+    def replies(self) -> int:
+        """Number of the last reply, counted in this run."""
+        return self._replies
 
     @property
     def run(self) -> int:
@@ -319,7 +324,7 @@ class Receiver:
         """Return all that another process needs to go on, as one frame."""
         kept = {_HELD + name: value for name, value in self._held.items()}
         kept |= {_KEPT + name: value for name, value in self._compressor.state_dict().items()}
-        kept[_REPLIED] = torch.tensor(self._replied)
+        kept[_REPLIES] = torch.tensor(self._replies)
         places = {name: index for index, name in enumerate(kept)}
         tied = tied_names(kept)  # residuals stay one where they were one
         entries = [
@@ -341,18 +346,18 @@ class Receiver:
         if base is None or base.run is None or base.round is None:
             raise ValueError("state must be what Receiver.state returned: it names no run")
         kept = _whole(state, base)
-        found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}, _REPLIED: {}}
+        found: dict[str, dict[str, Tensor]] = {_HELD: {}, _KEPT: {}, _REPLIES: {}}
         for name, value in kept.items():
             prefix = next((one for one in found if name.startswith(one)), None)
             if prefix is None:
                 raise ValueError(f"state must be what Receiver.state returned: it has {name!r}")
             found[prefix][name.removeprefix(prefix)] = value
-        replied = found[_REPLIED].get("")
-        if replied is None or replied.numel() != 1:
-            raise ValueError("state must be what Receiver.state returned: it lacks 'replied'")
+        replies = found[_REPLIES].get("")
+        if replies is None or replies.numel() != 1:
+            raise ValueError("state must be what Receiver.state returned: it lacks 'replies'")
         self._compressor.load_state_dict(found[_KEPT])
         self._run, self.version, self._held = base.run, base.round, found[_HELD]
-        self._replied = int(replied)
+        self._replies = int(replies)
 
 
 def _dense(state: State) -> int:

@@ -71,7 +71,7 @@ class OuterStep:
             if not 0 <= self._momentum < 1:
                 raise ValueError(f"momentum must lie in [0, 1), got {self._momentum}")
             kinds = [(name, one.shape, one.dtype) for name, one in self._trained().items()]
-            text = repr((self._lr, self._momentum, kinds))
+            text = repr((float(self._lr), float(self._momentum), kinds))
             return Sent(hashlib.blake2b(text.encode(), digest_size=16).digest(), 0.0)
 
         found, _ = gathered(described, self._group, "the ranks cannot begin")

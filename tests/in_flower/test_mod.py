@@ -248,9 +248,42 @@ def test_a_mean_that_cannot_be_sent_does_not_count(caplog: pytest.LogCaptureFixt
     logging.getLogger("flwr").propagate = True
     with caplog.at_level(logging.ERROR, "flwr"):
         found = strategy.start(LocalGrid(small), start(), num_rounds=3)
-    assert "round 2: the mean does not count: 'norm.num_batches_tracked' holds" in caplog.text
+    assert "the weights do not count, those before are sent: 'norm.num_batches_t" in caplog.text
     gaps = [row["gap"] for row in found.evaluate_metrics_clientapp.values()]
     assert gaps[0] == gaps[1] > gaps[2]
+
+
+class Private(Compressed):
+    """Adds noise to what the strategy below makes, as central differential privacy does."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.means.append(weights(arrays)["weight"])
+        noisy = Array(self.means[-1] + 100 * server_round)
+        return ArrayRecord({**arrays, "weight": noisy}), metrics
+
+
+def test_a_mean_that_another_class_changes_is_not_sent() -> None:
+    raw = Compression(codec="raw")
+    strategy = Private(compression=raw)
+    strategy.means = []
+    seen: list[np.ndarray] = []
+
+    def watched(node: int) -> ClientApp:
+        return app_of(node, compress_mod(raw), watch)
+
+    def watch(message, context, call_next):
+        seen.append(weights(message.content["arrays"])["weight"])
+        return call_next(message, context)
+
+    grid = LocalGrid(watched)
+    strategy.start(grid, start(), num_rounds=3)
+    assert len(strategy.means) == 3 and len(seen) == 12
+    for mean in strategy.means:
+        assert min(np.abs(one - mean).max() for one in seen) > 0.5
+    frames = [message.content["arrays"]["frames"].data for message in grid.down]
+    # The first weights, and one version a round.
+    assert len({frame for frame in frames if len(frame)}) == 4
 
 
 def test_a_run_goes_on_from_averaged_counters() -> None:

@@ -48,8 +48,8 @@ class Fiber {
   Fiber() {
     void* const room = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    // A stack that overflows meets a page that nobody may touch.
-    if (room == MAP_FAILED || mprotect(room, 4096, PROT_NONE)) throw std::bad_alloc();
+    // A stack that overflows meets pages that nobody may touch.
+    if (room == MAP_FAILED || mprotect(room, kGuardBytes, PROT_NONE)) throw std::bad_alloc();
     // Six registers, where `live` begins, and the place of its own return address, at odd eights.
     void** const end = reinterpret_cast<void**>(static_cast<char*>(room) + kStackBytes);
     end[-2] = reinterpret_cast<void*>(live);
@@ -74,7 +74,8 @@ class Fiber {
   bool ended() const { return ended_; }
 
  private:
-  static constexpr std::size_t kStackBytes = 1 << 18;
+  // CUDA allows 512 KiB; what nobody touches takes no memory.
+  static constexpr std::size_t kStackBytes = 1 << 20, kGuardBytes = 1 << 17;
   struct Place {
     void* top;
     const void* stack;

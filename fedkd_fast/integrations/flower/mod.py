@@ -81,7 +81,7 @@ class CompressMod:
             name, record = only(reply.content.array_records, "the reply of a client that trained")
             frame = receiver.reply(weights_of(record))
             reply.content[name] = sealed((frame,))
-            control["lengths"] = [len(frame)]
+            control["lengths"], control["reply"] = [len(frame)], receiver.replies
         reply.content[CONTROL] = app.ConfigRecord(control)
 
 

@@ -92,7 +92,7 @@ class CompressedStrategyMixin:
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Any]:
         """Send frames to the clients that the strategy chooses."""
-        held = self._publish(arrays)
+        held = self._publish(server_round, arrays)
         messages = super().configure_train(server_round, held, config, grid)  # type: ignore[misc]
         return self._addressed(server_round, messages)
 
@@ -100,7 +100,7 @@ class CompressedStrategyMixin:
         self, server_round: int, arrays: Any, config: Any, grid: Any
     ) -> list[Any]:
         """Send frames to the clients that the strategy chooses."""
-        held = self._publish(arrays)
+        held = self._publish(server_round, arrays)
         messages = super().configure_evaluate(  # type: ignore[misc]
             server_round, held, config, grid
         )
@@ -118,12 +118,6 @@ class CompressedStrategyMixin:
                 "fedkd_fast: round %d: the mean is not finite and does not count", server_round
             )
             arrays = None
-        if arrays is not None:
-            try:
-                self._publish(arrays)
-            except ValueError as error:
-                _log.error("fedkd_fast: round %d: the mean does not count: %s", server_round, error)
-                arrays = None
         sent = self._row(server_round)
         _log.info(
             "fedkd_fast: round %d: %s bytes down of %s, %s up of %s",
@@ -137,8 +131,11 @@ class CompressedStrategyMixin:
         counting = self._counting(server_round, replies, trained=False)
         return super().aggregate_evaluate(server_round, counting)  # type: ignore[misc]
 
-    def _publish(self, arrays: Any) -> Any:
-        """Make weights the newest version; return what clients hold of it."""
+    def _publish(self, server_round: int, arrays: Any) -> Any:
+        """Make weights the newest version; return what clients hold of it.
+
+        Not before they are sent: what other classes make of a mean may be private, the mean not.
+        """
         # A strategy may change its record in place; arrays in it are only ever replaced.
         given = list(arrays.items())
         same = [name for name, _ in given] == [name for name, _ in self._given] and all(
@@ -146,8 +143,18 @@ class CompressedStrategyMixin:
         )
         if self._held is None or not same:
             before = self._link.version
-            if self._link.publish(weights_of(arrays)) != before or self._held is None:
-                self._held = array_record(self._link.held)
+            try:
+                if self._link.publish(weights_of(arrays)) != before or self._held is None:
+                    self._held = array_record(self._link.held)
+            except ValueError as error:
+                # Of the same model: what clients sent may add up to what cannot be sent.
+                if self._held is None or not _alike(arrays, self._held):
+                    raise
+                _log.error(
+                    "fedkd_fast: round %d: the weights do not count, those before are sent: %s",
+                    server_round,
+                    error,
+                )
             self._given = given
         return self._held
 
@@ -211,5 +218,12 @@ class CompressedStrategyMixin:
             weights = self._link.weights(frame)
             row.up, row.dense_up = row.up + len(frame), row.dense_up + self._dense()
             content[name] = array_record(weights)
-        self._link.confirm(node, int(control["version"]), replied=trained)
+        reply = int(control["reply"]) if trained else None
+        self._link.confirm(node, int(control["version"]), reply=reply)
         del content[CONTROL]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return {name: tuple(array.shape) for name, array in one.items()} == {
+        name: tuple(array.shape) for name, array in other.items()
+    }
