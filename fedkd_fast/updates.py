@@ -19,7 +19,7 @@ Update: TypeAlias = Mapping[str, Parts]
 _Key = TypeVar("_Key", int, str, int | str)
 
 # Sums run in float64, which holds integers up to here.
-_EXACT_INTEGERS = 2**53
+EXACT_INTEGERS = 2**53
 # Products of Gram matrices that leave less than this of what was added up are not believed.
 CANCELLED = 2.0**-12
 # How much larger than measured norms may be: of what components add up to, and of the whole.
@@ -108,7 +108,7 @@ def _largest_product(left: Tensor, right: Tensor) -> float:
 
 def exact_integers(values: Tensor) -> bool:
     """Tell whether float64 holds each of these integers."""
-    return bool(((values <= _EXACT_INTEGERS) & (values >= -_EXACT_INTEGERS)).all())
+    return bool(((values <= EXACT_INTEGERS) & (values >= -EXACT_INTEGERS)).all())
 
 
 def written(parts: Parts, shape: tuple[int, ...]) -> Tensor:

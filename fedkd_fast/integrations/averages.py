@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from fedkd_fast.tensors import as_tensors
-from fedkd_fast.updates import exact_integers, largest
+from fedkd_fast.updates import EXACT_INTEGERS, exact_integers, largest
 
-_EXACT = 2**53  # largest integer up to which float64 holds all
 _MARGIN = 2.0**-24  # of a dtype's range, left to sums of replies
 
 
@@ -22,7 +21,7 @@ def can_be_averaged(value: Tensor, held: Tensor | None) -> bool:
     if value.dtype == torch.int64:
         if exact_integers(value):
             return True
-        outside = (value > _EXACT) | (value < -_EXACT)
+        outside = (value > EXACT_INTEGERS) | (value < -EXACT_INTEGERS)
     elif value.dtype in (torch.float32, torch.float64, torch.bfloat16):
         most = torch.finfo(value.dtype).max * _MARGIN
         if largest(value) <= most:
@@ -40,8 +39,8 @@ def counted(name: str, value: object, held: Tensor | None) -> object:
     found = as_tensors({name: value}, "the reply", finite=False)[name]
     if found.is_floating_point() or found.dtype == torch.bool:
         return value
-    counted = found.to(held.dtype)
-    return counted if torch.equal(counted.to(found.dtype), found) else value
+    floating = found.to(held.dtype)
+    return floating if torch.equal(floating.to(found.dtype), found) else value
 
 
 def like(name: str, value: Tensor, held: Tensor) -> Tensor:
