@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
@@ -272,21 +274,26 @@ def test_the_outer_step_is_nesterovs(ranks: Ranks) -> None:
         assert np.abs(delta[name]).max() > 0
 
 
-def a_fedavg_step(rank: int) -> Any:
+def a_fedavg_step(rank: int, *, assigned: bool = False) -> Any:
     model = a_model(rank)
     outer = OuterStep(model, compressor=Compressor(1.0), lr=1.0, momentum=0.0)
+    if assigned:  # other tensors than the outer step was made with
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     trained(model, rank, 0)
     before = parameters_of(model)
     outer.step()
     return before, parameters_of(model)
 
 
-def test_without_momentum_it_is_fedavg(ranks: Ranks) -> None:
-    (one, moved), (other, _) = ranks.run(a_fedavg_step)
+@pytest.mark.parametrize("assigned", [False, True])
+def test_without_momentum_it_is_fedavg(ranks: Ranks, assigned: bool) -> None:
+    (one, moved), (other, also) = ranks.run(partial(a_fedavg_step, assigned=assigned))
     for name in moved:
         wanted = (one[name].astype(np.float64) + other[name]) / 2
         scale = 4 * EPS * np.abs(wanted).max()
         np.testing.assert_allclose(moved[name], wanted, atol=scale, rtol=0)
+        assert moved[name].tobytes() == also[name].tobytes()
 
 
 def resumed_steps(rank: int) -> Any:
@@ -371,25 +378,6 @@ def test_ranks_that_train_other_parameters_fail_everywhere(ranks: Ranks) -> None
     for reasons, same in ranks.run(other_layers):
         assert all("those of [1] are not those of rank 0" in reason for reason in reasons)
         assert same
-
-
-def assigned_parameters(rank: int) -> Any:
-    """Put other tensors in the place of those that the outer step was made with."""
-    model = a_model(0)
-    outer = OuterStep(model, compressor=Compressor(1.0), lr=1.0, momentum=0.0)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    trained(model, rank, 0)
-    wanted = parameters_of(model)
-    outer.step()
-    return wanted, parameters_of(model)
-
-
-def test_parameters_may_be_assigned_between_steps(ranks: Ranks) -> None:
-    (first, found), (second, other) = ranks.run(assigned_parameters)
-    for name, value in found.items():
-        assert np.allclose(value, (first[name] + second[name]) / 2, atol=1e-6)
-        assert value.tobytes() == other[name].tobytes()
 
 
 def changed_models(rank: int) -> Any:

@@ -211,44 +211,39 @@ def test_the_server_outlives_what_a_client_sends(
     assert gaps[-1] < gaps[0]
 
 
-class Overflowing(FedAvg):
-    """Makes weights in the second round that are not finite."""
+class Spoiled(FedAvg):
+    """Puts something else in the place of one of the weights of the second round."""
+
+    def __init__(self, bad: dict[str, Array]) -> None:
+        super().__init__()
+        self.bad = bad
 
     def aggregate_train(self, server_round, replies):
         arrays, metrics = super().aggregate_train(server_round, replies)
         if server_round == 2:
-            bad = np.full((32, 48), np.inf, np.float32)
-            arrays = ArrayRecord({**arrays, "weight": Array(bad)})
+            arrays = ArrayRecord({**arrays, **self.bad})
         return arrays, metrics
 
 
-def test_a_mean_that_is_not_finite_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = type("Small", (CompressedStrategyMixin, Overflowing), {})()
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", np.full((32, 48), np.inf, np.float32), "round 2: the mean is not finite"),
+        (
+            "norm.num_batches_tracked",
+            np.array(2.0**64),
+            "the weights do not count, those before are sent: 'norm.num_batches_t",
+        ),
+    ],
+)
+def test_a_mean_that_cannot_be_sent_does_not_count(
+    name: str, value: np.ndarray, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = type("Small", (CompressedStrategyMixin, Spoiled), {})({name: Array(value)})
     logging.getLogger("flwr").propagate = True
     with caplog.at_level(logging.ERROR, "flwr"):
         found = strategy.start(LocalGrid(small), start(), num_rounds=3)
-    assert "round 2: the mean is not finite" in caplog.text
-    gaps = [row["gap"] for row in found.evaluate_metrics_clientapp.values()]
-    assert gaps[0] == gaps[1] > gaps[2]
-
-
-class Untransportable(FedAvg):
-    """Makes weights in the second round that the difference to the last ones does not hold."""
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if server_round == 2:
-            bad = Array(np.array(2.0**64))
-            arrays = ArrayRecord({**arrays, "norm.num_batches_tracked": bad})
-        return arrays, metrics
-
-
-def test_a_mean_that_cannot_be_sent_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = type("Small", (CompressedStrategyMixin, Untransportable), {})()
-    logging.getLogger("flwr").propagate = True
-    with caplog.at_level(logging.ERROR, "flwr"):
-        found = strategy.start(LocalGrid(small), start(), num_rounds=3)
-    assert "the weights do not count, those before are sent: 'norm.num_batches_t" in caplog.text
+    assert message in caplog.text
     gaps = [row["gap"] for row in found.evaluate_metrics_clientapp.values()]
     assert gaps[0] == gaps[1] > gaps[2]
 
