@@ -9,15 +9,14 @@
 
 #include <cstdint>
 
+#include "common/instructions.h"
+
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
 #endif
 
 namespace fedkd_fast {
 namespace cpu {
-
-// The most that a call may use of this machine. All give the same bits: the choice is for tests.
-enum class Instructions { kPortable, kAvx2, kAvx512 };
 
 void pack_factors(const float* values, int64_t row_stride, int64_t count, const float* scale,
                   const uint8_t* bits, const int64_t* offsets, uint8_t* codes, int64_t begin,

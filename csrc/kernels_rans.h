@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/instructions.h"
 #include "common/rans.h"
 
 #if defined(FEDKD_FAST_HAS_CUDA) || defined(__CUDACC__)
@@ -38,17 +39,16 @@ constexpr int64_t rans_chunk_bound(int64_t symbols) { return 4 * kRansManyLanes 
 namespace cpu {
 
 // Writes a chunk to the end of scratch, which holds rans_chunk_bound(its symbols) bytes, and
-// returns its size. `portable`: without the instructions that this machine may have beyond others;
-// the same bytes.
+// returns its size.
 int64_t rans_encode_chunk(const RansSource* pieces, int64_t count, int lanes, uint8_t* scratch,
-                          int64_t scratch_bytes, bool portable = false);
+                          int64_t scratch_bytes, Instructions most = Instructions::kAvx512);
 
 // rans_raw_bytes(source.count, raw bits) bytes.
 void rans_pack_low(const RansSource& source, uint8_t* low);
 
 // The values of a fault are undefined.
 RansFault rans_decode_chunk(const uint8_t* bytes, int64_t size, const RansTarget* pieces,
-                            int64_t count, int lanes, bool portable = false);
+                            int64_t count, int lanes, Instructions most = Instructions::kAvx512);
 
 }  // namespace cpu
 

@@ -101,8 +101,8 @@ uint8_t* encode_portable(const RansSource* pieces, int64_t count, uint8_t* at) {
 }
 
 template <int kLanes>
-RansFault decode_piece(const RansTarget& target, const RansTables& tables, uint32_t* states,
-                       const uint8_t** at, const uint8_t* end) {
+RansFault decode_symbols(const RansTarget& target, const RansTables& tables, uint32_t* states,
+                         const uint8_t** at, const uint8_t* end) {
   const RansPlace place(target);
   const uint32_t* slots = tables.slots[place.table];
   for (int64_t first = 0; first < target.count; first += kLanes) {
@@ -137,7 +137,7 @@ RansFault decode_piece(const RansTarget& target, const RansTables& tables, uint3
         read_escapes(escapes, first, place, tables.support[place.table], at, end);
     if (fault != RansFault::kNone) return fault;
   }
-  return add_low_bits(target);
+  return RansFault::kNone;
 }
 
 template <int kLanes>
@@ -149,7 +149,8 @@ RansFault decode_portable(const uint8_t* bytes, int64_t size, const RansTarget* 
   for (int lane = 0; lane < kLanes; ++lane)
     states[lane] = load_word(bytes + 4 * lane) | load_word(bytes + 4 * lane + 2) << 16;
   for (int64_t piece = 0; piece < count; ++piece) {
-    const RansFault fault = decode_piece<kLanes>(pieces[piece], tables, states, &at, end);
+    RansFault fault = decode_symbols<kLanes>(pieces[piece], tables, states, &at, end);
+    if (fault == RansFault::kNone) fault = add_low_bits(pieces[piece]);
     if (fault != RansFault::kNone) return fault;
   }
   if (std::any_of(states, states + kLanes, [](uint32_t state) { return state != kRansRest; }))
@@ -232,6 +233,15 @@ const RansTables& rans_tables() {
   return tables;
 }
 
+uint8_t* encode_piece_portable(const RansSource& source, uint32_t* states, uint8_t* at) {
+  return encode_piece<kRansManyLanes>(source, rans_tables(), states, at);
+}
+
+RansFault decode_symbols_portable(const RansTarget& target, uint32_t* states, const uint8_t** at,
+                                  const uint8_t* end) {
+  return decode_symbols<kRansManyLanes>(target, rans_tables(), states, at, end);
+}
+
 void rans_pack_low(const RansSource& source, uint8_t* low) {
   const int raw_bits = rans_raw_bits(source.level);
   const uint8_t* const end = low + rans_raw_bytes(source.count, raw_bits);
@@ -264,23 +274,28 @@ RansFault add_low_bits(const RansTarget& target) {
 }
 
 int64_t rans_encode_chunk(const RansSource* pieces, int64_t count, int lanes, uint8_t* scratch,
-                          int64_t scratch_bytes, [[maybe_unused]] bool portable) {
+                          int64_t scratch_bytes, [[maybe_unused]] Instructions most) {
   uint8_t* const end = scratch + scratch_bytes;
   if (lanes == kRansFewLanes) return end - encode_portable<kRansFewLanes>(pieces, count, end);
 #ifdef FEDKD_X86_VECTORS
-  if (!portable && has_avx512_rans()) return end - encode_avx512(pieces, count, end);
+  if (most >= Instructions::kAvx512 && has_avx512_rans())
+    return end - encode_avx512(pieces, count, end);
+  if (most >= Instructions::kAvx2 && has_avx2_rans()) return end - encode_avx2(pieces, count, end);
 #endif
   return end - encode_portable<kRansManyLanes>(pieces, count, end);
 }
 
 RansFault rans_decode_chunk(const uint8_t* bytes, int64_t size, const RansTarget* pieces,
-                            int64_t count, int lanes, [[maybe_unused]] bool portable) {
+                            int64_t count, int lanes, [[maybe_unused]] Instructions most) {
   if (size % 2 != 0 || size < 4 * lanes) return RansFault::kOdd;
   for (int lane = 0; lane < lanes; ++lane)
     if (load_word(bytes + 4 * lane + 2) == 0) return RansFault::kStart;
   if (lanes == kRansFewLanes) return decode_portable<kRansFewLanes>(bytes, size, pieces, count);
 #ifdef FEDKD_X86_VECTORS
-  if (!portable && has_avx512_rans()) return decode_avx512(bytes, size, pieces, count);
+  if (most >= Instructions::kAvx512 && has_avx512_rans())
+    return decode_avx512(bytes, size, pieces, count);
+  if (most >= Instructions::kAvx2 && has_avx2_rans())
+    return decode_avx2(bytes, size, pieces, count);
 #endif
   return decode_portable<kRansManyLanes>(bytes, size, pieces, count);
 }

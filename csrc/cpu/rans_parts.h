@@ -94,9 +94,19 @@ inline RansFault read_escapes(uint32_t lanes, int64_t first, const RansPlace& pl
 // Adds the low bits to a piece whose high parts are there.
 RansFault add_low_bits(const RansTarget& target);
 
+// The portable path over a piece, or the end of one, in kRansManyLanes: for groups of fewer lanes.
+uint8_t* encode_piece_portable(const RansSource& source, uint32_t* states, uint8_t* at);
+
+// Without low bits.
+RansFault decode_symbols_portable(const RansTarget& target, uint32_t* states, const uint8_t** at,
+                                  const uint8_t* end);
+
 // Chunks of kRansManyLanes; states and their check are in `bytes`, whose size is even and holds
 // them.
 #ifdef FEDKD_X86_VECTORS
+bool has_avx2_rans();
+uint8_t* encode_avx2(const RansSource* pieces, int64_t count, uint8_t* end);
+RansFault decode_avx2(const uint8_t* bytes, int64_t size, const RansTarget* pieces, int64_t count);
 bool has_avx512_rans();
 uint8_t* encode_avx512(const RansSource* pieces, int64_t count, uint8_t* end);
 RansFault decode_avx512(const uint8_t* bytes, int64_t size, const RansTarget* pieces,

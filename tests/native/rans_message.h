@@ -54,12 +54,12 @@ struct Message {
 using Bytes = std::vector<uint8_t>;
 
 inline Bytes encode_chunk(const RansLayout::Chunk& chunk, const std::vector<RansSource>& pieces,
-                          bool portable) {
+                          cpu::Instructions most = cpu::Instructions::kAvx512) {
   Bytes scratch(static_cast<size_t>(rans_chunk_bound(chunk.symbols)));
   const auto bytes = static_cast<int64_t>(scratch.size());
   const int64_t size =
       cpu::rans_encode_chunk(pieces.data() + chunk.begin, chunk.end - chunk.begin,
-                             rans_lanes(chunk.symbols), scratch.data(), bytes, portable);
+                             rans_lanes(chunk.symbols), scratch.data(), bytes, most);
   return {scratch.end() - size, scratch.end()};
 }
 

@@ -30,7 +30,7 @@ void encode_and_decode(const std::string& name, const Message& message) {
       for (int64_t p = chunk.begin; p < chunk.end; ++p)
         codes.insert(codes.end(), low[static_cast<size_t>(p)].begin(),
                      low[static_cast<size_t>(p)].end());
-      coded.push_back(encode_chunk(chunk, pieces, false));
+      coded.push_back(encode_chunk(chunk, pieces));
     }
     const auto table = static_cast<int64_t>(codes.size());
     for (const Bytes& chunk : coded)

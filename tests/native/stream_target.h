@@ -69,7 +69,7 @@ class Stream {
 
   // With a scale of one, values are the integers.
   Decoded decode(const RansLayout& layout, const RansLayout::Chunk& chunk, const Bytes& low,
-                 const Bytes& code, bool portable) const {
+                 const Bytes& code, cpu::Instructions most) const {
     Decoded found;
     std::vector<RansTarget> targets;
     for (std::int64_t p = chunk.begin; p < chunk.end; ++p) {
@@ -80,15 +80,16 @@ class Stream {
     }
     found.fault = cpu::rans_decode_chunk(code.data(), static_cast<std::int64_t>(code.size()),
                                          targets.data(), static_cast<std::int64_t>(targets.size()),
-                                         rans_lanes(chunk.symbols), portable);
+                                         rans_lanes(chunk.symbols), most);
     return found;
   }
 
   void exercise_chunk(const RansLayout& layout, const RansLayout::Chunk& chunk, const Bytes& low,
                       const Bytes& code) const {
-    const Decoded ours = decode(layout, chunk, low, code, false);
-    if (rans_lanes(chunk.symbols) == kRansManyLanes) {  // few lanes have one path
-      const Decoded other = decode(layout, chunk, low, code, true);
+    const Decoded ours = decode(layout, chunk, low, code, cpu::Instructions::kPortable);
+    for (const auto path : {cpu::Instructions::kAvx2, cpu::Instructions::kAvx512}) {
+      if (rans_lanes(chunk.symbols) != kRansManyLanes) break;  // few lanes have one path
+      const Decoded other = decode(layout, chunk, low, code, path);
       if (ours.fault != other.fault) broken("the paths find other faults");
       if (ours.fault == RansFault::kNone && ours.values != other.values) {
         broken("the paths decode other values");
