@@ -54,15 +54,26 @@ FEDKD_HD inline uint32_t rans_frequency(const uint16_t* stored, int index) {
   return stored[index < kRansReach ? kRansReach - index : index - kRansReach];
 }
 
-// NaN becomes the smallest; the caller checks for NaN beforehand.
-FEDKD_FORMULA int32_t rans_quantise(float value, float multiplier) {
+// In steps, without those beyond the smallest, which NaN becomes; the caller checks for NaN.
+FEDKD_FORMULA float rans_scaled(float value, float multiplier) {
+  constexpr float kLeast = -static_cast<float>(kRansLargest);
+  const float scaled = value * multiplier;
+  return scaled > kLeast ? scaled : kLeast;
+}
+
+FEDKD_FORMULA float rans_clamped(float scaled) {
   constexpr float kMost = static_cast<float>(kRansLargest);
-  float scaled = value * multiplier;
-  scaled = scaled > -kMost ? scaled : -kMost;
-  scaled = scaled < kMost ? scaled : kMost;
+  return scaled < kMost ? scaled : kMost;
+}
+
+FEDKD_FORMULA int32_t rans_rounded(float clamped) {
   // Where a float's last digit is that of 1, the adder rounds to the nearest even integer.
   constexpr float kUnits = 12582912.0f;
-  return static_cast<int32_t>(bits_from_float(scaled + kUnits) - bits_from_float(kUnits));
+  return static_cast<int32_t>(bits_from_float(clamped + kUnits) - bits_from_float(kUnits));
+}
+
+FEDKD_FORMULA int32_t rans_quantise(float value, float multiplier) {
+  return rans_rounded(rans_clamped(rans_scaled(value, multiplier)));
 }
 
 // q in two parts, high · 2^raw_bits + low - half, with half = rans_half(raw_bits).

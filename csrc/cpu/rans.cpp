@@ -162,10 +162,14 @@ RansFault decode_portable(const uint8_t* bytes, int64_t size, const RansTarget* 
 
 constexpr int64_t kBlock = 512;  // values; a multiple of 8, so blocks end on whole bytes
 
+// Of at most kBlock values. In one loop, a compiler branches between the ends instead of computing
+// vectors.
 FEDKD_CLONES
 void low_parts(const float* values, int64_t count, float multiplier, int raw_bits, uint32_t* out) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = rans_low(rans_quantise(values[i], multiplier), raw_bits);
+  float scaled[kBlock];
+  for (int64_t i = 0; i < count; ++i) scaled[i] = rans_scaled(values[i], multiplier);
+  for (int64_t i = 0; i < count; ++i) scaled[i] = rans_clamped(scaled[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = rans_low(rans_rounded(scaled[i]), raw_bits);
 }
 
 // Appends to a bit stream, which ends at `end`; returns where it goes on.
@@ -192,17 +196,27 @@ uint8_t* write_bits(const uint32_t* values, int64_t count, int raw_bits, uint8_t
 }
 
 // `left` bytes may be read.
+FEDKD_CLONES
 void read_bits(const uint8_t* in, int64_t left, int64_t count, int raw_bits, uint32_t* values) {
   const uint32_t mask = (1u << raw_bits) - 1u;
+  const auto step = static_cast<uint64_t>(raw_bits);
+  int64_t i = 0;
+  for (; raw_bits <= 8 && i + 8 <= count && left - i / 8 * raw_bits >= 8; i += 8) {
+    const uint8_t* const at = in + i / 8 * raw_bits;
+    const uint64_t upper = load_word(at + 4) | load_word(at + 6) << 16;
+    const uint64_t group = load_word(at) | load_word(at + 2) << 16 | upper << 32;
+    for (uint64_t value = 0; value < 8; ++value)
+      values[static_cast<uint64_t>(i) + value] =
+          static_cast<uint32_t>(group >> value * step) & mask;
+  }
   // A value lies in four bytes, which at the end there may not be.
   const int64_t whole = left < 4 ? 0 : std::min(count, ((left - 4) * 8 + 7) / raw_bits + 1);
-  const auto step = static_cast<uint64_t>(raw_bits);
-  uint64_t bit = 0;
-  for (int64_t i = 0; i < whole; ++i, bit += step) {
+  uint64_t bit = static_cast<uint64_t>(i) * step;
+  for (; i < whole; ++i, bit += step) {
     const uint8_t* const at = in + bit / 8;
     values[i] = (load_word(at) | load_word(at + 2) << 16) >> bit % 8 & mask;
   }
-  for (int64_t i = whole; i < count; ++i, bit += step) {
+  for (; i < count; ++i, bit += step) {
     uint32_t window = 0;
     for (uint64_t byte = (bit + step + 7) / 8; byte-- > bit / 8;) window = window << 8 | in[byte];
     values[i] = window >> bit % 8 & mask;
