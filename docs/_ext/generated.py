@@ -22,6 +22,8 @@ COMMANDS = {
     "aggregate.json": "python bench/bench_aggregate.py --out FILE",
     "codec_cpu.json": "python -m pytest bench/bench_pack_factors.py bench/bench_rans.py "
     "bench/bench_wire.py --benchmark-json=FILE",
+    "codec_avx2.json": "python -m pytest bench/bench_pack_factors.py bench/bench_rans.py "
+    "bench/bench_wire.py --benchmark-json=FILE",
     "cpu.json": "make bench",
     "cpu_2_threads.json": "python -m pytest bench/bench_distill_loss.py bench/bench_layer_mse.py "
     "--threads 2 --benchmark-json=FILE",
