@@ -1,8 +1,7 @@
 // Squared errors between layers of two models on the CPU, with both gradients in one pass.
 //
 // Two streams in, up to two out, a handful of operations a value: bound by memory. Gradients too
-// large for the caches are written around them. Values run in vectors of 64 bytes, which the
-// compiler splits for smaller instruction sets.
+// large for the caches are written around them.
 
 #include <algorithm>
 #include <cstring>
@@ -19,36 +18,18 @@ namespace fedkd_fast::cpu {
 namespace {
 
 constexpr int64_t kSegment = 1024;  // values whose squares lanes sum
-constexpr int kVectorBytes = 64;
-
-// Spelt out: the compiler knows no vector whose size is that of a template.
-template <typename Real>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float Values __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  typedef uint16_t Wider __attribute__((vector_size(kVectorBytes / 2)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double Values __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
-  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
-  typedef uint16_t Wider __attribute__((vector_size(kVectorBytes / 4)));
-};
 
 // Values of one storage type, one a lane.
-template <typename Storage>
+template <typename Storage, int kBytes>
 struct Lanes {
   using Real = typename Compute<Storage>::type;
-  static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(Real));
-  using Values = typename VectorOf<Real>::Values;
-  using Bits = typename VectorOf<Real>::Bits;
-  using Bytes = typename VectorOf<Real>::Bytes;
+  using Vector = VectorOf<Real, kBytes>;
+  static constexpr int kCount = Vector::kLanes;
+  using Values = typename Vector::Values;
+  using Bits = typename Vector::Bits;
+  using Bytes = typename Vector::Bytes;
   static constexpr bool kHalves = sizeof(Storage) == 2;
-  using Narrow = HalfVectors<kVectorBytes / static_cast<int>(sizeof(float))>;
+  using Narrow = HalfVectors<kBytes / static_cast<int>(sizeof(float))>;
 
   static FEDKD_INLINE Values load(const Storage* from) {
     if constexpr (kHalves) {
@@ -65,7 +46,7 @@ struct Lanes {
     Bytes bytes;
     std::memcpy(&bytes, mask, sizeof(bytes));
     // By way of 16 bits: at once, gcc takes lane by lane.
-    const auto wider = __builtin_convertvector(bytes, typename VectorOf<Real>::Wider);
+    const auto wider = __builtin_convertvector(bytes, typename Vector::Wider);
     return (Values)((Bits)values & (Bits)(__builtin_convertvector(wider, Bits) != Bits{}));
   }
 
@@ -110,12 +91,11 @@ struct Run {
   Storage* grad_mentee;
 };
 
-template <typename Storage, bool kMasked>
-FEDKD_INLINE typename Lanes<Storage>::Values visit(const Run<Storage>& run, int64_t at,
-                                                   const uint8_t* mask,
-                                                   typename Lanes<Storage>::Real factor,
-                                                   bool streamed) {
-  using L = Lanes<Storage>;
+template <typename Storage, int kBytes, bool kMasked>
+FEDKD_INLINE typename Lanes<Storage, kBytes>::Values visit(
+    const Run<Storage>& run, int64_t at, const uint8_t* mask,
+    typename Lanes<Storage, kBytes>::Real factor, bool streamed) {
+  using L = Lanes<Storage, kBytes>;
   typename L::Values difference = L::load(run.mentor + at) - L::load(run.mentee + at);
   if constexpr (kMasked) difference = L::keep(difference, mask + at);
   const auto gradient = L::stored(difference * factor);
@@ -125,11 +105,11 @@ FEDKD_INLINE typename Lanes<Storage>::Values visit(const Run<Storage>& run, int6
 }
 
 // The last values of a run, fewer than a vector of them.
-template <typename Storage, bool kMasked>
-FEDKD_INLINE typename Lanes<Storage>::Values visit_rest(const Run<Storage>& run, int64_t at,
-                                                        int64_t count, const uint8_t* mask,
-                                                        typename Lanes<Storage>::Real factor) {
-  using L = Lanes<Storage>;
+template <typename Storage, int kBytes, bool kMasked>
+FEDKD_INLINE typename Lanes<Storage, kBytes>::Values visit_rest(
+    const Run<Storage>& run, int64_t at, int64_t count, const uint8_t* mask,
+    typename Lanes<Storage, kBytes>::Real factor) {
+  using L = Lanes<Storage, kBytes>;
   Storage values[4][L::kCount] = {};
   uint8_t bytes[L::kCount] = {};
   const size_t size = static_cast<size_t>(count) * sizeof(Storage);
@@ -141,16 +121,17 @@ FEDKD_INLINE typename Lanes<Storage>::Values visit_rest(const Run<Storage>& run,
   inside.mentee = values[1];
   if (run.grad_mentor != nullptr) inside.grad_mentor = values[2];
   if (run.grad_mentee != nullptr) inside.grad_mentee = values[3];
-  const typename L::Values squares = visit<Storage, kMasked>(inside, 0, bytes, factor, false);
+  const typename L::Values squares =
+      visit<Storage, kBytes, kMasked>(inside, 0, bytes, factor, false);
   if (run.grad_mentor != nullptr) std::memcpy(run.grad_mentor + at, values[2], size);
   if (run.grad_mentee != nullptr) std::memcpy(run.grad_mentee + at, values[3], size);
   return squares;
 }
 
 // Squares of a block: fp32 in the lanes, emptied into fp64 before they have taken too many.
-template <typename Storage>
+template <typename Storage, int kBytes>
 struct Squares {
-  using L = Lanes<Storage>;
+  using L = Lanes<Storage, kBytes>;
 
   FEDKD_INLINE void add(const typename L::Values& squares) { lanes += squares; }
 
@@ -171,31 +152,31 @@ struct Squares {
 };
 
 // Gradients are `factor` times the differences.
-template <typename Storage, bool kMasked>
+template <typename Storage, int kBytes, bool kMasked>
 FEDKD_INLINE void visit_run(const Run<Storage>& run, int64_t count, const uint8_t* mask,
-                            typename Lanes<Storage>::Real factor, bool streamed,
-                            Squares<Storage>* squares) {
-  using L = Lanes<Storage>;
+                            typename Lanes<Storage, kBytes>::Real factor, bool streamed,
+                            Squares<Storage, kBytes>* squares) {
+  using L = Lanes<Storage, kBytes>;
   const bool around = streamed && can_stream(run.grad_mentor) && can_stream(run.grad_mentee);
   const int64_t whole = count / L::kCount * L::kCount;
   for (int64_t begin = 0; begin < whole; begin += kSegment) {
     const int64_t end = std::min(begin + kSegment, whole);
     for (int64_t at = begin; at < end; at += L::kCount)
-      squares->add(visit<Storage, kMasked>(run, at, mask, factor, around));
+      squares->add(visit<Storage, kBytes, kMasked>(run, at, mask, factor, around));
     squares->took(end - begin);
   }
   if (whole == count) return;
-  squares->add(visit_rest<Storage, kMasked>(run, whole, count - whole, mask, factor));
+  squares->add(visit_rest<Storage, kBytes, kMasked>(run, whole, count - whole, mask, factor));
   squares->took(count - whole);
 }
 
 void clear(void* gradient, size_t size, bool streamed) {
   if (gradient == nullptr) return;
-  alignas(kVectorBytes) static constexpr char kZeros[kVectorBytes] = {};
+  alignas(kWideBytes) static constexpr char kZeros[kWideBytes] = {};
   size_t done = 0;
   if (streamed && can_stream(gradient))
-    for (; done + kVectorBytes <= size; done += kVectorBytes)
-      stream<kVectorBytes>(static_cast<char*>(gradient) + done, kZeros);
+    for (; done + kWideBytes <= size; done += kWideBytes)
+      stream<kWideBytes>(static_cast<char*>(gradient) + done, kZeros);
   std::memset(static_cast<char*>(gradient) + done, 0, size - done);
 }
 
@@ -214,7 +195,7 @@ bool streams_gradients(const LayerMseArgs& args) {
   return bytes > kStreamedBytes && !in_place(args.grad_mentor) && !in_place(args.grad_mentee);
 }
 
-template <typename Storage>
+template <typename Storage, int kBytes>
 FEDKD_INLINE void visit_blocks(const LayerMseArgs& args, int64_t begin, int64_t end) {
   using Real = typename Compute<Storage>::type;
   const int64_t blocks = layer_mse_blocks(args), each = layer_mse_positions(args);
@@ -227,10 +208,10 @@ FEDKD_INLINE void visit_blocks(const LayerMseArgs& args, int64_t begin, int64_t 
     const Real weight = layer_mse_weight<Real>(args, counted_positions(args, sample));
     const Real factor = Real(2) * static_cast<const Real*>(args.scale)[sample] * weight;
     const int64_t start = (group * args.positions + first) * args.values;
-    Squares<Storage> squares;
+    Squares<Storage, kBytes> squares;
     if (args.mask == nullptr) {
-      visit_run<Storage, false>(Run<Storage>(args, start), count * args.values, nullptr, factor,
-                                streamed, &squares);
+      visit_run<Storage, kBytes, false>(Run<Storage>(args, start), count * args.values, nullptr,
+                                        factor, streamed, &squares);
     } else {
       const uint8_t* const mask = args.mask + sample * args.positions;
       for (int64_t i = 0; i < count; ++i) {
@@ -239,9 +220,9 @@ FEDKD_INLINE void visit_blocks(const LayerMseArgs& args, int64_t begin, int64_t 
           clear(run.grad_mentor, row_bytes, streamed);
           clear(run.grad_mentee, row_bytes, streamed);
         } else if (args.masks_values) {
-          visit_run<Storage, true>(run, args.values, mask, factor, streamed, &squares);
+          visit_run<Storage, kBytes, true>(run, args.values, mask, factor, streamed, &squares);
         } else {
-          visit_run<Storage, false>(run, args.values, nullptr, factor, streamed, &squares);
+          visit_run<Storage, kBytes, false>(run, args.values, nullptr, factor, streamed, &squares);
         }
       }
     }
@@ -252,17 +233,29 @@ FEDKD_INLINE void visit_blocks(const LayerMseArgs& args, int64_t begin, int64_t 
 }
 
 // One for each type: a function that is compiled for several instruction sets is no template.
+FEDKD_WIDE void visit_doubles_wide(const LayerMseArgs& args, int64_t begin, int64_t end) {
+  visit_blocks<double, kWideBytes>(args, begin, end);
+}
 FEDKD_CLONES void visit_doubles(const LayerMseArgs& args, int64_t begin, int64_t end) {
-  visit_blocks<double>(args, begin, end);
+  visit_blocks<double, kNarrowBytes>(args, begin, end);
+}
+FEDKD_WIDE void visit_floats_wide(const LayerMseArgs& args, int64_t begin, int64_t end) {
+  visit_blocks<float, kWideBytes>(args, begin, end);
 }
 FEDKD_CLONES void visit_floats(const LayerMseArgs& args, int64_t begin, int64_t end) {
-  visit_blocks<float>(args, begin, end);
+  visit_blocks<float, kNarrowBytes>(args, begin, end);
+}
+FEDKD_WIDE void visit_bfloat16s_wide(const LayerMseArgs& args, int64_t begin, int64_t end) {
+  visit_blocks<BFloat16, kWideBytes>(args, begin, end);
 }
 FEDKD_CLONES void visit_bfloat16s(const LayerMseArgs& args, int64_t begin, int64_t end) {
-  visit_blocks<BFloat16>(args, begin, end);
+  visit_blocks<BFloat16, kNarrowBytes>(args, begin, end);
+}
+FEDKD_WIDE void visit_float16s_wide(const LayerMseArgs& args, int64_t begin, int64_t end) {
+  visit_blocks<Float16, kWideBytes>(args, begin, end);
 }
 FEDKD_CLONES void visit_float16s(const LayerMseArgs& args, int64_t begin, int64_t end) {
-  visit_blocks<Float16>(args, begin, end);
+  visit_blocks<Float16, kNarrowBytes>(args, begin, end);
 }
 
 template <typename Real>
@@ -284,15 +277,16 @@ void mean_blocks(const LayerMseArgs& args) {
 }  // namespace
 
 void layer_mse(const LayerMseArgs& args, int64_t begin, int64_t end) {
+  const bool wide = has_wide_vectors();
   switch (args.type) {
     case FloatType::kFloat64:
-      return visit_doubles(args, begin, end);
+      return wide ? visit_doubles_wide(args, begin, end) : visit_doubles(args, begin, end);
     case FloatType::kFloat32:
-      return visit_floats(args, begin, end);
+      return wide ? visit_floats_wide(args, begin, end) : visit_floats(args, begin, end);
     case FloatType::kBFloat16:
-      return visit_bfloat16s(args, begin, end);
+      return wide ? visit_bfloat16s_wide(args, begin, end) : visit_bfloat16s(args, begin, end);
     case FloatType::kFloat16:
-      return visit_float16s(args, begin, end);
+      return wide ? visit_float16s_wide(args, begin, end) : visit_float16s(args, begin, end);
   }
 }
 

@@ -1,7 +1,7 @@
 // Eigenvalues and eigenvectors of a tridiagonal matrix, for the subspaces of truncated_svd.
 //
 // Values by the sign changes of its Sturm sequence, 32 of them at once, some 20 sequences a value;
-// vectors by twisted factorisations, 8 at once, 2·n divisions a vector (Dhillon, Parlett 2004).
+// vectors by twisted factorisations, one a lane, 2·n divisions a vector (Dhillon, Parlett 2004).
 // Whoever wants vectors of the matrix that was reduced applies the reflections, which is GEMM.
 
 #include <algorithm>
@@ -18,9 +18,12 @@ namespace fedkd_fast {
 namespace cpu {
 namespace {
 
-typedef double Doubles __attribute__((vector_size(64), may_alias));
-typedef int64_t Integers __attribute__((vector_size(64)));
-constexpr int kDoubles = 8;
+template <int kBytes>
+using Doubles = typename VectorOf<double, kBytes>::Values;
+template <int kBytes>
+using Integers = typename VectorOf<double, kBytes>::Bits;
+template <int kBytes>
+constexpr int kDoubles = VectorOf<double, kBytes>::kLanes;
 
 // ---- values -------------------------------------------------------------------------------------
 
@@ -36,42 +39,59 @@ struct Counts {
 
 // p_k = (d_k - x)·p_{k-1} - e_k²·p_{k-2} changes its sign once for each eigenvalue below x. Entries
 // are at most 1, so that eight steps stay far inside fp64.
-FEDKD_CLONES
-void count_below(const double* diagonal, const double* squares, int64_t side, const double* points,
-                 Counts* counts) {
-  constexpr int kPacks = kAtOnce / kDoubles;
+template <int kBytes>
+FEDKD_INLINE void count(const double* diagonal, const double* squares, int64_t side,
+                        const double* points, Counts* counts) {
+  using Values = Doubles<kBytes>;
+  using Bits = Integers<kBytes>;
+  constexpr int kLanes = kDoubles<kBytes>, kPacks = kAtOnce / kLanes;
   constexpr int64_t kExponent = int64_t{0x7ff} << 52, kSign = int64_t{1} << 63;
-  Doubles x[kPacks], p[kPacks], q[kPacks];
-  Integers changes[kPacks], exponents[kPacks];
+  Values x[kPacks], p[kPacks], q[kPacks];
+  Bits changes[kPacks], exponents[kPacks];
   for (int pack = 0; pack < kPacks; ++pack) {
-    for (int lane = 0; lane < kDoubles; ++lane) x[pack][lane] = points[pack * kDoubles + lane];
-    p[pack] = Doubles{};
-    q[pack] = Doubles{} + 1.0;
-    changes[pack] = exponents[pack] = Integers{};
+    for (int lane = 0; lane < kLanes; ++lane) x[pack][lane] = points[pack * kLanes + lane];
+    p[pack] = Values{};
+    q[pack] = Values{} + 1.0;
+    changes[pack] = exponents[pack] = Bits{};
   }
   for (int64_t k = 0; k < side; k += 8) {
-    for (int64_t i = k; i < std::min(k + 8, side); ++i)
-      for (int pack = 0; pack < kPacks; ++pack) {
-        const Doubles next = (diagonal[i] - x[pack]) * q[pack] - squares[i] * p[pack];
-        changes[pack] += ((Integers)next ^ (Integers)q[pack]) >> 63;
-        p[pack] = q[pack];
-        q[pack] = next;
-      }
+    // Pack by pack: what all of them hold has no room in the registers.
     for (int pack = 0; pack < kPacks; ++pack) {
-      const Doubles size =
-          (Doubles)((Integers)q[pack] & ~kSign) + (Doubles)((Integers)p[pack] & ~kSign);
-      const Integers power = (Integers)size & kExponent;
-      const Doubles factor = (Doubles)((int64_t{2046} << 52) - power);
-      q[pack] *= factor;
-      p[pack] *= factor;
+      const Values at = x[pack];
+      Values before = p[pack], last = q[pack];
+      Bits changed = changes[pack], negative = last < 0.0;
+      for (int64_t i = k; i < std::min(k + 8, side); ++i) {
+        const Values next = (diagonal[i] - at) * last - squares[i] * before;
+        const Bits now = next < 0.0;
+        changed += now ^ negative;
+        negative = now;
+        before = last;
+        last = next;
+      }
+      const Values size = (Values)((Bits)last & ~kSign) + (Values)((Bits)before & ~kSign);
+      const Bits power = (Bits)size & kExponent;
+      const Values factor = (Values)((int64_t{2046} << 52) - power);
+      p[pack] = before * factor;
+      q[pack] = last * factor;
+      changes[pack] = changed;
       exponents[pack] += (power >> 52) - 1023;
     }
   }
   for (int lane = 0; lane < kAtOnce; ++lane) {
-    counts->mantissa[lane] = q[lane / kDoubles][lane % kDoubles];
-    counts->exponent[lane] = exponents[lane / kDoubles][lane % kDoubles];
-    counts->below[lane] = -changes[lane / kDoubles][lane % kDoubles];
+    counts->mantissa[lane] = q[lane / kLanes][lane % kLanes];
+    counts->exponent[lane] = exponents[lane / kLanes][lane % kLanes];
+    counts->below[lane] = -changes[lane / kLanes][lane % kLanes];
   }
+}
+
+FEDKD_WIDE void count_below_wide(const double* diagonal, const double* squares, int64_t side,
+                                 const double* points, Counts* counts) {
+  count<kWideBytes>(diagonal, squares, side, points, counts);
+}
+FEDKD_CLONES
+void count_below(const double* diagonal, const double* squares, int64_t side, const double* points,
+                 Counts* counts) {
+  count<kNarrowBytes>(diagonal, squares, side, points, counts);
 }
 
 // Where one eigenvalue is. Once it is alone there the polynomial has one zero. A secant finds it,
@@ -113,40 +133,43 @@ struct Bracket {
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-FEDKD_INLINE Doubles magnitude(const Doubles& values) {
-  return (Doubles)((Integers)values & std::numeric_limits<int64_t>::max());
+template <int kBytes>
+FEDKD_INLINE Doubles<kBytes> magnitude(const Doubles<kBytes>& values) {
+  return (Doubles<kBytes>)((Integers<kBytes>)values & std::numeric_limits<int64_t>::max());
 }
 
 // Pivots from above and from below meet in row r, where they leave the least: z_r = 1, and the rest
 // by substitution upwards and downwards. One value a lane.
-template <typename Real>
+template <int kBytes, typename Real>
 FEDKD_INLINE void twist(const double* diagonal, const double* beside, int64_t side,
-                        const Doubles& value, double tiny, Doubles* scratch, int64_t lanes,
-                        Real* rows) {
-  Doubles *const from_above = scratch, *const pivots = scratch + side,
-                 *const from_below = scratch + 2 * side, *const z = scratch + 3 * side;
-  const Doubles zero = Doubles{}, one = Doubles{} + 1.0, smallest = Doubles{} + tiny;
-  Doubles pivot = diagonal[0] - value;
+                        const Doubles<kBytes>& value, double tiny, Doubles<kBytes>* scratch,
+                        int64_t lanes, Real* rows) {
+  using Values = Doubles<kBytes>;
+  using Bits = Integers<kBytes>;
+  Values *const from_above = scratch, *const pivots = scratch + side,
+                *const from_below = scratch + 2 * side, *const z = scratch + 3 * side;
+  const Values zero = Values{}, one = Values{} + 1.0, smallest = Values{} + tiny;
+  Values pivot = diagonal[0] - value;
   for (int64_t i = 0;; ++i) {
-    pivot = magnitude(pivot) < smallest ? smallest : pivot;
+    pivot = magnitude<kBytes>(pivot) < smallest ? smallest : pivot;
     pivots[i] = pivot;
     if (i + 1 == side) break;
     from_above[i] = beside[i] / pivot;
     pivot = (diagonal[i + 1] - value) - from_above[i] * beside[i];
   }
-  Doubles least = magnitude(pivot);
-  Integers meet = Integers{} + (side - 1);
+  Values least = magnitude<kBytes>(pivot);
+  Bits meet = Bits{} + (side - 1);
   pivot = diagonal[side - 1] - value;
   for (int64_t i = side - 2; i >= 0; --i) {
-    pivot = magnitude(pivot) < smallest ? smallest : pivot;
+    pivot = magnitude<kBytes>(pivot) < smallest ? smallest : pivot;
     from_below[i] = beside[i] / pivot;
-    const Doubles taken = from_below[i] * beside[i];
-    const Doubles left = magnitude(pivots[i] - taken);
-    meet = left < least ? Integers{} + i : meet;
+    const Values taken = from_below[i] * beside[i];
+    const Values left = magnitude<kBytes>(pivots[i] - taken);
+    meet = left < least ? Bits{} + i : meet;
     least = left < least ? left : least;
     pivot = (diagonal[i] - value) - taken;
   }
-  Doubles entry = zero, squares = zero;
+  Values entry = zero, squares = zero;
   for (int64_t i = side - 1; i >= 0; --i) {
     if (i + 1 < side) entry *= -from_above[i];
     entry = meet == i ? one : entry;
@@ -167,35 +190,43 @@ FEDKD_INLINE void twist(const double* diagonal, const double* beside, int64_t si
   }
 }
 
-template <typename Real>
+template <int kBytes, typename Real>
 FEDKD_INLINE void all_vectors(const double* diagonal, const double* beside, int64_t side,
                               const double* values, int64_t count, Real* rows) {
   double size = 0.0;
   for (int64_t i = 0; i < side; ++i)
     size = std::max({size, std::abs(diagonal[i]), i + 1 < side ? std::abs(beside[i]) : 0.0});
   // On a boundary of cache lines.
-  std::vector<double> space(static_cast<size_t>((4 * side + 1) * kDoubles));
+  std::vector<double> space(static_cast<size_t>((4 * side + 1) * kDoubles<kBytes>));
   const auto address = reinterpret_cast<uintptr_t>(space.data());
-  auto* const scratch = reinterpret_cast<Doubles*>((address + sizeof(Doubles) - 1) /
-                                                   sizeof(Doubles) * sizeof(Doubles));
-  for (int64_t first = 0; first < count; first += kDoubles) {
-    Doubles value;
-    for (int lane = 0; lane < kDoubles; ++lane)
+  auto* const scratch = reinterpret_cast<Doubles<kBytes>*>(
+      (address + sizeof(Doubles<kBytes>) - 1) / sizeof(Doubles<kBytes>) * sizeof(Doubles<kBytes>));
+  for (int64_t first = 0; first < count; first += kDoubles<kBytes>) {
+    Doubles<kBytes> value;
+    for (int lane = 0; lane < kDoubles<kBytes>; ++lane)
       value[lane] = values[std::min(first + lane, count - 1)];
-    twist(diagonal, beside, side, value, size * kEps * kEps, scratch,
-          std::min<int64_t>(kDoubles, count - first), rows + first * side);
+    twist<kBytes>(diagonal, beside, side, value, size * kEps * kEps, scratch,
+                  std::min<int64_t>(kDoubles<kBytes>, count - first), rows + first * side);
   }
 }
 
+FEDKD_WIDE void float_vectors_wide(const double* diagonal, const double* beside, int64_t side,
+                                   const double* values, int64_t count, float* rows) {
+  all_vectors<kWideBytes>(diagonal, beside, side, values, count, rows);
+}
 FEDKD_CLONES
 void float_vectors(const double* diagonal, const double* beside, int64_t side, const double* values,
                    int64_t count, float* rows) {
-  all_vectors(diagonal, beside, side, values, count, rows);
+  all_vectors<kNarrowBytes>(diagonal, beside, side, values, count, rows);
+}
+FEDKD_WIDE void double_vectors_wide(const double* diagonal, const double* beside, int64_t side,
+                                    const double* values, int64_t count, double* rows) {
+  all_vectors<kWideBytes>(diagonal, beside, side, values, count, rows);
 }
 FEDKD_CLONES
 void double_vectors(const double* diagonal, const double* beside, int64_t side,
                     const double* values, int64_t count, double* rows) {
-  all_vectors(diagonal, beside, side, values, count, rows);
+  all_vectors<kNarrowBytes>(diagonal, beside, side, values, count, rows);
 }
 
 }  // namespace
@@ -224,6 +255,7 @@ void tridiagonal_values(const double* diagonal, const double* beside, int64_t si
     const double entry = i > 0 ? beside[i - 1] / size : 0.0;
     squares[i] = std::max(entry * entry, kEps * kEps);
   }
+  const auto count_changes = has_wide_vectors() ? count_below_wide : count_below;
   const double tolerance = 2.0 * kEps;
   const Bracket whole{{least / size - 4.0 * kEps, 0}, {most / size + 4.0 * kEps, side}};
   for (int64_t first = 0; first < side; first += kAtOnce) {
@@ -244,7 +276,7 @@ void tridiagonal_values(const double* diagonal, const double* beside, int64_t si
       }
       if (!searching) break;
       Counts counts;
-      count_below(scaled.data(), squares, side, points, &counts);
+      count_changes(scaled.data(), squares, side, points, &counts);
       for (int begin = 0, end = 0; begin < lanes; begin = end) {
         const Bracket before = brackets[static_cast<size_t>(begin)];
         while (end < lanes && before.same(brackets[static_cast<size_t>(end)])) ++end;
@@ -265,12 +297,14 @@ void tridiagonal_values(const double* diagonal, const double* beside, int64_t si
 template <>
 void tridiagonal_vectors<float>(const double* diagonal, const double* beside, int64_t side,
                                 const double* values, int64_t count, float* rows) {
-  float_vectors(diagonal, beside, side, values, count, rows);
+  const auto vectors = has_wide_vectors() ? float_vectors_wide : float_vectors;
+  vectors(diagonal, beside, side, values, count, rows);
 }
 template <>
 void tridiagonal_vectors<double>(const double* diagonal, const double* beside, int64_t side,
                                  const double* values, int64_t count, double* rows) {
-  double_vectors(diagonal, beside, side, values, count, rows);
+  const auto vectors = has_wide_vectors() ? double_vectors_wide : double_vectors;
+  vectors(diagonal, beside, side, values, count, rows);
 }
 
 }  // namespace cpu

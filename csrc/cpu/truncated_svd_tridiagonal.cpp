@@ -16,20 +16,13 @@ namespace fedkd_fast {
 namespace cpu {
 namespace {
 
-template <typename Real>
-struct Pack {
-  static constexpr int kLanes = kSymmetricPad * 4 / static_cast<int>(sizeof(Real));
-  // Of any address, whatever type was written there.
-  typedef Real Values __attribute__((vector_size(64), aligned(sizeof(Real)), may_alias));
-};
-
 // Columns [from, to) of kRows rows of A ← A - v·wᵀ - w·vᵀ, and what they add to A·next: of the rows
 // by dot products, of the columns, where `both`, by symmetry.
-template <typename Real, int kRows, bool both>
+template <typename Real, int kBytes, int kRows, bool both>
 FEDKD_INLINE void sweep_rows(Real* matrix, int64_t stride, int64_t row, int64_t from, int64_t to,
                              const Real* v, const Real* w, const Real* next, Real* image) {
-  using Values = typename Pack<Real>::Values;
-  constexpr int kLanes = Pack<Real>::kLanes;
+  using Values = typename VectorOf<Real, kBytes>::Unaligned;
+  constexpr int kLanes = VectorOf<Real, kBytes>::kLanes;
   Real* at[kRows];
   Values dots[kRows];
   for (int i = 0; i < kRows; ++i) {
@@ -61,21 +54,23 @@ FEDKD_INLINE void sweep_rows(Real* matrix, int64_t stride, int64_t row, int64_t 
 
 // image = A·next after A ← A - v·wᵀ - w·vᵀ, of the leading `side` rows and columns. Only the lower
 // triangle counts, and the squares of one pack on the diagonal. v, w and next are 0 beyond.
-template <typename Real>
+template <typename Real, int kBytes>
 FEDKD_INLINE void sweep(Real* matrix, int64_t stride, int64_t side, const Real* v, const Real* w,
                         const Real* next, Real* image) {
-  constexpr int kLanes = Pack<Real>::kLanes, kRows = 8;
+  constexpr int kLanes = VectorOf<Real, kBytes>::kLanes, kRows = 8;
   std::fill_n(image, stride, Real(0));
   for (int64_t block = 0; block < side; block += kLanes) {
     const int64_t end = std::min(block + kLanes, side);
     int64_t row = block;
     for (; row + kRows <= end; row += kRows) {
-      sweep_rows<Real, kRows, true>(matrix, stride, row, 0, block, v, w, next, image);
-      sweep_rows<Real, kRows, false>(matrix, stride, row, block, block + kLanes, v, w, next, image);
+      sweep_rows<Real, kBytes, kRows, true>(matrix, stride, row, 0, block, v, w, next, image);
+      sweep_rows<Real, kBytes, kRows, false>(matrix, stride, row, block, block + kLanes, v, w, next,
+                                             image);
     }
     for (; row < end; ++row) {
-      sweep_rows<Real, 1, true>(matrix, stride, row, 0, block, v, w, next, image);
-      sweep_rows<Real, 1, false>(matrix, stride, row, block, block + kLanes, v, w, next, image);
+      sweep_rows<Real, kBytes, 1, true>(matrix, stride, row, 0, block, v, w, next, image);
+      sweep_rows<Real, kBytes, 1, false>(matrix, stride, row, block, block + kLanes, v, w, next,
+                                         image);
     }
   }
 }
@@ -109,7 +104,7 @@ FEDKD_INLINE Real reflect(Real* x, int64_t count, double* beta) {
   return static_cast<Real>((*beta - last) / *beta);
 }
 
-template <typename Real>
+template <typename Real, int kBytes>
 FEDKD_INLINE void reduce(Real* matrix, int64_t side, int64_t stride, Real* taus, double* diagonal,
                          double* beside) {
   std::vector<Real> scratch(static_cast<size_t>(3 * stride), Real(0));
@@ -123,7 +118,7 @@ FEDKD_INLINE void reduce(Real* matrix, int64_t side, int64_t stride, Real* taus,
     diagonal[i] = static_cast<double>(x[i]);
     taus[i] = reflect(x, i, &beside[i - 1]);
     std::fill_n(x + i, stride - i, Real(0));
-    sweep(matrix, stride, i, v, w, x, image);
+    sweep<Real, kBytes>(matrix, stride, i, v, w, x, image);
     const auto tau = static_cast<double>(taus[i]);
     const auto half = static_cast<Real>(0.5 * tau * tau * dot(image, x, i));
     for (int64_t j = 0; j < i; ++j) w[j] = taus[i] * image[j] - half * x[j];
@@ -135,15 +130,23 @@ FEDKD_INLINE void reduce(Real* matrix, int64_t side, int64_t stride, Real* taus,
   std::fill_n(matrix, stride, Real(0));
 }
 
+FEDKD_WIDE void reduce_floats_wide(float* matrix, int64_t side, int64_t stride, float* taus,
+                                   double* diagonal, double* beside) {
+  reduce<float, kWideBytes>(matrix, side, stride, taus, diagonal, beside);
+}
 FEDKD_CLONES
 void reduce_floats(float* matrix, int64_t side, int64_t stride, float* taus, double* diagonal,
                    double* beside) {
-  reduce(matrix, side, stride, taus, diagonal, beside);
+  reduce<float, kNarrowBytes>(matrix, side, stride, taus, diagonal, beside);
+}
+FEDKD_WIDE void reduce_doubles_wide(double* matrix, int64_t side, int64_t stride, double* taus,
+                                    double* diagonal, double* beside) {
+  reduce<double, kWideBytes>(matrix, side, stride, taus, diagonal, beside);
 }
 FEDKD_CLONES
 void reduce_doubles(double* matrix, int64_t side, int64_t stride, double* taus, double* diagonal,
                     double* beside) {
-  reduce(matrix, side, stride, taus, diagonal, beside);
+  reduce<double, kNarrowBytes>(matrix, side, stride, taus, diagonal, beside);
 }
 
 }  // namespace
@@ -151,12 +154,14 @@ void reduce_doubles(double* matrix, int64_t side, int64_t stride, double* taus, 
 template <>
 void tridiagonalise<float>(float* matrix, int64_t side, int64_t stride, float* taus,
                            double* diagonal, double* beside) {
-  reduce_floats(matrix, side, stride, taus, diagonal, beside);
+  const auto reduce = has_wide_vectors() ? reduce_floats_wide : reduce_floats;
+  reduce(matrix, side, stride, taus, diagonal, beside);
 }
 template <>
 void tridiagonalise<double>(double* matrix, int64_t side, int64_t stride, double* taus,
                             double* diagonal, double* beside) {
-  reduce_doubles(matrix, side, stride, taus, diagonal, beside);
+  const auto reduce = has_wide_vectors() ? reduce_doubles_wide : reduce_doubles;
+  reduce(matrix, side, stride, taus, diagonal, beside);
 }
 
 template <typename Real>
