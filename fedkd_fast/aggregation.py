@@ -16,7 +16,7 @@ from fedkd_fast.codec.lowrank import STACKED_SHARE, LowRank, stacked
 from fedkd_fast.compress import Compressor
 from fedkd_fast.decompression import decode_frame_parts
 from fedkd_fast.tensors import Shaped, is_buffer
-from fedkd_fast.updates import Client, cast, check_weights, exact_integers
+from fedkd_fast.updates import Client, cast, check_weights, exact_integers, largest_of
 from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Mode
 
 Frame: TypeAlias = bytes | bytearray | memoryview
@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 # What frames hold of these has been rounded, as a rule; others are added in float64 in any mode.
 _QUANTISED = ("float32", "float16", "bfloat16")
+# Of a dtype's range: sums that may go beyond are added up in a wider one, or in larger units.
+_REACH = 0.25
+_UNIT = 2.0**-64
 
 
 class Aggregate(Mapping[str, Tensor]):
@@ -90,34 +93,40 @@ class _Sum:
 
     Factors are stacked while the ranks add up to less than half of the shorter side, which takes
     less memory than the matrix. From there on, and for what comes in another form, it is one
-    buffer: float64 for what is exact, float32 for what was quantised.
+    buffer: float64 for what is exact, float32 for what was quantised. Whatever some senders add, a
+    mean lies between the values that came: no sum leaves the range of its dtype on the way.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._dense: Tensor | None = None
+        self._reach, self._unit = 0.0, 1.0  # magnitude that no sum exceeds; of the buffer
 
     def add(self, parts: Parts, weight: float, *, exact: bool) -> None:
-        if isinstance(parts, Tensor):
-            self._add_dense(parts, weight, torch.float64 if exact else torch.float32)
-            return
-        left, right = parts
-        if self._dense is None:
+        self._reach += weight * largest_of(parts)
+        # Also of values of 16 bits: their sum is one of 32.
+        far = not self._reach < _REACH * torch.finfo(torch.float32).max
+        dtype = torch.float64 if exact or far else torch.float32
+        if not isinstance(parts, Tensor) and self._dense is None and not far:
+            left, right = parts
             self._pairs.append((left * weight, right))
             rank = sum(len(pair[0]) for pair in self._pairs)
-            if rank < STACKED_SHARE * min(left.shape[1], right.shape[1]):
-                return
-            self._write_out(torch.float64 if self._dtype == torch.float64 else torch.float32)
+            if not rank < STACKED_SHARE * min(left.shape[1], right.shape[1]):
+                self._write_out(dtype)
             return
-        matrix = self._dense.view(left.shape[1], right.shape[1])
-        matrix.addmm_(left.T.to(matrix.dtype), right.to(matrix.dtype), alpha=weight)
-
-    def _add_dense(self, values: Tensor, weight: float, dtype: torch.dtype) -> None:
         if self._dense is None or (dtype == torch.float64 and self._dense.dtype != dtype):
             self._write_out(dtype)
         assert self._dense is not None
-        self._dense.add_(values.reshape(self._shape), alpha=weight)
+        if not self._reach < _REACH * torch.finfo(torch.float64).max and self._unit == 1.0:
+            self._unit = _UNIT
+            self._dense.mul_(_UNIT)
+        weight *= self._unit
+        if isinstance(parts, Tensor):
+            self._dense.add_(parts.reshape(self._shape), alpha=weight)
+            return
+        left, right = (side.to(self._dense.dtype) for side in parts)
+        self._dense.view(left.shape[1], right.shape[1]).addmm_(left.T, right, alpha=weight)
 
     def _write_out(self, dtype: torch.dtype) -> None:
         if self._dense is not None:
@@ -132,13 +141,14 @@ class _Sum:
 
     def scale(self, factor: float) -> None:
         """Multiply what has been added."""
+        self._reach *= factor
         self._pairs = [(left * factor, right) for left, right in self._pairs]
         if self._dense is not None:
             self._dense.mul_(factor)
 
     def mean(self, total: float) -> Tensor | LowRank:
         if self._dense is not None:
-            return cast(self._dense.div_(total), self._dtype)
+            return cast(self._dense.div_(total * self._unit), self._dtype)
         if not self._pairs:
             return torch.zeros(self._shape, dtype=self._dtype)
         whole = stacked(self._pairs, self._shape, self._dtype)

@@ -306,7 +306,7 @@ class Compressor:
                 for name, value in tensors.items()
             }
         lossy = self.codec != "raw" and target.energy != 1.0
-        exact = {name for name in sent if re.split("[./]", name)[-1] in self.exact}
+        exact = {name for name in sent if self._is_exact(name)}
         rows = {
             name: touched(
                 value,
@@ -345,6 +345,9 @@ class Compressor:
 
         return entries, keep
 
+    def _is_exact(self, name: str) -> bool:
+        return re.split("[./]", name)[-1] in self.exact
+
     def _known(
         self, update: Mapping[str, object], base: Mapping[str, object] | None, target: Target
     ) -> tuple[dict[str, LowRank], Mapping[str, object]]:
@@ -358,7 +361,7 @@ class Compressor:
         for name, value in update.items():
             if not isinstance(value, LowRank):
                 rest[name] = value
-            elif usable and value.worth_keeping:
+            elif usable and value.worth_keeping and not self._is_exact(name):
                 known[name] = value
             else:
                 if id(value) not in written:

@@ -172,6 +172,14 @@ def tied_names(values: Mapping[str, object]) -> dict[str, str]:
     return tied
 
 
+def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies; what shows the same memory is one tensor again."""
+    tied, copies = tied_names(values), dict[str, Tensor]()
+    for name, value in values.items():
+        copies[name] = copies[tied[name]] if name in tied else value.clone()
+    return copies
+
+
 def check_same_names(found: Mapping[str, object], wanted: Mapping[str, object], what: str) -> None:
     """Refuse tensors with other names than a base or schema has, which messages call `what`.
 

@@ -92,9 +92,7 @@ def surely_finite(parts: Parts, dtype: torch.dtype) -> bool:
     """
     if not dtype.is_floating_point:
         return True
-    # NaN where one of the values is.
-    bound = largest(parts) if isinstance(parts, Tensor) else _largest_product(*parts)
-    return bound < torch.finfo(dtype).max
+    return largest_of(parts) < torch.finfo(dtype).max
 
 
 def largest(values: Tensor) -> float:
@@ -102,7 +100,11 @@ def largest(values: Tensor) -> float:
     return max(abs(float(end)) for end in values.aminmax()) if values.numel() else 0.0
 
 
-def _largest_product(left: Tensor, right: Tensor) -> float:
+def largest_of(parts: Parts) -> float:
+    """Return a magnitude that no value which parts stand for exceeds; NaN where one is."""
+    if isinstance(parts, Tensor):
+        return largest(parts)
+    left, right = parts
     return len(left) * largest(left) * largest(right)
 
 

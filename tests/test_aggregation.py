@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from updates import relative_error
 
-from fedkd_fast import Compressor, WireError, aggregate, decompress, inspect
+from fedkd_fast import Compressor, WireError, aggregate, decompress, inspect, wire
 from fedkd_fast.codec.lowrank import LowRank
-from fedkd_fast.wire import Base, Mode
+from fedkd_fast.wire import Base, Entry, Mode
 
 RAW = Compressor(codec="raw")
 ROUNDING = torch.finfo(torch.float32).eps
@@ -194,6 +195,15 @@ def test_recompress_takes_the_mean_as_factors(monkeypatch: pytest.MonkeyPatch) -
         assert relative_error(exact["w"], decoded["w"]) <= 0.05
 
 
+@pytest.mark.parametrize("exact", ["w", "running_var"])
+def test_recompress_loses_nothing_of_what_is_exact(exact: str) -> None:
+    name = f"layer.{exact}"
+    mean = aggregate([Compressor(0.99, exact=()).compress({name: low_rank(0, 9, (96, 80))})])
+    assert isinstance(mean._values[name], LowRank)
+    compressor = Compressor(0.9, exact=(exact,))
+    assert torch.equal(decompress(mean.recompress(compressor))[name], mean[name])
+
+
 def test_a_mean_that_was_changed_in_place_is_sent_as_it_is_now() -> None:
     parts = [{"w": low_rank(seed), "b": torch.ones(60)} for seed in range(3)]
     mean = aggregate(Compressor(0.99).compress(part) for part in parts)
@@ -258,6 +268,38 @@ def test_sums_are_as_exact_as_what_travels() -> None:
     value = torch.tensor([2**40 + 1, 3])
     frames = [RAW.compress({"a": value, "b": b}) for b in (value, value.clone())]
     assert torch.equal(aggregate(frames)["b"], value)
+
+
+def large(value: float, form: str) -> bytes:
+    """Return a frame of so large values, in a form that adds up in float32 unless it is raw."""
+    if form == "float64":
+        return RAW.compress({"w": torch.full((4, 4), value * 2.0**896, dtype=torch.float64)})
+    if form == "raw":
+        return RAW.compress({"w": torch.full((4, 4), value)})
+    if form == "half":
+        halves = torch.full((16,), value / 2.0**112).half().numpy().tobytes()
+        payload = wire.half_payload(112, halves)
+        return wire.encode([Entry("w", "float32", (4, 4), Mode.HALF, 0, payload)], codec="wf1")
+    payload = struct.pack("<9f", 1.0, *[value / 2.0**100] * 4, *[2.0**100] * 4)
+    entry = Entry("w", "float32", (4, 4), Mode.FACTORS, 1, payload)
+    return wire.encode([entry], codec="factors-fp32")
+
+
+@pytest.mark.parametrize("form", ["raw", "half", "factors", "float64"])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (1, 1, -1, -1), (-1, -1, -1, 1)])
+def test_sums_stay_within_the_range_whoever_comes_first(form: str, signs: tuple[int, ...]) -> None:
+    most = 3e38
+    frames = [large(sign * most, form) for sign in signs]
+    ones = RAW.compress({"w": decompress(frames[0])["w"].new_ones(4, 4)})
+    factor = most if form != "float64" else most * 2.0**896
+    for order in ([*frames, ones, ones], [ones, *frames, ones], [ones, ones, *frames]):
+        mean = aggregate(order)
+        assert not mean.refused
+        wanted = sum(signs) / len(order) * factor
+        assert float(mean["w"][0, 0]) == pytest.approx(wanted, rel=1e-3, abs=1e-6 * factor)
+    mean = aggregate([*frames, ones], weights=[1e-6] * len(frames) + [1])
+    wanted = sum(signs) * (factor * 1e-6)
+    assert float(mean["w"][0, 0]) == pytest.approx(wanted, rel=1e-3, abs=1e-12 * factor)
 
 
 def test_weights_of_what_does_not_count_have_no_say() -> None:

@@ -18,7 +18,8 @@ from fedkd_fast.integrations.link import (
     MissingBaseError,
     Receiver,
 )
-from fedkd_fast.tensors import digest_of
+from fedkd_fast.tensors import digest_of, specs_of
+from fedkd_fast.wire import Mode
 
 CODECS = ["wf1", "dense", "wf0", "factors-fp32", "raw"]
 
@@ -42,6 +43,24 @@ def test_both_ends_hold_the_same_bits_for_many_rounds(codec: str) -> None:
         assert weights.keys() == trained.keys()
         assert torch.equal(weights["batches"], trained["batches"])
     assert server.version == client.version == 4
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_tied_travels_once_and_stays_tied(codec: str) -> None:
+    compression = Compression(codec=codec)
+    server, client = Broadcaster(compression), Receiver(compression)
+    weights = {"embed": torch.randn(40, 30), "head": torch.zeros(0)}
+    weights["head"] = weights["embed"]
+    for _ in range(3):
+        server.publish(weights)
+        letter = server.letter("a")
+        received = client.receive(letter)
+        server.confirm("a", client.version)
+        assert received["head"] is received["embed"]
+        reply = client.reply({"embed": (new := received["embed"] + 1), "head": new})
+        for frame in (*letter.frames, reply):
+            assert wire.decode(frame, schema=specs_of(received)).entries[1].mode is Mode.ALIAS
+        weights = server.weights(reply)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from wire_frames import FLOATING, floats, mend_hash, one, reseal, shorts, varint
 
 from fedkd_fast import WireError, decompress, decompress_from, wire
-from fedkd_fast.codec.decode import BACKENDS
+from fedkd_fast.codec.decode import BACKENDS, backend_named, decode_entry, decode_parts
 from fedkd_fast.wire import Entry, Mode
 
 ENTRIES = [
@@ -63,6 +63,22 @@ def same(frame: bytes) -> bool:
     assert list(ours) == list(truth)
     assert all(torch.equal(ours[name], truth[name]) for name in ours)
     return True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_components_that_take_no_bytes_take_no_work(backend: str) -> None:
+    module = backend_named(backend)
+    entry = coded_frames.factors("f", "float32", (30, 50), -512, [40, 29, *[-300] * 28])
+    left, right = decode_parts(entry, module)
+    assert len(left) == len(right) == 2
+    whole = torch.cat([left, torch.zeros(28, 30)]), torch.cat([right, torch.zeros(28, 50)])
+    assert torch.equal(decode_entry(entry, module), module.reconstruct(*whole))
+    payload = wire.coded_factors_payload(0, [-300] * 30, b"")
+    nothing = Entry("n", "float32", (30, 50), Mode.CODED_FACTORS, 30, payload)
+    assert len(decode_parts(nothing, module)[0]) == 0
+    assert torch.equal(decode_entry(nothing, module), torch.zeros(30, 50))
+    hybrid = coded_frames.hybrid("h", "float32", (30, 50), -600, [20, -300], 5, [1] * 30, 3)
+    assert same(wire.encode([entry, nothing, hybrid], codec="wf1"))
 
 
 def flipped(bit: int) -> bytes:

@@ -156,9 +156,17 @@ def _coded(entry: Entry, backend: ModuleType) -> Parts:
         if not corrupt:
             raise
         raise WireError(f"tensor {entry.name!r}: its stream is corrupt: {rule}") from None
+    if entry.mode is not Mode.CODED_DENSE:
+        values[:2] = _paid_for(values[0], values[1], segments[0].levels, segments[1].levels)
     if entry.mode is Mode.CODED_FACTORS:
         return values[0], values[1]
     return decoded_values(entry.mode, entry.shape, values, backend)
+
+
+def _paid_for(left: Tensor, right: Tensor, *levels: Ints) -> tuple[Tensor, Tensor]:
+    """Leave components out that are zero because one side takes no bytes, any number of them."""
+    coded = torch.from_numpy((levels[0] >= FIRST_LEVEL) & (levels[1] >= FIRST_LEVEL))
+    return (left, right) if bool(coded.all()) else (left[coded], right[coded])
 
 
 def _stream_values(

@@ -33,6 +33,7 @@ from fedkd_fast.tensors import (
     as_tensors,
     check_same_names,
     check_same_tensors,
+    cloned,
     digest_of,
     tied_names,
 )
@@ -99,7 +100,7 @@ class Broadcaster:
             return self.version
         if self.version == 0:
             # Not the caller's: who trains in place would change what the clients hold.
-            self.held = {name: value.clone() for name, value in tensors.items()}
+            self.held = cloned(tensors)
         else:
             base, before = Base(run=self.run, round=self.version), self._compressor.state_dict()
             most = max(_dense(self.held), 1)
@@ -254,7 +255,7 @@ class Receiver:
             self._compressor.load_state_dict({})
             self._replies = letter.replied
         self._held, self.version, self._run = held, version, letter.run
-        return {name: value.clone() for name, value in held.items()}
+        return cloned(held)
 
     def _first(self, digest: bytes) -> dict[str, Tensor]:
         if self._initial is None:
@@ -267,7 +268,7 @@ class Receiver:
                 f"initial= makes weights {digest_of(found).hex()}, the server's first ones are "
                 f"{digest.hex()}: both must come from the same seed or file"
             )
-        return {name: value.clone() for name, value in found.items()}
+        return cloned(found)
 
     def reply(self, weights: Mapping[str, object], *, differences: bool = False) -> bytes:
         """Encode what was trained, less what was received.
