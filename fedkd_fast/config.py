@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "inference": ("mentor", "mentee", "mean"),
     "precision": ("fp32", "bf16"),
 }
+_TEXTS = ("task", "data", "mentor", "mentee", "text_column", "label_column", "out")
 _SWITCHES = (
     *("gradient_checkpointing", "hidden", "attention", "mutual", "encrypt"),
     *("overwrite", "tensorboard", "spectra"),
@@ -156,6 +158,10 @@ class TrainConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise TypeError(f"{name} must be text, got {value!r}")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (value is None and name in _OPTIONAL):

@@ -78,7 +78,7 @@ class Loop:
         self.journal = Journal(None if writer is None else writer.journal)
         if connect is None:
             make, self.shards = client_maker(config, task, self.method)
-            limit = int(config.memory_gb * _GIGABYTE)
+            limit = config.memory_gb * _GIGABYTE
             self.pool: Pool = ClientPool(make, len(self.shards), self._store, limit)
             self.server = make_server(config, self.pool.look(0), self.method)
             self.evaluation = Evaluation(config, task, self.pool)

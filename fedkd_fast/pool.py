@@ -120,7 +120,7 @@ class ClientPool:
         limit: bytes that the clients in memory may take together; one is there in any case.
     """
 
-    def __init__(self, make: Maker, count: int, store: Store | None, limit: int) -> None:
+    def __init__(self, make: Maker, count: int, store: Store | None, limit: float) -> None:
         self._make, self._count, self._limit = make, count, limit
         self._store = store
         self._temporary: tempfile.TemporaryDirectory[str] | None = None

@@ -121,13 +121,15 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Refuses keys that occur twice, and reads 1e-3 as the number it is."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            # As written: what is merged in later may be given anew.
             keys = [key.value for key, _ in node.value]
             twice = [key for key in keys if keys.count(key) > 1]
             if twice:
                 line = node.start_mark.line + 1
                 raise ValueError(f"{path}: key {twice[0]!r} occurs twice from line {line} on")
-            return super().construct_mapping(node, deep)
+            return node
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
@@ -192,6 +194,9 @@ def _settings(value: object, path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _grid(name: str, options: dict[str, Any], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Go through all combinations of what is listed."""
     lists = {key: value for key, value in options.items() if isinstance(value, list)}
+    for key, value in lists.items():
+        if not value:
+            raise ValueError(f"{place}: {key} must list at least one value, got []")
     for values in itertools.product(*lists.values()):
         label = _name("-".join([name, *map(str, values)]), place)
         yield label, {**options, **dict(zip(lists, values, strict=True))}

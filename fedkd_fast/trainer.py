@@ -151,6 +151,8 @@ def resume_run(
     if found is None:
         what = "a finished run" if folder.exists() else "no run"
         raise ValueError(f"out must have an unfinished run to go on with: {folder} has {what}")
+    if not {"task", "method"} <= found.keys():
+        raise ValueError(f"the configuration in {folder} is damaged: it names no task or method")
     names = {one.name for one in dataclasses.fields(TrainConfig)}
     fields = {name: value for name, value in found.items() if name in names}
     name, method = fields.pop("task"), fields.pop("method")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,12 @@ def test_existing_output_is_kept(
     assert f"{frame} exists: give --overwrite" in refused("compress", tensors, frame)
     same = f"{tensors} is what is read: name another file to write"
     assert same in refused("compress", tensors, tensors, "--overwrite")
+    # Only the base can read what was made against it.
+    other = tensors.with_name("other.safetensors")
+    shutil.copy(tensors, other)
+    for given in (("compress", other), ("decompress", frame)):
+        assert same in refused(*given, tensors, "--base", tensors, "--overwrite")
+    assert tensors.read_bytes() == other.read_bytes()
     assert f"{tensors} exists: give --overwrite" in refused("decompress", frame, tensors)
 
 
@@ -333,6 +340,16 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert not set(tricky[1:6:2]) & set(text)
     assert text.count(r"a\u202eb\u2028c\u200bé中") == 2
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, name = tmp_path / ":key:.fkd", "w:key:[bold]0"
+    path.write_bytes(Compressor().compress({name: torch.ones(2, 2)}))
+    assert main(["inspect", str(path)]) == 0
+    assert name in capsys.readouterr().out
+    assert main(["inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tensors"][0]["name"] == name and facts["file"] == str(path)
 
 
 def test_inspect_missing_file(tmp_path: Path, refused: Refusal) -> None:

@@ -74,6 +74,13 @@ def test_words_may_hold_spaces_between_tabs(tmp_path: Path) -> None:
     assert read_conll(tmp_path / "a.tsv") == [Sentence(["1 / 2"], ["B-X"])]
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2009", "\x0c"])
+def test_words_may_hold_other_spaces(space: str, tmp_path: Path) -> None:
+    word = f"10{space}mg"
+    (tmp_path / "a.conll").write_text(f"{word}  CD B-X \n", encoding="utf-8")
+    assert read_conll(tmp_path / "a.conll") == [Sentence([word], ["B-X"])]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -200,6 +207,12 @@ def test_entities_that_touch_are_two(tmp_path: Path) -> None:
     assert found == [Sentence(text.split(), ["B-ADR", "I-ADR", "B-ADR", "O"])]
 
 
+def test_annotations_may_begin_with_a_mark_and_hold_any_text(tmp_path: Path) -> None:
+    content = "\ufeffT1\tADR 0 4\ta\x85b\u2028\r\nT2\tADR 5 9\tc\n"
+    (tmp_path / "a.ann").write_text(content, encoding="utf-8", newline="")
+    assert read_annotations(tmp_path / "a.ann", 9) == [("ADR", (0, 4)), ("ADR", (5, 9))]
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_documents_in_one_piece_are_split_the_same_way_each_time(
     apart: bool, tmp_path: Path
@@ -223,7 +236,10 @@ def test_documents_in_one_piece_are_split_the_same_way_each_time(
         ("T1\tADR 5\tx", "line 1: an entity must be ID, tab, type and positions, got 'T1"),
         ("T1 ADR 5 6", "line 1: an entity must be"),
         ("T1\tADR 5 99\tx", r"line 1: positions must lie in 0\.\.59, .* got 5 99"),
-        ("T1\tADR 5 5\tx", "line 1: positions .* not be empty, got 5 5"),
+        ("T1\tADR 5 5\tx", "line 1: positions .* not be empty or reversed, got 5 5"),
+        ("T1\tADR 9 5\tx", "line 1: positions .* not be empty or reversed, got 9 5"),
+        ("T1\tADR 1 2;9 5\tx", "line 1: positions .* not be empty or reversed, got 1 2;9 5"),
+        (f"T1\tADR 1 {'9' * 5000}\tx", "line 1: an entity must be"),
     ],
 )
 def test_annotations_that_make_no_sense(line: str, message: str, tmp_path: Path) -> None:

@@ -101,7 +101,15 @@ def test_partitions(value: str) -> None:
     "value",
     [
         *("", "iid:1", "file:a", "key", "key:", "dirichlet", "dirichlet:", "dirichlet:x"),
-        *("dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:inf", 3, True),
+        *(
+            "dirichlet:0",
+            "dirichlet:-1",
+            "dirichlet:nan",
+            "dirichlet:inf",
+            "dirichlet:1e308",
+            3,
+            True,
+        ),
     ],
 )
 def test_no_partitions(value: Any) -> None:

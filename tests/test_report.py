@@ -254,6 +254,8 @@ def test_no_folder_is_refused() -> None:
         ('{"round": 1,', r"metrics\.jsonl:2: not JSON"),
         ("[1]", r"metrics\.jsonl:2: must be a JSON object, got list"),
         ('{"client": 0}', r"metrics\.jsonl:2: round must be a whole number, got None"),
+        (f'{{"round": {10**400}}}', r"metrics\.jsonl:2: round must lie within ±2\^53"),
+        (f'{{"round": 1, "bytes_up": {10**400}}}', r"bytes_up must lie within ±2\^53"),
         ('{"round": 1, "client": "a"}', r"metrics\.jsonl:2: client must be a whole number"),
         ('{"round": 1, "score_mentor": "x"}', r"metrics\.jsonl:2: score_mentor must be a number"),
         ('{"round": 1, "layers": 3}', r"metrics\.jsonl:2: layers must be a list"),

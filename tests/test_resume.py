@@ -202,6 +202,14 @@ def test_a_damaged_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
         resume_run(out, task=TinyTask())
 
 
+def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped(out)
+    (tmp_path / ".run.partial" / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged: it names no task or method"):
+        resume_run(out)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk; only the message differs."""
     out = tmp_path / "run"

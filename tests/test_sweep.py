@@ -75,6 +75,26 @@ def test_parts_of_a_file_can_be_shared(tmp_path: Path) -> None:
     assert (one.config.rounds, two.config.rounds, two.config.codec) == (3, 3, "raw")
 
 
+def test_what_is_merged_in_can_be_shared_again(tmp_path: Path) -> None:
+    text = """
+    runs:
+      one: &one
+        method: fedkd
+        rounds: 3
+      two: &two
+        <<: *one
+        rounds: 4
+      three:
+        <<: *two
+        codec: raw
+    common:
+      <<: *two
+    """
+    configs = [run.config for run in plan(tmp_path, text)]
+    assert [config.rounds for config in configs] == [3, 4, 4]
+    assert configs[2].codec == "raw"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -96,6 +116,9 @@ def test_parts_of_a_file_can_be_shared(tmp_path: Path) -> None:
         ("runs: {a: {}}\nsettings: {}", "settings: names with options are wanted, got {}"),
         ("runs: {a: {}}\nsettings: {x: {data: [a/b]}}", "settings, x: a name must be letters"),
         ("runs: {a: {}, a: {}}", "key 'a' occurs twice from line 1 on"),
+        ("runs: {a: {data: 2018}}", "a-s0: data must be text, got 2018"),
+        ("runs: {a: {data: 2020-01-01}}", "a-s0: data must be text, got datetime.date"),
+        ("runs: {a: {}}\nsettings: {x: {clients: []}}", "x: clients must list at least one value"),
         ("runs: {a: {}}\nseeds: [0, x]", "seeds: a list of integers is wanted"),
         ("runs: {a: {}}\nseeds: [0, 0]", "two runs would have the name a-s0"),
         ("runs: {fedkd: {}}\nmethods: [fedkd]", "two runs would have the name fedkd-s0"),

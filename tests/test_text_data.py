@@ -96,11 +96,15 @@ def test_text_from_the_datasets_library(tmp_path: Path) -> None:
 def test_texts_to_label(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text("id\ttext\n1\thello\n")
     assert read_texts(tmp_path / "rows.tsv") == ["hello"]
+    lines = ["a\u2028b", "c\x0cd\x85e", "f"]
+    content = "\ufeff" + "\r\n".join(lines) + "\n"
+    (tmp_path / "lines.txt").write_text(content, encoding="utf-8", newline="")
+    assert read_texts(tmp_path / "lines.txt") == lines
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no texts"):
         read_texts(tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text: .* at byte 1"):
+    with pytest.raises(ValueError, match=r"latin.txt, line 1: not UTF-8 text"):
         read_texts(tmp_path / "latin.txt")
     (tmp_path / "rows.jsonl").write_text('{"text": null}')
     with pytest.raises(ValueError, match="line 1: text must be a string, got None"):

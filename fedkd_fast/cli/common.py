@@ -108,7 +108,10 @@ def stdout() -> Console:
     from rich.console import Console
 
     return Console(
-        width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False
+        width=None if sys.stdout.isatty() else _PIPE_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,  # names may be like :key:
     )
 
 
@@ -153,14 +156,15 @@ def page_of(
     return write_report(folders, out, names)
 
 
-def check_target(path: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_target(path: Path, overwrite: bool, *sources: Path | None) -> None:
     """Refuse a file that cannot or must not be written, before any work is done.
 
     Raises:
-        ValueError: its folder does not exist, or it exists and must be kept, as a source must be.
+        ValueError: its folder does not exist, or it exists and must be kept, as sources must be.
     """
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise ValueError(f"{path} is what is read: name another file to write")
+    for source in sources:
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(f"{path} is what is read: name another file to write")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
     if path.exists() and not overwrite:

@@ -127,7 +127,7 @@ def _add_default(limit: argparse.Action) -> None:
 
 
 def _compress(args: argparse.Namespace) -> int:
-    check_target(args.target, args.overwrite, args.source)
+    check_target(args.target, args.overwrite, args.source, args.base)
     from fedkd_fast.compress import Compressor
 
     compressor = Compressor(
@@ -150,7 +150,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 
 def _decompress(args: argparse.Namespace) -> int:
-    check_target(args.target, args.overwrite, args.source)
+    check_target(args.target, args.overwrite, args.source, args.base)
     from fedkd_fast.decompression import decompress
     from fedkd_fast.wire import DEFAULT_MAX_BYTES
 

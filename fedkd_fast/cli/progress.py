@@ -60,7 +60,7 @@ def progress_bar(silent: bool, label: str = "") -> Iterator[Show | None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     if silent or not console.is_terminal:
         yield None
         return

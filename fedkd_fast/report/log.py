@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fedkd_fast.journal import FAULTS, read_journal
-from fedkd_fast.report.rows import number, whole
+from fedkd_fast.report.rows import MOST, number, whole
 
 # Replies beside the one that counts, or to another round: they cost the round nothing.
 _BESIDE = {"stranger", "late", "early", "duplicate"}
 _BESIDE |= {"sealed-replayed", "sealed-reordered", "sealed-other-round"}
 FAILED, UNHEARD = "failed", "no reply"
-# Whole numbers that a float holds exactly: more than any count of a run.
-_MOST = 2**53
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def _fault(line: Mapping[str, Any], counted: bool) -> Fault:
 
 def _count(line: Mapping[str, Any], key: str, where: str) -> int:
     found = whole(line, key, where)
-    if not 0 <= found <= _MOST:
+    if not 0 <= found <= MOST:
         raise ValueError(f"{where}: {key} must lie between 0 and 2^53, got {found}")
     return found
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Whole numbers that a float holds exactly: more than any count of a run.
+MOST = 2**53
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -89,7 +92,7 @@ def number(record: Mapping[str, Any], key: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: {key} must be a number or null, got {value!r}")
-    return float(value)
+    return float(_counted(value, key, where) if isinstance(value, int) else value)
 
 
 def whole(record: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -101,6 +104,12 @@ def whole(record: Mapping[str, Any], key: str, where: str, default: int | None =
     value = record.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{where}: {key} must be a whole number, got {value!r}")
+    return _counted(value, key, where)
+
+
+def _counted(value: int, key: str, where: str) -> int:
+    if abs(value) > MOST:
+        raise ValueError(f"{where}: {key} must lie within ±2^53")
     return value
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedkd_fast.tasks.text import TextTask
-from fedkd_fast.tasks.text_data import Columns, Rows, as_rows, read_cells, split_file
+from fedkd_fast.tasks.text_data import (
+    Columns,
+    Rows,
+    as_rows,
+    read_cells,
+    split_file,
+    split_files,
+)
 
 # Columns of the official files, which have no line of names.
 _OFFICIAL = ("tweet", "user", "label", "text")
@@ -53,7 +60,7 @@ def _official(folder: Path) -> dict[str, Rows]:
     columns = Columns()
     splits = {}
     for split in ("train", "test", "dev"):
-        if split == "dev" and not any(folder.glob("dev.tsv*")):
+        if split == "dev" and not any((folder / name).is_file() for name in split_files(split)):
             continue
         path = split_file(folder, split)
         rows = []

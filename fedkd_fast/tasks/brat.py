@@ -13,13 +13,14 @@ import numpy as np
 
 from fedkd_fast._files import read_text
 from fedkd_fast.tasks.tagging import OUTSIDE, Sentence, words_of
+from fedkd_fast.tasks.text_data import read_lines
 
 # Folders of texts and of annotations in CADEC; elsewhere both lie in one.
 _TEXTS, _ANNOTATIONS = "text", "original"
 _DEV = ("dev", "devel", "valid")
 # The split of documents that come in one piece is part of the data: the run's seed is not used.
 SPLIT_SEED, TEST_PART, DEV_PART = 2015, 0.2, 0.1
-_ENTITY = re.compile(r"T\S*\t(\S+) (\d+ \d+(?:;\d+ \d+)*)(?:\t.*)?")
+_ENTITY = re.compile(r"T\S*\t(\S+) (\d{1,15} \d{1,15}(?:;\d{1,15} \d{1,15})*)(?:\t.*)?")
 _SENTENCE_ENDS = ".!?"
 
 Span = tuple[int, int]
@@ -103,7 +104,7 @@ def read_annotations(path: Path, characters: int) -> list[tuple[str, Span]]:
         ValueError: a malformed line, or an entity outside of the text; names file and line.
     """
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.startswith("T"):
             continue
         match = _ENTITY.fullmatch(line)
@@ -112,14 +113,14 @@ def read_annotations(path: Path, characters: int) -> list[tuple[str, Span]]:
                 f"{path}, line {number}: an entity must be ID, tab, type and positions, "
                 f"got {line[:40]!r}"
             )
-        positions = [int(one) for one in re.split("[ ;]", match[2])]
-        start, end = min(positions), max(positions)
-        if not start < end <= characters:
+        pieces = [[int(one) for one in piece.split(" ")] for piece in match[2].split(";")]
+        end = max(last for _, last in pieces)
+        if end > characters or not all(first < last for first, last in pieces):
             raise ValueError(
                 f"{path}, line {number}: positions must lie in 0..{characters}, the length of the "
-                f"text, and not be empty, got {match[2]}"
+                f"text, and not be empty or reversed, got {match[2][:40]}"
             )
-        found.append((match[1], (start, end)))
+        found.append((match[1], (min(first for first, _ in pieces), end)))
     return found
 
 

@@ -329,7 +329,7 @@ def _read_numpy(path: str) -> npt.NDArray[np.float64]:
 
 def _read_csv(path: str) -> npt.NDArray[np.float64]:
     rows: list[list[float]] = []
-    reader = csv.reader(io.StringIO(read_text(Path(path)), newline=""))
+    reader = csv.reader(io.StringIO(read_text(Path(path)).removeprefix("\ufeff"), newline=""))
     try:
         for cells in reader:
             row = [float(cell) for cell in cells]

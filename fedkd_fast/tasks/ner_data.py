@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def read_conll(path: Path) -> list[Sentence]:
         if not line.strip() or line.startswith(_DOCUMENT):
             close()
             continue
-        cells = line.split("\t") if "\t" in line else line.split()
+        cells = re.split("\t" if "\t" in line else " +", line.strip(" "))
         if len(cells) < 2 or not cells[0]:
             raise ValueError(f"{path}, line {number}: a word and its tag are wanted, got {line!r}")
         words.append(cells[0])

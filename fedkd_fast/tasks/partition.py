@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+_MOST_ALIKE = 1e300  # beyond, draws are no numbers any more
 
 
 def check_partition(value: object) -> None:
@@ -33,7 +33,7 @@ def _concentration(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) and value > 0.0 else None
+    return value if 0.0 < value <= _MOST_ALIKE else None
 
 
 def deal(

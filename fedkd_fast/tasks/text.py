@@ -12,13 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkd_fast._files import read_text
 from fedkd_fast.models import build_text_classifier, run_model
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
 from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length
 from fedkd_fast.tasks.encoder import Encoder
 from fedkd_fast.tasks.partition import Indices, deal
-from fedkd_fast.tasks.text_data import TEXT, Columns, Rows, check_text, read_rows, read_splits
+from fedkd_fast.tasks.text_data import (
+    TEXT,
+    Columns,
+    Rows,
+    check_text,
+    read_lines,
+    read_rows,
+    read_splits,
+)
 
 
 class _Split(NamedTuple):
@@ -242,7 +249,7 @@ def read_texts(path: Path) -> list[str]:
         OSError: the file cannot be read.
     """
     if path.suffix == ".txt":
-        texts = [line for line in read_text(path).splitlines() if line.strip()]
+        texts = [line for _, line in read_lines(path) if line.strip()]
     else:
         rows = read_rows(path, (TEXT,))
         texts = [check_text(row[TEXT], f"{path}, line {line}") for line, row in rows]
