@@ -63,8 +63,9 @@ DIMS = st.integers(1, 9)
 def payload_of(draw: st.DrawFn, mode: Mode, shape: tuple[int, ...], rank: int) -> bytes:
     numel = math.prod(shape)
 
-    def exactly(size: int) -> bytes:
-        return draw(st.binary(min_size=size, max_size=size))
+    def codes(length: int, bits: bytes) -> bytes:
+        rows = [(draw(st.integers(0, 2 ** (length * b) - 1)), bytes([b])) for b in bits]
+        return b"".join(row.to_bytes(code_bytes(length, b), "little") for row, b in rows)
 
     def scales(count: int) -> bytes:
         return floats(*draw(st.lists(FINITE, min_size=count, max_size=count)))
@@ -76,10 +77,10 @@ def payload_of(draw: st.DrawFn, mode: Mode, shape: tuple[int, ...], rank: int) -
         return scales(rank * (1 + shape[0] + numel // shape[0]))
     if mode == Mode.PACKED_FACTORS:
         left, right = widths(1), widths(1)
-        codes = code_bytes(shape[0], left) + code_bytes(numel // shape[0], right)
-        return scales(rank) + left + right + exactly(codes)
+        both = codes(shape[0], left) + codes(numel // shape[0], right)
+        return scales(rank) + left + right + both
     bits = widths(0)
-    return scales(rank) + bits + exactly(code_bytes(numel // rank, bits))
+    return scales(rank) + bits + codes(numel // rank, bits)
 
 
 DIGESTS = st.binary(min_size=16, max_size=16)

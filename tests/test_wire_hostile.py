@@ -201,6 +201,9 @@ DIRECTORY_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+PADDED = "bits after the last code of a row must be zero"
+
+
 def packed(payload: bytes, rank: int = 1, shape: tuple[int, ...] = (2, 3)) -> bytes:
     return one(payload, mode=PACKED, rank=rank, shape=shape)
 
@@ -278,13 +281,16 @@ PAYLOAD_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "scale NaN": (lambda: packed(floats(NAN) + b"\1\1ab"), "scale must be finite"),
     "scale infinite": (lambda: packed(floats(INFINITY) + b"\1\1ab"), "scale must be finite"),
     "no bits": (lambda: packed(floats(1) + b"\0\1b"), r"bits must lie in \[1, 16\], got 0"),
-    "seventeen bits": (lambda: packed(floats(1) + b"\1\x11abc"), r"in \[1, 16\], got 17"),
-    "codes short": (lambda: packed(floats(1) + b"\1\1a"), "more than the 7 bytes of its payload"),
-    "codes long": (lambda: packed(floats(1) + b"\1\1abc"), "payload must take 8 bytes, got 9"),
+    "seventeen bits": (lambda: packed(floats(1) + b"\1\x11\1bc"), r"in \[1, 16\], got 17"),
+    "codes short": (lambda: packed(floats(1) + b"\1\1\1"), "more than the 7 bytes of its payload"),
+    "codes long": (lambda: packed(floats(1) + b"\1\1\1\1c"), "payload must take 8 bytes, got 9"),
     "codes that wrap": (
         lambda: packed(floats(1) + b"\x10\x10ab", shape=(2**59, 1)),
         "more than the 8 bytes of its payload",
     ),
+    "left codes padded with a one": (lambda: packed(floats(1) + b"\1\1\7\7"), PADDED),
+    "right codes padded with a one": (lambda: packed(floats(1) + b"\1\1\3\x0f"), PADDED),
+    "codes padded with the last bit": (lambda: packed(floats(1) + b"\1\1\x83\7"), PADDED),
     "rows do not divide": (lambda: dense(b"", rank=3), "must divide the 4 elements, got 3"),
     "no rows": (lambda: dense(b"", rank=0), "must divide the 4 elements, got 0"),
     "rows of nothing": (lambda: dense(b"", rank=1, shape=(0,)), "must divide the 0 elements"),
@@ -295,7 +301,9 @@ PAYLOAD_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "row scale infinite": (lambda: dense(floats(1, INFINITY) + bytes(2)), "scale must be finite"),
     "row bits 17": (lambda: dense(floats(1, 1) + b"\0\x11abcde"), r"in \[0, 16\], got 17"),
     "rows short": (lambda: dense(floats(1, 1) + b"\0\1"), "more than the 10 bytes of its payload"),
-    "rows long": (lambda: dense(floats(1, 1) + b"\0\1ab"), "payload must take 11 bytes, got 12"),
+    "rows long": (lambda: dense(floats(1, 1) + b"\0\1\1b"), "payload must take 11 bytes, got 12"),
+    "row padded with a one": (lambda: dense(floats(1, 1) + b"\0\1\7"), PADDED),
+    "row padded before another": (lambda: dense(floats(1, 1) + b"\3\4\x7f\xff"), PADDED),
     "rows beyond payload": (lambda: dense(b"", 2**40, (2**40,)), "too short for the scales"),
 }
 
@@ -312,8 +320,8 @@ def test_honest_frames_of_the_same_builders_are_accepted() -> None:
         seal([PAIR], VECTOR),
         seal([PAIR], VECTOR, codec=3, digest=bytes(16), run=1, round_=1),
         alias(0),
-        packed(floats(1) + b"\1\1ab"),
-        dense(floats(1, 1) + b"\0\1a"),
+        packed(floats(1) + b"\1\1\3\7"),
+        dense(floats(1, 1) + b"\0\1\3"),
         one(name=b"w" * 1024, mode=ZERO, shape=(1,) * 16),
         one(mode=ZERO, dtype=8, shape=(BIG - 1,)),
         one(shape=(0, 2**40)),

@@ -154,8 +154,12 @@ ROW_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
         "its rows: factors need a floating dtype, got int32",
     ),
     "row codes short": (
-        lambda: rows(floats(1) + b"\1\1a", mode=PACKED, rank=1),
+        lambda: rows(floats(1) + b"\1\1\1", mode=PACKED, rank=1),
         "its rows: its codes take more than the 7 bytes",
+    ),
+    "row codes padded with a one": (
+        lambda: rows(floats(1) + b"\1\1\2\1", mode=PACKED, rank=1),
+        "its rows: bits after the last code of a row must be zero",
     ),
     "row scales beyond payload": (
         lambda: rows(b"", b"\0" * 64, mode=DENSE, rank=64, count=64, shape=(99, 2)),

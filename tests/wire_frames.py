@@ -145,6 +145,15 @@ def code_bytes(length: int, bits: bytes) -> int:
     return sum(math.ceil(length * width / 8) for width in bits)
 
 
+def behind_codes(data: bytes, length: int, bits: bytes) -> bytes:
+    """Return what follows rows of codes, and require that what is left of their bytes is zero."""
+    for width in bits:
+        size = code_bytes(length, bytes([width]))
+        assert int.from_bytes(data[:size], "little") >> length * width == 0
+        data = data[size:]
+    return data
+
+
 def rows_payload(mode: int, rank: int, gaps: list[int], payload: bytes) -> bytes:
     """Rows of a matrix, each after so many rows that are left out."""
     ids = b"".join(map(varint, gaps))
@@ -300,6 +309,7 @@ def assert_payload(entry: Entry) -> None:
         left, right = payload[4 * rank : 5 * rank], payload[5 * rank : 6 * rank]
         assert all(1 <= width <= 16 for width in left + right)
         assert len(payload) == 6 * rank + code_bytes(p, left) + code_bytes(q, right)
+        assert not behind_codes(behind_codes(payload[6 * rank :], p, left), q, right)
         scales = rank
     elif entry.mode == Mode.HALF:
         assert rank == 0 and entry.dtype in FLOATING
@@ -314,6 +324,7 @@ def assert_payload(entry: Entry) -> None:
         assert rank >= 1 and numel > 0 and numel % rank == 0
         assert all(0 <= width <= 16 for width in bits)
         assert len(payload) == 5 * rank + code_bytes(numel // rank, bits)
+        assert not behind_codes(payload[5 * rank :], numel // rank, bits)
         scales = rank
     if scales:
         assert entry.dtype in FLOATING

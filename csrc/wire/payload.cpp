@@ -45,21 +45,25 @@ bool all_finite_halves(const std::uint8_t* data, std::uint64_t count) {
   return special == 0;
 }
 
-// Adds the bytes of rows of `length` codes, row k at bits[k] bits, to `total`. `limit` is the real
-// payload: a sum above it is wrong whatever follows, so it ends there.
-Status add_codes(const std::string& where, const std::uint8_t* bits, std::uint64_t count,
-                 std::uint8_t least, std::uint64_t length, std::uint64_t limit,
-                 std::uint64_t* total) {
-  for (std::uint64_t row = 0; row < count; ++row) {
+// Adds the bytes of rows of `length` codes, row k at bits[k] bits, to `total`, which is where the
+// first of them begins. A sum above the real payload is wrong whatever follows, so it ends there.
+Status add_codes(const std::string& where, const Entry& entry, const std::uint8_t* bits,
+                 std::uint8_t least, std::uint64_t length, std::uint64_t* total) {
+  for (std::uint64_t row = 0; row < entry.rank; ++row) {
     if (bits[row] < least || bits[row] > kMaxBits) {
       return invalid(where, ": bits must lie in [", std::uint64_t{least}, ", 16], got ",
                      std::uint64_t{bits[row]});
     }
     std::uint64_t row_bits = 0;
     const bool fits = multiply(length, bits[row], &row_bits);
-    const std::uint64_t row_bytes = row_bits / 8 + (row_bits % 8 != 0 ? 1 : 0);
-    if (!fits || !add(*total, row_bytes, total) || *total > limit) {
-      return invalid(where, ": its codes take more than the ", limit, " bytes of its payload");
+    const std::uint64_t used = row_bits % 8;  // bits of the row's last byte; 0 stands for all
+    const std::uint64_t row_bytes = row_bits / 8 + (used != 0 ? 1 : 0);
+    if (!fits || !add(*total, row_bytes, total) || *total > entry.payload_bytes) {
+      return invalid(where, ": its codes take more than the ", entry.payload_bytes,
+                     " bytes of its payload");
+    }
+    if (used != 0 && entry.payload[*total - 1] >> used != 0) {
+      return invalid(where, ": bits after the last code of a row must be zero");
     }
   }
   return {};
@@ -108,10 +112,9 @@ Status check_packed_factors(const std::string& where, const Entry& entry, const 
   std::uint64_t want = 0;
   if (Status status = check_scales(where, entry, 2, &want); !status.ok()) return status;
   const std::uint8_t* bits = entry.payload + kFloatBytes * entry.rank;
-  Status status = add_codes(where, bits, entry.rank, 1, matrix.rows, entry.payload_bytes, &want);
+  Status status = add_codes(where, entry, bits, 1, matrix.rows, &want);
   if (status.ok()) {
-    status = add_codes(where, bits + entry.rank, entry.rank, 1, matrix.columns, entry.payload_bytes,
-                       &want);
+    status = add_codes(where, entry, bits + entry.rank, 1, matrix.columns, &want);
   }
   if (!status.ok()) return status;
   if (entry.payload_bytes != want) return wrong_payload(where, want, entry.payload_bytes);
@@ -128,8 +131,8 @@ Status check_packed_dense(const std::string& where, const Entry& entry, std::uin
   }
   std::uint64_t want = 0;
   if (Status status = check_scales(where, entry, 1, &want); !status.ok()) return status;
-  const Status status = add_codes(where, entry.payload + kFloatBytes * entry.rank, entry.rank, 0,
-                                  numel / entry.rank, entry.payload_bytes, &want);
+  const std::uint8_t* bits = entry.payload + kFloatBytes * entry.rank;
+  const Status status = add_codes(where, entry, bits, 0, numel / entry.rank, &want);
   if (!status.ok()) return status;
   if (entry.payload_bytes != want) return wrong_payload(where, want, entry.payload_bytes);
   return {};
