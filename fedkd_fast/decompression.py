@@ -23,7 +23,16 @@ from fedkd_fast.tensors import (
     tied_names,
 )
 from fedkd_fast.updates import surely_finite
-from fedkd_fast.wire import DEFAULT_MAX_BYTES, Base, Entry, Frame, Mode, WireError
+from fedkd_fast.wire import (
+    DEFAULT_MAX_BYTES,
+    Base,
+    Entry,
+    Frame,
+    Header,
+    Mode,
+    TensorSpec,
+    WireError,
+)
 
 
 class NotFiniteError(WireError):
@@ -87,12 +96,19 @@ def _parsed(
     schema_name: str,
     max_bytes: int,
 ) -> Frame:
-    # A frame without a schema of its own needs the receiver's, and its order.
-    needed = None if schema is None or wire.header(frame).schema_embedded else specs_of(schema)
+    needed = None if schema is None else _needed(wire.header(frame), schema)
     parsed = wire.decode(frame, schema=needed, max_bytes=max_bytes)
     if schema is not None:
         check_same_tensors({entry.name: entry for entry in parsed.entries}, schema, schema_name)
     return parsed
+
+
+def _needed(header: Header, schema: Mapping[str, Shaped]) -> list[TensorSpec] | None:
+    """Return what of a schema the wire needs: of a frame without its own all of it, in its order.
+
+    Any other frame is compared with it afterwards, by names, so that messages say what differs.
+    """
+    return None if header.schema_embedded else specs_of(schema)
 
 
 @contextmanager
@@ -207,9 +223,10 @@ def decompress_from(
         Name and tensor, in the order they were sent.
     """
     module = backend_named(backend)
-    reader = wire.FrameReader(
-        file, schema=None if schema is None else specs_of(schema), max_bytes=max_bytes
-    )
+    needed = None if schema is None else _needed(wire.file_header(file), schema)
+    reader = wire.FrameReader(file, schema=needed, max_bytes=max_bytes)
+    if schema is not None:
+        check_same_tensors({info.name: info for info in reader.entries}, schema, "schema")
     _check_base(reader.header.base, base, relative_to)
     if base is not None:
         check_same_names({info.name: info for info in reader.entries}, base, "base")

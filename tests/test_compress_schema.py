@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
-from fedkd_fast import aggregate, decompress, wire
+from fedkd_fast import aggregate, decompress, decompress_from, wire
 from fedkd_fast.compress import Compressor
 from fedkd_fast.wire import WireError
 
@@ -51,6 +54,36 @@ def test_the_order_of_a_schema_counts_only_where_it_is_needed() -> None:
     reordered = dict(reversed(TENSORS.items()))
     frame = Compressor(0.9).compress(TENSORS)
     assert_equal(decompress(frame, reordered), decompress(frame))
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        TENSORS,
+        dict(reversed(TENSORS.items())),
+        TENSORS | {"bias": torch.ones(31, dtype=torch.float16)},
+        TENSORS | {"bias": torch.ones(30)},
+        TENSORS | {"more": torch.ones(1)},
+        {"bias": TENSORS["bias"]},
+    ],
+    ids=["none", "same", "order", "shape", "dtype", "more", "fewer"],
+)
+def test_files_take_a_schema_as_frames_in_memory_do(
+    schema: dict[str, Tensor] | None, embedded: bool
+) -> None:
+    frame = Compressor(0.9).compress(TENSORS)
+    frame = frame if embedded else bare(frame)
+    file = io.BytesIO(b"before" + frame)
+    file.seek(6)
+    try:
+        expected = decompress(frame, schema)
+    except ValueError as error:
+        with pytest.raises(type(error), match=f"^{re.escape(str(error))}$"):
+            next(decompress_from(file, schema))
+    else:
+        assert_equal(dict(decompress_from(file, schema)), expected)
 
 
 @pytest.mark.parametrize("codec", ["raw", "factors-fp32", "wf0"])

@@ -53,8 +53,10 @@ def test_writer_writes_coded_entries() -> None:
 @pytest.mark.parametrize("base", [None, Base(7, 8), BASE])
 def test_reader_reads_what_decode_reads(base: Base | None, embedded: bool) -> None:
     frame = wire.encode(ENTRIES, codec="wf1", base=base, schema=embedded)
-    reader = FrameReader(io.BytesIO(frame), schema=ENTRIES)
-    assert reader.header == wire.header(frame)
+    file = io.BytesIO(frame)
+    header = wire.file_header(file)
+    reader = FrameReader(file, schema=ENTRIES)
+    assert reader.header == wire.header(frame) == header
     assert list(reader.entries) == wire.inspect(frame, ENTRIES)
     order = [*range(len(ENTRIES))][::-1]
     assert [reader.read(index) for index in order] == ENTRIES[::-1]
@@ -191,6 +193,9 @@ def test_reader_refuses_damage_in_the_words_of_decode() -> None:
         with pytest.raises(WireError) as caught:
             wire.decode(frame)
         assert refused(frame) == str(caught.value)
+    for size in (0, 5, 63):
+        with pytest.raises(WireError, match="truncated"):
+            wire.file_header(io.BytesIO(FRAME[:size]))
 
 
 def test_reader_checks_schema_and_bound() -> None:

@@ -49,3 +49,4 @@ from fedkd_fast.wire._parts import rows_entry as rows_entry
 from fedkd_fast.wire._parts import rows_parts as rows_parts
 from fedkd_fast.wire._stream import FrameReader as FrameReader
 from fedkd_fast.wire._stream import FrameWriter as FrameWriter
+from fedkd_fast.wire._stream import file_header as file_header

@@ -131,6 +131,22 @@ class FrameWriter:
             raise ValueError("this FrameWriter is closed")
 
 
+def file_header(file: BinaryIO) -> Header:
+    """Check the first bytes of a frame in a file alone, and say what they say.
+
+    The frame begins where the file stands, and ends with it; the file is left where it stood.
+
+    Raises:
+        WireError: the bytes are no frame of this version, or the header is damaged.
+    """
+    start = file.tell()
+    size = file.seek(0, 2) - start
+    file.seek(start)
+    front = file.read(min(size, HEADER_BYTES + DIGEST_BYTES))
+    file.seek(start)
+    return header_of(_C.read_header(front, size))
+
+
 class FrameReader:
     """Read a frame from a file, tensor by tensor.
 
