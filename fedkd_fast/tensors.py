@@ -227,11 +227,18 @@ def digest_of(base: Mapping[str, object]) -> bytes:
     """Return the 16 bytes that identify a base: BLAKE2b over names, dtypes, shapes and elements.
 
     Values are looked at one after the other, by name.
+
+    Raises:
+        TypeError, ValueError: as `as_tensors`.
+        ValueError: a name with half a surrogate pair, which no bytes stand for.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(as_mapping(base, "base")):
         tensor = as_tensors({name: base[name]}, "base")[name]
-        digest.update(f"{name}\0{DTYPES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        try:
+            digest.update(f"{name}\0{DTYPES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"base must have names of utf-8, got {name!r}") from None
         # The elements where they lie: a copy would take longer than the digest leaves.
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

@@ -101,6 +101,12 @@ def test_schema_is_checked_before_anything_is_decoded() -> None:
         decompress(frame, base={"w": torch.zeros(2)})
 
 
+def test_names_of_a_base_that_no_bytes_stand_for_are_named() -> None:
+    update = {"w\ud800": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"^base must have names of utf-8, got 'w\\ud800'$"):
+        Compressor().compress(update, base=update)
+
+
 class Fresh(dict[str, torch.Tensor]):
     """Values that are made anew whenever somebody asks, often where the last one lay."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from wire_frames import all_modes, hash_of, record, seal
 
@@ -28,6 +29,15 @@ from fedkd_fast.wire import Base, Mode, TensorSpec, WireError
 def test_base_refuses(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(WireError, match=match):
         Base(**fields)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, "1"])
+def test_base_is_named_by_integers(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"run of the base must be an int, got {value!r}"):
+        Base(value, 2)
+    with pytest.raises(TypeError, match=f"round of the base must be an int, got {value!r}"):
+        Base(1, value)
+    assert wire.header(wire.encode([], base=Base(np.int64(1), np.int32(2)))).base == Base(1, 2)
 
 
 # --- schemas --------------------------------------------------------------------------------------

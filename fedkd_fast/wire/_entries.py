@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex
 
 from fedkd_fast.wire._native import _C
 
@@ -105,6 +105,7 @@ class Base:
     Raises:
         WireError: a run without a round or the other way round, or one that does not fit; a digest
             of another size.
+        TypeError: a run or round that is no integer.
     """
 
     run: int | None = None  # names a training run, below 2**64
@@ -115,7 +116,11 @@ class Base:
         if (self.run is None) != (self.round is None):
             raise WireError("base must have both run and round or neither")
         for what, value, most in (("run", self.run, _MAX_RUN), ("round", self.round, _MAX_ROUND)):
-            if value is not None and not 0 <= value <= most:
+            if value is None:
+                continue
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{what} of the base must be an int, got {value!r}")
+            if not 0 <= value <= most:
                 raise WireError(f"{what} of the base must lie in [0, {most}], got {value}")
         if self.digest is not None and len(self.digest) != _DIGEST_BYTES:
             raise WireError(f"digest of the base must have 16 bytes, got {len(self.digest)}")
