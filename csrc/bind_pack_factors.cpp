@@ -29,6 +29,8 @@ CodeLayout lay_out_codes(const Tensor& data, const Tensor& scale, const Tensor& 
   const int64_t rank = bits.size(0);
   STD_TORCH_CHECK(scale.size(0) == rank, "scale must have one entry per row: ", rank, " rows, got ",
                   scale.size(0));
+  STD_TORCH_CHECK(rank == 0 || count <= kMostValues / rank,
+                  "rows times count must be at most 2^48, got ", rank, " and ", count);
   CodeLayout layout{on_host(scale), on_host(bits),
                     std::vector<int64_t>(static_cast<size_t>(rank) + 1, 0)};
   const float* scales = layout.scale.const_data_ptr<float>();

@@ -8,8 +8,7 @@
 namespace fedkd_fast::bind {
 namespace {
 
-constexpr int64_t kMostValues = int64_t{1} << 48;  // of a message: their bytes can be counted
-constexpr int64_t kGrain = 32768;                  // symbols that pay a thread
+constexpr int64_t kGrain = 32768;  // symbols that pay a thread
 
 void check_owner(const std::vector<int64_t>& owner, size_t segments) {
   STD_TORCH_CHECK(owner.size() == segments, "owner must have one entry per segment: ", segments,

@@ -119,6 +119,9 @@ inline int64_t row_grain(int64_t count) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, count));
 }
 
+// Of what a caller claims to be coded: the bytes of as many can be counted.
+constexpr int64_t kMostValues = int64_t{1} << 48;
+
 // ---- the ops, each in the file of its name ------------------------------------------------------
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,

@@ -141,6 +141,9 @@ def test_bad_arguments() -> None:
         ops.unpack_factors(codes[:-1], scale, widths, 10)
     with pytest.raises(RuntimeError, match="count must be >= 0, got -1"):
         ops.unpack_factors(codes, scale, widths, -1)
+    for count in (2**47, 2**61, 2**63 - 1):  # of which bytes and offsets would wrap
+        with pytest.raises(RuntimeError, match=rf"at most 2.48, got 3 and {count}"):
+            ops.unpack_factors(codes, scale, widths, count)
     with pytest.raises(RuntimeError, match="same number of rows"):
         ops.reconstruct(torch.ones(2, 3), torch.ones(3, 3))
 

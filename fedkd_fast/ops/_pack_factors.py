@@ -38,13 +38,13 @@ def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Te
         codes: uint8 of exactly ``Σ_k ceil(count · bits[k] / 8)`` bytes.
         scale: (K,) float32, half of the row's quantisation step.
         bits: (K,) uint8 in 0..16; scale and bits may stay on the CPU, as in `pack_factors`.
-        count: values in a row, n.
+        count: values in a row, n; at most 2^48 in all rows.
 
     Returns:
         (K, n) float32; the same bits on every machine.
 
     Raises:
-        RuntimeError: a wrong shape, dtype, device or length.
+        RuntimeError: a wrong shape, dtype, device or length, or a count out of range.
     """
     values: Tensor = _library.native.unpack_factors(codes, scale, bits, count)
     return values
