@@ -148,6 +148,12 @@ def test_bad_arguments() -> None:
         ops.reconstruct(torch.ones(2, 3), torch.ones(3, 3))
 
 
+def test_values_have_no_gradient() -> None:
+    _, scale, widths = sample(2, 4, [2])
+    codes = torch.zeros(2, dtype=torch.uint8)
+    assert not ops.unpack_factors(codes, scale.requires_grad_(), widths, 4).requires_grad
+
+
 def test_torch_compile_keeps_them_in_one_graph() -> None:
     left, right = torch.randn(3, 5), torch.randn(3, 7)
     scale, widths = torch.full((2,), 0.1), torch.tensor([4, 3], dtype=torch.uint8)

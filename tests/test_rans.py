@@ -145,6 +145,13 @@ def test_nothing_to_code() -> None:
     assert [v.abs().sum().item() for v in decode(message, codes, sizes)] == [0, 0, 0]
 
 
+def test_values_have_no_gradient() -> None:
+    message = sample([(2, 3)], [0])
+    codes, sizes = ops.rans_encode(*message)
+    (values,) = decode(message._replace(multiplier=torch.ones(2).requires_grad_()), codes, sizes)
+    assert not values.requires_grad
+
+
 # ---- arguments -----------------------------------------------------------------------------------
 
 

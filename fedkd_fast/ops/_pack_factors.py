@@ -46,7 +46,7 @@ def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Te
     Raises:
         RuntimeError: a wrong shape, dtype, device or length, or a count out of range.
     """
-    values: Tensor = _library.native.unpack_factors(codes, scale, bits, count)
+    values: Tensor = _library.native.unpack_factors(codes, scale.detach(), bits, count)
     return values
 
 

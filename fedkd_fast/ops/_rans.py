@@ -68,7 +68,7 @@ def rans_decode(
             a stream that no encoder makes, "stream 3 is corrupt: …".
     """
     values: list[Tensor] = _library.native.rans_decode(
-        codes, sizes, scale, levels, list(rows), list(counts), list(owner)
+        codes, sizes, scale.detach(), levels, list(rows), list(counts), list(owner)
     )
     return values
 
