@@ -377,13 +377,24 @@ def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Te
 
 
 def reconstruct(left: Tensor, right: Tensor) -> Tensor:
-    """Specify `ops.reconstruct`: float32 with one rounding per term, k ascending.
-
-    The product of two float32 is exact in float64; adding the float32 sum there rounds once more
-    (to 53 bits) before the float32 rounding. That double rounding differs from a true fused
-    multiply-add only in ties broken beyond the 53rd bit, which the tests account for.
-    """
+    """Specify `ops.reconstruct`, bit for bit: one fused multiply-add per term, k ascending."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32)
     for column, row in zip(left.double(), right.double(), strict=True):
-        total = (total.double() + column[:, None] * row[None, :]).float()
+        # The product of two float32 is exact in float64.
+        total = _sum_to_odd(total.double(), column[:, None] * row[None, :]).float()
     return total
+
+
+def _sum_to_odd(x: Tensor, y: Tensor) -> Tensor:
+    """Return x + y in float64, an inexact sum rounded to its neighbour whose last bit is set.
+
+    Rounded to nearest, a sum could fall on a tie between two float32, and the next rounding would
+    no longer know on which side of it the exact one lies. The last bit keeps it off ties, on its
+    side of them: float64 has more than two bits beyond float32.
+    """
+    total = x + y
+    # What the rounding left out, exactly (Knuth's TwoSum); NaN where the sum is infinite.
+    part = total - x
+    error = (x - (total - part)) + (y - part)
+    wrong = (error.abs() > 0) & (total.view(torch.int64) % 2 == 0)
+    return torch.where(wrong, total.nextafter(error.sign() * torch.inf), total)

@@ -114,11 +114,36 @@ def test_reconstruct_is_a_chain_of_fused_multiply_adds(device: torch.device) -> 
     )
     product = ops.reconstruct(left.to(device), right.to(device)).cpu()
     expected = reference.reconstruct(left, right)
-    # The specification rounds to 53 bits before it rounds to 24; a tie broken beyond the 53rd bit
-    # has a chance of 2^-29 a term: no difference is expected in 400 thousand terms.
     assert torch.equal(product, expected)
     # Another order gives other bits: the test above can fail.
     assert not torch.equal(ops.reconstruct(left.flip(0), right.flip(0)), expected)
+
+
+def test_reconstruct_rounds_ties_that_float64_cannot_see(device: torch.device) -> None:
+    # 3·(1 + 2^-23) lies in the middle of two float32; a first term far below the last bit of
+    # float64 says on which side of it the sum is.
+    tie = 1 + 2**-23
+    left = torch.tensor([[1e-34, -1e-34, 0.0], [tie, tie, tie]])
+    left = torch.cat([left, -left], 1)
+    right = torch.tensor([[1.0], [3.0]])
+    product = ops.reconstruct(left.to(device), right.to(device)).cpu().flatten()
+    down, up = 3 + 2**-22, 3 + 2**-21
+    assert product.tolist() == [up, down, up, -up, -down, -up]
+    assert torch.equal(product, reference.reconstruct(left, right).flatten())
+
+
+def test_reconstruct_of_extreme_values_is_the_specified_one(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bits = torch.randint(-(2**31), 2**31, (2, 6, 40), generator=generator).to(torch.int32)
+    left, right = bits.view(torch.float32).nan_to_num()  # any exponent: some sums overflow
+    product = ops.reconstruct(left.to(device), right.to(device)).cpu()
+    expected = reference.reconstruct(left, right)
+    assert product.isinf().any() and product.isfinite().any()
+    assert torch.equal(product, expected)
+    small = 2.0 ** torch.randint(-80, -60, (6, 40), generator=generator)
+    factors = small * torch.randn(6, 40, generator=generator)  # products are subnormal numbers
+    product = ops.reconstruct(factors.to(device), factors.flip(1).to(device)).cpu()
+    assert torch.equal(product, reference.reconstruct(factors, factors.flip(1)))
 
 
 def test_bad_arguments() -> None:
