@@ -126,6 +126,8 @@ def evaluate_run(folder: str | Path, task: Task | None = None) -> dict[str, Any]
     run = load_run(folder, task)
     models = max(len(run.mentors), len(run.mentees))
     clients = test_sets(run.task, run.config.get("clients", models), models)
+    # Models of the first clients alone were scored and saved.
+    clients = min(clients, run.config.get("scored_clients", clients))
     # What is asked together is asked twice as long, so only where that is what counts.
     together = run.config.get("inference") == "mean"
     scores = evaluate(run.task, "test", run.mentors, run.mentees, clients, together=together)

@@ -74,13 +74,18 @@ def evaluate(
 
     Raises:
         ValueError: a score is NaN or infinite, which no model can be better or worse than, or
-            there is none by the name of the task's metric; names it.
+            there is none by the name of the task's metric; names it. Or there are several models,
+            but not one a client.
     """
     own = bool(getattr(task, "own_tests", False))
 
     def score(role: str, models: Sequence[nn.Module]) -> list[Metrics]:
         if not models:
             return []
+        if len(models) not in (1, clients):
+            raise ValueError(
+                f"there must be one {role} or {clients}, one a client, got {len(models)}"
+            )
         count = clients if own else len(models)
         chosen = models if len(models) > 1 else [*models] * count
         found = [
@@ -99,7 +104,7 @@ def evaluate(
                         f"{role} of client {client} on {split} data"
                     )
         # One model on one test set: every client has its score.
-        return found if len(found) == clients else found * clients
+        return found * clients if len(found) == 1 else found
 
     means: list[nn.Module] = []
     if together and mentors and mentees:

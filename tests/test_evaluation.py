@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkd_fast.methods import METHODS
 from fedkd_fast.models import MeanOfModels, run_model
-from fedkd_fast.runs import load_run
+from fedkd_fast.runs import evaluate_run, load_run
 from fedkd_fast.scores import evaluate
 from fedkd_fast.trainer import train
 
@@ -175,6 +175,47 @@ def test_every_client_has_its_own_models_and_scores(method: str, tmp_path: Path)
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-4:-1]
     if run.summary["scores_mentor"] and method != "local":
         assert [row["score_mentor"] for row in last] == run.summary["scores_mentor"]
+
+
+class OwnTests(TinyTask):
+    """Every client has test data of its own, and all share their models."""
+
+    own_tests = True
+
+    def evaluate(
+        self, model: nn.Module, *, split: str = "test", client: int = 0
+    ) -> dict[str, float]:
+        part = slice(self.samples + client, None, 3)
+        found = run_model(model.eval(), {"points": self.points[part]}).logits.argmax(1)
+        return {"accuracy": float((found == self.labels[part]).double().mean())}
+
+
+@pytest.mark.parametrize("scored", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [(OwnTests, "central")]
+    + [
+        (task, method)
+        for task in (OwnTests, PrivateTask)
+        for method in ("fedkd", "fedavg", "fedavg-mentee", "local")
+    ],
+)
+def test_runs_that_score_some_clients_are_scored_again(
+    task: type[TinyTask], method: str, scored: int, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"scored_clients": scored, "inference": "mean"}
+    run = train(task(), method, out=tmp_path / "run", **fields)
+    again = evaluate_run(tmp_path / "run", task())
+    for key in ("score_mentor", "scores_mentor", "score_mentee", "score_mean", "metrics"):
+        assert again[key] == run.summary[key], key
+    assert len(again["scores_mentor"]) == (0 if method == "fedavg-mentee" else scored)
+
+
+def test_no_client_is_scored_by_a_model_of_another() -> None:
+    task = OwnTests()
+    models = [task.build_mentor(client) for client in range(2)]
+    with pytest.raises(ValueError, match="there must be one mentor or 3, one a client, got 2"):
+        evaluate(task, "test", models, [], 3, together=False)
 
 
 def test_private_data_cannot_be_pooled() -> None:
