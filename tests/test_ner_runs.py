@@ -180,6 +180,14 @@ def test_datasets_by_comma(
         run_of(data, encoder, "local", clients=2)
 
 
+def test_a_run_is_not_scored_on_other_tags(single: Path, encoder: str, tmp_path: Path) -> None:
+    run_of(single, encoder, "local", clients=1, local_steps=1, out=str(tmp_path / "run"))
+    for file in single.iterdir():
+        file.write_text(file.read_text().replace("-Drug", "-Zebra"))
+    with pytest.raises(ValueError, match=r"not those of the run: .*Zebra.* has \['O', 'B-Drug"):
+        evaluate_run(tmp_path / "run")
+
+
 def test_a_run_tags_where_its_data_and_encoder_are_gone(
     data: Path, encoder: str, tmp_path: Path
 ) -> None:

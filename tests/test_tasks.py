@@ -378,6 +378,18 @@ def test_text_labels(tmp_path: Path, encoder: str) -> None:
         _ = text_task(tmp_path, encoder).labels
 
 
+def test_text_models_are_not_scored_on_other_labels(tmp_path: Path, encoder: str) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,no\nb,yes\n")
+    run = tmp_path / "run"
+    train("text", "local", data=str(tmp_path), mentor=encoder, clients=1, rounds=1, out=run)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,zebra\nb,yes\n")
+    wanted = r"labels are not those of the run: \['yes', 'zebra'\], the model has \['no', 'yes'\]"
+    with pytest.raises(ValueError, match=wanted):
+        evaluate_run(run)
+
+
 def test_a_name_on_a_hub_is_looked_up_here_first(
     make_data: DataMaker, encoder: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -17,6 +17,26 @@ from fedkd_fast.tasks.batching import model_inputs
 Builder = Callable[..., nn.Module]
 
 
+def check_labels(model: nn.Module, labels: Sequence[str]) -> None:
+    """Hold the labels of data to score a model on against those that it was made for.
+
+    Scores compare indices: names that changed, or changed places, would make them meaningless.
+
+    Args:
+        model: of transformers; others, which know no names, pass.
+        labels: of the data, in the order of their indices.
+
+    Raises:
+        ValueError: they are others.
+    """
+    known = getattr(getattr(model, "config", None), "id2label", None)
+    if known is not None and known != dict(enumerate(labels)):
+        made_for = [name for _, name in sorted(known.items())]
+        raise ValueError(
+            f"the data's labels are not those of the run: {list(labels)}, the model has {made_for}"
+        )
+
+
 class Encoder:
     """Makes mentor and mentee of one encoder; nothing is loaded before it is needed.
 

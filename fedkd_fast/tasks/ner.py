@@ -19,7 +19,7 @@ from torch import nn
 from fedkd_fast.models import build_token_classifier, run_model
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, TaskOptions, recipe
 from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length, pad
-from fedkd_fast.tasks.encoder import Encoder
+from fedkd_fast.tasks.encoder import Encoder, check_labels
 from fedkd_fast.tasks.ner_data import (
     Sample,
     Splits,
@@ -262,9 +262,13 @@ class NerTask:
         """Return F1, precision and recall of the entities of a client's split.
 
         Entities of types that the training data do not have are missed.
+
+        Raises:
+            ValueError: the model was made for other tags.
         """
         dataset = self._dataset(client)
         tags = self._tags[dataset]
+        check_labels(model, tags)
         tagged = self._tag(model, self._encoded(dataset, split))
         guesses = [[tags[choice] for choice in one.choices] for one in tagged]
         truth = [sentence.tags for sentence in self._datasets[dataset][split]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkd_fast.models import build_text_classifier, run_model
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
 from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length
-from fedkd_fast.tasks.encoder import Encoder
+from fedkd_fast.tasks.encoder import Encoder, check_labels
 from fedkd_fast.tasks.partition import Indices, deal
 from fedkd_fast.tasks.text_data import (
     TEXT,
@@ -165,7 +165,12 @@ class TextTask:
     def evaluate(
         self, model: nn.Module, *, split: str = "test", client: int = 0
     ) -> dict[str, float]:
-        """Return F1, precision, recall and accuracy on the texts of a split."""
+        """Return F1, precision, recall and accuracy on the texts of a split.
+
+        Raises:
+            ValueError: the model was made for other labels.
+        """
+        check_labels(model, self.labels)
         found = self._splits[split]
         guesses = self._probabilities(model, found.tokens).argmax(1).numpy()
         return classification_metrics(found.labels, guesses, len(self.labels))
