@@ -62,6 +62,15 @@ class Shards:
         except TypeError:
             return None
 
+    def facts(self, task: Task) -> dict[str, Any]:
+        """Return what is known of all data, for the record of a run, ready for JSON."""
+        content = getattr(task, "content", None)
+        return {
+            "shard_sizes": self.sizes(),
+            "sample": self.sample(task).hex(),
+            **({} if content is None else {"content": dict(content)}),
+        }
+
 
 class Maker(Protocol):
     """Makes a client with its models."""

@@ -137,11 +137,10 @@ class Loop:
 
     def _begin(self) -> None:
         """Write down what this run is, or go on with it."""
-        facts = {**self.task.describe(), **self.sizes, "shard_sizes": self.shards.sizes()}
-        facts["sample"] = self.shards.sample(self.task).hex()
+        facts = {**self.task.describe(), **self.sizes, **self.shards.facts(self.task)}
         if self._store is not None and self._store.facts:
             assert self.writer is not None
-            self.writer.check_data(self.shards, facts["sample"])
+            self.writer.check_data(self.shards, facts)
             self._load(self._store)
             done, inside = self.recorder.rounds_done, self._pending is not None
             place = {"round": done, "inside": inside}

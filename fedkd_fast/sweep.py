@@ -32,6 +32,7 @@ from fedkd_fast._files import absolute, read_json_object, read_text
 from fedkd_fast.config import TrainConfig, task_options
 from fedkd_fast.runs import CONFIG, SUMMARY
 from fedkd_fast.tasks import build_task
+from fedkd_fast.tasks.content import changed_splits
 from fedkd_fast.trainer import Progress, Run, configure, train
 
 _PARTS = ("common", "methods", "runs", "settings", "seeds")
@@ -76,7 +77,7 @@ def plan_sweep(file: str | Path, out: str | Path) -> list[PlannedRun]:
 
     Raises:
         ValueError: the file is no such YAML; a value out of its range; a run folder that holds
-            something else than its run. Names the place.
+            something else than its run, or a run on data that changed since. Names the place.
         TypeError: a value of a wrong type, or no field of `TrainConfig`. Names the place.
         OSError: the file cannot be read.
         ImportError: PyYAML is not installed.
@@ -101,6 +102,7 @@ def plan_sweep(file: str | Path, out: str | Path) -> list[PlannedRun]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{path}: two runs would have the name {name}")
+    _check_content([run for run in planned if run.finished])
     return planned
 
 
@@ -252,3 +254,34 @@ def _check_finished(run: PlannedRun) -> None:
                 f"{run.folder} holds a run with {field.name} {value!r}, where the file asks for "
                 f"{wanted!r}: remove or rename it, or give another --out"
             )
+
+
+def _check_content(runs: Sequence[PlannedRun]) -> None:
+    """Hold the data that finished runs had against those that the others would have."""
+    known: dict[tuple[object, ...], object] = {}  # reading data may take long
+    for run in runs:
+        facts = read_json_object(run.folder / CONFIG).get("task_facts")
+        began = facts.get("content") if isinstance(facts, dict) else None
+        if began is None:  # of an older version
+            continue
+        config = run.config
+        source = config.task, config.data, config.text_column, config.label_column
+        if source not in known:
+            known[source] = _content(config)
+        changed = changed_splits(began, known[source])
+        if changed:
+            raise ValueError(
+                f"{run.folder} holds a run on other {' and '.join(changed)} data than there are "
+                "now: remove or rename it, or give another --out"
+            )
+
+
+def _content(config: TrainConfig) -> object:
+    """Return digests of the data that are there; None where they are gone, and nothing can differ.
+
+    What still has to be trained on them says why they cannot be read.
+    """
+    try:
+        return getattr(build_task(config.task, task_options(config)), "content", None)
+    except (ValueError, OSError):
+        return None

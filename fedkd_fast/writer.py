@@ -39,6 +39,7 @@ from fedkd_fast.runs import (
     SUMMARY,
 )
 from fedkd_fast.tasks import PredictingTask, Task
+from fedkd_fast.tasks.content import changed_splits
 from fedkd_fast.trees import system_error
 
 # All that may lie in a run folder. What makes a run a finished one leaves first and comes last.
@@ -187,14 +188,24 @@ class RunWriter:
         if text is not None:
             (self._part / PARTITION).write_text(text, encoding="utf-8")
 
-    def check_data(self, shards: Shards, sample: str) -> None:
-        """Hold the samples of each client, and a digest of some, against what the run began with.
+    def check_data(self, shards: Shards, facts: Mapping[str, Any]) -> None:
+        """Hold data, those that models are scored on too, against what the run began with.
+
+        Args:
+            shards: of which each client must have the samples that it had.
+            facts: as `start` was given them: digests of the first batch and of each split.
 
         Raises:
             ValueError: they are others: the data changed.
         """
-        began = read_json_object(self._part / CONFIG).get("task_facts")
-        if isinstance(began, dict) and began.get("sample", sample) != sample:
+        found, sample = read_json_object(self._part / CONFIG).get("task_facts"), facts["sample"]
+        began = found if isinstance(found, dict) else {}
+        changed = changed_splits(began.get("content"), facts.get("content"))
+        if changed:
+            raise ValueError(
+                f"data are not those that the run began with: {' and '.join(changed)} data changed"
+            )
+        if began.get("sample", sample) != sample:
             raise ValueError(
                 f"data are not those that the run began with: the first batch is {sample}, it was "
                 f"{began['sample']}"

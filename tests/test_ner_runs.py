@@ -116,6 +116,16 @@ def test_a_sweep_knows_its_finished_runs(
     (again,) = plan_sweep(file, tmp_path / "out")
     assert again.finished
     assert len(load_run(again.folder).mentors) == 2
+    # What is scored now is something else, also where nothing else is.
+    test = data / "b" / "test.conll"
+    test.write_text(test.read_text().replace("B-Disease", "O", 1))
+    with pytest.raises(ValueError, match="local-s0 holds a run on other test data than there are"):
+        plan_sweep(file, tmp_path / "out")
+    config = again.folder / "config.json"
+    known = json.loads(config.read_text())
+    del known["task_facts"]["content"]
+    config.write_text(json.dumps(known))
+    assert plan_sweep(file, tmp_path / "out")[0].finished, "older runs do not tell"
 
 
 def test_a_mentee_must_know_as_many_positions(data: Path, encoder: str, tmp_path: Path) -> None:

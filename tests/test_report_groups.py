@@ -62,6 +62,19 @@ def test_other_differences_keep_runs_apart(tmp_path: Path) -> None:
     assert len(_groups(*folders)) == 1
 
 
+def test_runs_on_other_data_are_no_seeds_of_one_thing(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"{name}-s{seed}", seed=seed) for seed, name in enumerate("abc")]
+    for folder, digest in zip(folders, "12", strict=False):
+        _change(folder, "config.json", task_facts={"content": {"train": "0", "test": digest}})
+    groups = _groups(*folders)
+    # What does not tell, as runs of older versions, may be on any data.
+    assert [group.runs for group in groups] == [
+        tuple(read_runs([folders[0], folders[2]])),
+        tuple(read_runs([folders[1]])),
+    ]
+    assert len(_groups(*folders, names=["one"] * 3)) == 1
+
+
 @pytest.mark.parametrize("inference", ["mentor", "mentee", "mean"])
 def test_the_score_is_that_of_the_model_that_infers(inference: str, tmp_path: Path) -> None:
     run = train(TinyTask(), "fedkd", inference=inference, out=str(tmp_path / "run"))

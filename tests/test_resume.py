@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -328,6 +328,39 @@ def test_other_data_of_the_same_size_are_refused(tmp_path: Path) -> None:
     stopped(tmp_path / "run")
     with pytest.raises(ValueError, match="data are not those that the run began with: the first"):
         resume_run(tmp_path / "run", task=TinyTask(seed=7))
+
+
+class Known(TinyTask):
+    """Tells what its data are."""
+
+    content: ClassVar[dict[str, str]] = {"train": "a", "test": "b"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": "a", "test": "c"}, "began with: test data changed"),
+        ({"train": "c", "test": "b", "dev": "d"}, "began with: dev and train data changed"),
+        ({"train": "a", "test": "b"}, None),
+    ],
+)
+def test_scored_data_that_changed_are_refused(
+    content: dict[str, str], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stopped):
+        train(Known(), "fedkd", rounds=3, out=tmp_path / "run", stop=after(4))
+    monkeypatch.setattr(Known, "content", content)
+    if message is None:
+        resume_run(tmp_path / "run", task=Known())
+    else:
+        with pytest.raises(ValueError, match=message):
+            resume_run(tmp_path / "run", task=Known())
+
+
+def test_a_run_that_does_not_tell_of_its_data_goes_on(tmp_path: Path) -> None:
+    """As those of older versions."""
+    stopped(tmp_path / "run")
+    assert resume_run(tmp_path / "run", task=Known()).summary["rounds"] == 3
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

@@ -95,19 +95,21 @@ def spread(values: Sequence[float]) -> float | None:
 def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
     """Take runs together that differ in the seed alone, in the order of their first ones.
 
+    Runs that tell of other data are no seeds of one thing, unless they were given one name.
+
     Labels are the shortest that tell a task's groups apart: name or method, then the folder's name
     without the seed, then its path.
     """
-    found: dict[object, list[RunFolder]] = {}
+    found: list[tuple[object, list[RunFolder]]] = []
     for run in runs:
         key = (run.task, run.metric, _identity(run))
-        same = found.setdefault(key, [])
-        if any(run.summary.get("seed") == other.summary.get("seed") for other in same):
-            # The same run twice is no spread over seeds.
-            found[(key, str(run.path))] = [run]
+        fitting = (same for other, same in found if other == key and _joins(run, same))
+        same = next(fitting, None)
+        if same is None:
+            found.append((key, [run]))
         else:
             same.append(run)
-    groups = [tuple(same) for same in found.values()]
+    groups = [tuple(same) for _, same in found]
     return [
         Group(label, same)
         for label, same in zip(_labels([same[0] for same in groups]), groups, strict=True)
@@ -119,6 +121,20 @@ def _identity(run: RunFolder) -> str:
         return run.name
     config = {key: value for key, value in run.config.items() if key not in _APART}
     return f"{run.method} {json.dumps(config, sort_keys=True)}"
+
+
+def _joins(run: RunFolder, same: Sequence[RunFolder]) -> bool:
+    # The same run twice is no spread over seeds.
+    if any(run.summary.get("seed") == other.summary.get("seed") for other in same):
+        return False
+    contents = [found for one in (run, *same) if (found := _content(one)) is not None]
+    return all(found == contents[0] for found in contents)
+
+
+def _content(run: RunFolder) -> object:
+    """Digests of the data; None where a run does not tell, or its name says what it belongs to."""
+    facts = run.config.get("task_facts")
+    return facts.get("content") if isinstance(facts, dict) and run.name is None else None
 
 
 def _labels(runs: Sequence[RunFolder]) -> list[str]:

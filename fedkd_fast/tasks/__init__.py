@@ -64,6 +64,9 @@ class Task(Protocol):
         True: each client has test data of its own, and the mentee is scored on each.
     ``poolable``
         False: the shards cannot be put together.
+    ``content``
+        digests of all data by split, each a `content.content_digest`: a run whose data changed does
+        not go on, and runs on other data are no seeds of one thing. They do not depend on the seed.
     """
 
     name: str

@@ -17,6 +17,7 @@ from fedkd_fast._device import device_of, on_device
 from fedkd_fast._seeds import seeded
 from fedkd_fast.models import CONFIG_FILE, MeanOfModels
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
+from fedkd_fast.tasks.content import content_digest
 from fedkd_fast.tasks.encoder import Encoder
 from fedkd_fast.tasks.mind_data import (
     SOURCE,
@@ -80,6 +81,16 @@ class MindTask:
     @cached_property
     def _data(self) -> dict[str, Behaviors]:
         return read_mind(str(self._options.data))
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digests of titles, histories, candidates and clicks by split."""
+        return {
+            split: content_digest(
+                shown.news.titles, *shown.history, *shown.candidates, shown.labels
+            )
+            for split, shown in self._data.items()
+        }
 
     @cached_property
     def _tokens(self) -> dict[str, list[list[int]]]:

@@ -19,6 +19,7 @@ from torch import nn
 from fedkd_fast.models import build_token_classifier, run_model
 from fedkd_fast.tasks import IGNORED_LABEL, Batch, TaskOptions, recipe
 from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length, pad
+from fedkd_fast.tasks.content import content_digest
 from fedkd_fast.tasks.encoder import Encoder, check_labels
 from fedkd_fast.tasks.ner_data import (
     Sample,
@@ -157,6 +158,15 @@ class NerTask:
     def has_dev(self) -> bool:
         """Whether every dataset has data to choose by."""
         return all("dev" in dataset for dataset in self._datasets)
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digests of words and tags by split, over all datasets."""
+        splits = dict.fromkeys(split for dataset in self._datasets for split in dataset)
+        return {
+            split: content_digest([dataset.get(split) for dataset in self._datasets])
+            for split in splits
+        }
 
     def _encode(self, sentences: Sequence[list[str]]) -> _Encoded:
         if not self._encoder.tokenizer.is_fast:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedkd_fast.models import build_text_classifier, run_model
 from fedkd_fast.tasks import Batch, TaskOptions, recipe
 from fedkd_fast.tasks.batching import EVALUATION_BATCH, POOL_BATCHES, bucketed, by_length
+from fedkd_fast.tasks.content import content_digest
 from fedkd_fast.tasks.encoder import Encoder, check_labels
 from fedkd_fast.tasks.partition import Indices, deal
 from fedkd_fast.tasks.text_data import (
@@ -101,6 +102,12 @@ class TextTask:
     def has_dev(self) -> bool:
         """Whether there are data to choose by."""
         return "dev" in self._rows
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """Digests of texts and labels by split."""
+        rows = self._rows
+        return {split: content_digest(one.texts, one.labels) for split, one in rows.items()}
 
     @cached_property
     def labels(self) -> list[str]:
