@@ -234,8 +234,8 @@ def make_server(config: TrainConfig, client: Client, method: Method) -> Server |
             delta=config.dp_delta,
             seed=config.dp_seed,
         )
-    parameters = client.learner.exchanged()
-    return Server(parameters, up, down, optimizer, config.aggregation, private)
+    parameters, asked = client.learner.exchanged(), _participant_count(config, config.clients)
+    return Server(parameters, up, down, optimizer, config.aggregation, private, asked)
 
 
 def _participant_count(config: TrainConfig, clients: int) -> int:

@@ -264,7 +264,12 @@ class Client:
         Args:
             frame: what `upload` returned, and the server did not get.
         """
-        self._up.lost(frame, self._base)
+        if not self._up.lost(frame, self._base):
+            self.learner.refused()
+
+    def refused(self) -> None:
+        """Learn that this round's reply does not count, for what it held."""
+        self.learner.refused()
 
     def apply(self, *frames: bytes) -> None:
         """Roll the shared model back to the round's start and apply what the server sent.

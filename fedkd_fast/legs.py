@@ -65,8 +65,11 @@ class Leg(Protocol):
     def absent(self, rounds: int) -> None:
         """Let what is still to be sent fade, where the sender missed rounds."""
 
-    def lost(self, frame: bytes, base: State) -> None:
-        """Send with the next message, too, what this one held: it did not arrive."""
+    def lost(self, frame: bytes, base: State) -> bool:
+        """Send with the next message, too, what this one held: it did not arrive.
+
+        Returns whether it will be: there is error feedback.
+        """
 
     def state(self) -> Tree:
         """Return what the sender keeps between messages; the tensors are shared, not copied."""
@@ -122,10 +125,11 @@ class CompressorLeg:
         if self._feedback is not None:
             self._feedback.absent(rounds)
 
-    def lost(self, frame: bytes, base: State) -> None:
-        """Add what the frame held to the residuals, where there are any."""
+    def lost(self, frame: bytes, base: State) -> bool:
+        """Add what the frame held to the residuals, and say whether there are any."""
         if self._feedback is not None:
             self._feedback.lost(frame, base)
+        return self._feedback is not None
 
     def state(self) -> Tree:
         """Return the residuals."""
@@ -209,10 +213,11 @@ class PackedLeg:
         """Decode a frame but for its base."""
         return dict(self._update(frame, base, Base(digest=digest_of(base))))
 
-    def lost(self, frame: bytes, base: State) -> None:
-        """Add what the frame held to the residuals, where there are any."""
+    def lost(self, frame: bytes, base: State) -> bool:
+        """Add what the frame held to the residuals, and say whether there are any."""
         if self._feedback is not None:
             self._feedback.lost(self._update(frame, base, Base(digest=digest_of(base))))
+        return self._feedback is not None
 
     def state(self) -> Tree:
         """Return the residuals and what the packing keeps."""

@@ -266,8 +266,7 @@ class Loop:
         self, server: Server, current: OpenRound, server_row: ClientRow, energy: float
     ) -> None:
         """Turn the replies that count into the broadcast, and give it to all who are there."""
-        number, config = current.number, self.config
-        replies = current.replies.frames
+        number, config, replies = current.number, self.config, current.replies.frames
         frames = {i: replies[i] for i in current.asked if i in replies}
         weights = None
         if config.weighting == "samples":
@@ -286,6 +285,8 @@ class Loop:
             client = self.pool.take(row.client)
             if row.lost:
                 client.lost(row.frame)
+            elif row.refused is not None:
+                client.refused()
             self._receive(client, row, [server_row.frame])
             if config.refresh_steps:
                 self._refresh(number, client, row)

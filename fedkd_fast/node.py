@@ -36,18 +36,18 @@ _log = logging.getLogger(__name__)
 # What an order leads to lies in the place that the state it began with does not lie in.
 _PLACES = ("state-0", "state-1")
 _SCORE = "score"
-_STEPS = (_SCORE, "lost", "apply", "require", "absent", "refresh", "train", "upload")
+_STEPS = (_SCORE, "lost", "refused", "apply", "require", "absent", "refresh", "train", "upload")
 
 
 @dataclass(frozen=True)
 class Order:
     """What a client is to do, one step after the other.
 
-    Steps are a name and its arguments: ``lost``; ``apply COUNT`` (of the next frames); ``require
-    DIGEST VERSION``; ``absent ROUNDS``; ``refresh LR_SHARE``; ``train ROUND LR_SHARE``; ``upload
-    ENERGY``, as the methods of `client.Client` of these names; and ``score SPLIT ROLES FINAL
-    COUNT``, which changes nothing: each role with the client whose test data it is scored on, after
-    the next ``COUNT`` frames were applied.
+    Steps are a name and its arguments: ``lost``; ``refused``; ``apply COUNT`` (of the next frames);
+    ``require DIGEST VERSION``; ``absent ROUNDS``; ``refresh LR_SHARE``; ``train ROUND LR_SHARE``;
+    ``upload ENERGY``, as the methods of `client.Client` of these names; and ``score SPLIT ROLES
+    FINAL COUNT``, which changes nothing: each role with the client whose test data it is scored on,
+    after the next ``COUNT`` frames were applied.
     """
 
     base: int  # the order that the client goes on after; 0: it is as it was made
@@ -271,6 +271,9 @@ class _Doing:
 
     def lost(self) -> None:
         self.client.lost(self.frame)
+
+    def refused(self) -> None:
+        self.client.refused()
 
     def apply(self, count: int) -> None:
         with self._timed(codec=True):

@@ -55,6 +55,9 @@ class Peer(Protocol):
     def lost(self, frame: bytes) -> None:
         """As `Client.lost`."""
 
+    def refused(self) -> None:
+        """As `Client.refused`."""
+
     def apply(self, *frames: bytes) -> None:
         """As `Client.apply`."""
 

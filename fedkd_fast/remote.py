@@ -78,6 +78,10 @@ class RemoteClient:
         """Have `Client.lost` called; the client still has the frame."""
         self._steps.append(["lost"])
 
+    def refused(self) -> None:
+        """Have `Client.refused` called."""
+        self._steps.append(["refused"])
+
     def apply(self, *frames: bytes) -> None:
         """Have frames applied."""
         self._steps.append(["apply", len(frames)])

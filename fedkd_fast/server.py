@@ -103,6 +103,9 @@ class Server:
         rule: which mean of decoded updates it is, see `robust`; ``mean`` adds up factors as they
             come.
         private: takes the mean instead, with clipping and noise.
+        asked: clients that take part in a round. What the optimizer only passes on (`averaged`) is
+            the sum of their updates, each alike, over that number, however many reply: they are
+            changes to a mean over all clients. None: over those that reply.
     """
 
     def __init__(
@@ -113,12 +116,13 @@ class Server:
         optimizer: ServerOptimizer | None = None,
         rule: str = "mean",
         private: GaussianMean | None = None,
+        asked: int | None = None,
     ) -> None:
         self._parameters: Mapping[str, Tensor] = dict(parameters)
         self._up, self._down = up, down
         self._optimizer = optimizer or ServerOptimizer()
         self._rule: Rule = check_rule(rule, "aggregation")
-        self._private = private
+        self._private, self._asked = private, asked
         self.version = 0
         # Of the round's updates, before the optimizer and the codec of the broadcast.
         self.mean: Mapping[str, Tensor] = {}
@@ -176,14 +180,14 @@ class Server:
 
         ``g = Σ_i w_i·decode(frame_i) / Σ_i w_i``, unweighted in Algorithm 1 of the paper; what the
         optimizer makes of g is encoded with the same energy, and what that decodes to is what
-        server and clients add.
+        server and clients add. Of what is no parameter, g is as ``asked`` says.
 
         Raises:
             WireError: a frame is damaged.
             ValueError: a frame does not fit the shared parameters.
         """
         named = frames if isinstance(frames, Mapping) else dict(enumerate(frames))
-        mean = self.mean = self._mean(named, weights)
+        mean = self.mean = self._balanced(named, weights)
         if not self._optimizer.identity:
             mean = Aggregate(self._optimizer.step(mean), mean.relative_to, mean.refused)
         broadcast = self._down.encode_mean(mean, self._parameters, energy)
@@ -193,6 +197,23 @@ class Server:
         self._rooms.clear()
         self._forget()
         return broadcast
+
+    def _balanced(self, frames: Mapping[int, bytes], weights: Sequence[float] | None) -> Aggregate:
+        """Return the mean, in which what is no parameter counts alike and over all that were asked.
+
+        With noise, weights have no meaning, and the mean is over the expected number as it is.
+        """
+        averaged, asked = self._optimizer.averaged, self._asked or len(frames)
+        alike = weights is None and len(frames) == asked
+        if alike or not averaged or self._private is not None:
+            return self._mean(frames, weights)
+        share = len(frames) / asked
+        plain = self._mean(frames, None)
+        mean = plain if weights is None else self._mean(frames, weights)
+        values = {
+            name: plain[name] * share if name.startswith(averaged) else mean[name] for name in mean
+        }
+        return Aggregate(values, mean.relative_to, mean.refused)
 
     def _mean(self, frames: Mapping[int, bytes], weights: Sequence[float] | None) -> Aggregate:
         base, self.left_out = self._parameters, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from tiny_task import TinyTask
 from torch import Tensor
 
 from fedkd_fast.client import Client
+from fedkd_fast.loop import Loop
 from fedkd_fast.methods import LocalSettings
 from fedkd_fast.methods.base import SoloLearner
 from fedkd_fast.methods.fedprox import ProximalLearner
 from fedkd_fast.methods.scaffold import PREFIX, ControlledLearner
 from fedkd_fast.tasks import Batch
-from fedkd_fast.trainer import Run, train
+from fedkd_fast.trainer import Run, configure, train
 from fedkd_fast.trees import copied
 
 SETTINGS = LocalSettings(lr_mentor=1e-2, lr_mentee=1e-2, seed=1)
@@ -117,8 +119,10 @@ def test_the_control_is_option_two_of_the_paper_for_sgd() -> None:
     own, steps = dict(learner.control), Sgd(learner, rate)
     learner._steps = steps  # type: ignore[assignment]
     learner.train(data(0))
-    for name, parameter in learner.shared_parameters().items():
-        moved = (state[name].double() - parameter.detach().double()) / (steps.done * rate)
+    moved_to = {name: one.detach().clone() for name, one in learner.shared_parameters().items()}
+    learner.adopt(state)
+    for name, parameter in moved_to.items():
+        moved = (state[name].double() - parameter.double()) / (steps.done * rate)
         wanted = own[name].double() - state[PREFIX + name].double() + moved
         # x - y is a difference of numbers that are larger than it.
         assert close(learner.control[name], wanted, float(state[name].abs().max()) / rate)
@@ -165,11 +169,75 @@ def test_the_servers_control_is_the_mean_of_the_clients(share: float) -> None:
         assert close(held[PREFIX + name], mean, 0.1 + float(mean.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"faults": 0.4, "quorum": 0.1, "clients": 6},
+        {"faults": 0.4, "quorum": 0.1, "clients": 6, "participation": 0.5},
+        {"weighting": "samples"},
+        {"weighting": "samples", "faults": 0.4, "quorum": 0.1, "clients": 6},
+        {"norm_limit": 1.01, "quorum": 0.1, "clients": 5},
+    ],
+)
+def test_replies_that_do_not_count_leave_the_control_where_it_was(fields: dict[str, Any]) -> None:
+    """Lost, late, damaged, too large: c stays the mean of all c_i, however replies are weighted."""
+    task = TinyTask(61)  # shards of two sizes
+    loop = Loop(configure(task, "scaffold", {"rounds": 5, **fields}), task, None, None)
+    loop.run()
+    assert "weighting" in fields or loop.journal.faults()["refused"]
+    clients = [loop.pool.look(index) for index in range(len(loop.pool))]
+    assert loop.server is not None
+    _, held = loop.server.expected()
+    for name, mean in controls(clients):  # type: ignore[arg-type]
+        assert float(mean.abs().max()) > 0.0
+        assert close(held[PREFIX + name], mean, 0.1 + float(mean.abs().max()))
+
+
+@pytest.mark.parametrize("feedback", ["none", "up"])
+def test_a_control_that_comes_later_is_kept(feedback: str) -> None:
+    """With error feedback, what a lost reply said of c_i comes with the next one."""
+    (one, two), server = federation("scaffold", 2, feedback=feedback, codec="wf1")
+    for client in (one, two):
+        client.train(1)
+    one.lost(one.upload(0.95))
+    broadcast = server.step([two.upload(0.95)], 0.95)
+    for client in (one, two):
+        client.apply(broadcast)
+    moved = [any(bool(mean.any()) for _, mean in controls([client])) for client in (one, two)]
+    assert moved == [feedback == "up", True]
+
+
+def test_a_client_put_back_before_the_broadcast_knows_what_it_replied() -> None:
+    clients, server = federation("scaffold", 2)
+    exchange(clients, server)
+    for client in clients:
+        client.train(2)
+    broadcast = server.step([client.upload(1.0) for client in clients], 1.0)
+    others, _ = federation("scaffold", 2)
+    for one, two in zip(clients, others, strict=True):
+        two.load(copied(one.state()))
+        for client in (one, two):
+            client.apply(broadcast)
+    for (name, mean), (_, again) in zip(controls(clients), controls(others), strict=True):
+        assert torch.equal(mean, again), name
+
+
+def test_an_older_checkpoint_goes_on_with_what_it_has() -> None:
+    learner, other = (ControlledLearner(TinyTask(), SETTINGS) for _ in range(2))
+    learner.train(data(0))
+    learner.adopt(learner.exchanged())
+    state = copied(learner.state())
+    del state["next"]
+    other.load({**state, "change": learner._zeros()})
+    found, wanted = other.exchanged(), learner.exchanged()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_a_round_without_batches_leaves_the_control() -> None:
     learner = ControlledLearner(TinyTask(), SETTINGS)
     learner.train(data(0))
-    before = dict(learner.control)
     learner.adopt(learner.exchanged())
+    before = dict(learner.control)
     learner.train([])
     assert all(torch.equal(learner.control[name], value) for name, value in before.items())
     assert all(torch.equal(learner.exchanged()[PREFIX + n], learner._server[n]) for n in before)

@@ -64,7 +64,7 @@ def test_replies_that_do_not_count(method: str) -> None:
 
 @pytest.mark.parametrize("method", EXCHANGING)
 def test_the_norm_is_that_of_the_decoded_update(method: str) -> None:
-    clients, server = federation(method, 2)
+    clients, server = federation(method, 2, participation=0.5)
     base = {name: value.clone() for name, value in server.expected()[1].items()}
     clients[0].train(1)
     frame = clients[0].upload(0.9)

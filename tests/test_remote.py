@@ -57,6 +57,7 @@ def test_scores_and_bytes_are_those_of_one_process(
         {"dp_clip": 1.0, "dp_seed": 3, "participation": 0.5, "clients": 4},
         {"codec": "raw", "spectra": True},
         {"encrypt": True, "participation": 0.5, "clients": 4, "feedback": "both"},
+        {"method": "scaffold", "norm_limit": 1.01, "quorum": 0.1, "clients": 4},
     ],
     ids=lambda fields: " ".join(fields),
 )

@@ -141,6 +141,12 @@ class Learner:
             for name, parameter in self.shared_parameters().items():
                 parameter.copy_(state[name])
 
+    def refused(self) -> None:
+        """Take back what was to follow from this round's reply, which the server does not count.
+
+        Called before `adopt`, and only where no later message makes up for the reply.
+        """
+
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
         """Train on all batches in turn, with this share of the learning rates."""
         raise NotImplementedError
@@ -190,7 +196,7 @@ class Method:
     packing: Callable[[Any, int], Packing] | None = None
     feedback: str = "none"  # which legs of such a codec send what was left out with the next
     feedback_decay: float = 1.0  # what is left of that by then
-    # Beginnings of names of what the server only averages, whatever its optimizer.
+    # Beginnings of names of what the server only averages, whatever its optimizer and weights are.
     averaged: tuple[str, ...] = ()
 
 

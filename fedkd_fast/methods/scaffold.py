@@ -5,6 +5,10 @@ after the round, c_i is the mean of the uncorrected gradients over the K steps::
 
     g + c - c_i;  c_i⁺ = Σ g / K;  c ← c + |S|/N · mean of c_i⁺ - c_i over S, its clients
 
+So c stays the mean of all c_i: who replies in vain keeps its c_i, replies of S that are missing
+make a smaller step, and each weighs alike in c, whatever it weighs in the model. Robust rules and
+noise step otherwise, and so do lossy codecs.
+
 For SGD that is option II of the paper, ``c_i⁺ = c_i - c + (x - y)/(K·η)``, because there
 ``x - y = η·Σ(g + c - c_i)``; the mean has a meaning for every optimizer. A model and a control,
 ``control/<name>``, travel each way: twice the bytes of ``fedavg``.
@@ -31,8 +35,8 @@ class ControlledLearner(SoloLearner):
         super().__init__(task, settings, "mentor", shares=True)
         self.control = self._zeros()  # c_i
         self._server = self._zeros()  # c
-        # |S|/N·(c_i⁺ - c_i) between a round's training and its broadcast, zero otherwise.
-        self._change = self._zeros()
+        # c_i⁺ between a round's training and its broadcast, which says that the reply counts.
+        self._next: dict[str, Tensor] | None = None
         self._total, self._count = self._zeros(), 0  # of raw gradients, over the round's steps
 
     def _zeros(self) -> dict[str, Tensor]:
@@ -44,47 +48,50 @@ class ControlledLearner(SoloLearner):
         The server's mean of differences to c is then the paper's step of c, also where only some
         clients take part: each has scaled its change by their share of all.
         """
-        controls = {
-            PREFIX + name: (value + self._change[name]).cpu()
-            for name, value in self._server.items()
-        }
-        return {**super().exchanged(), **controls}
+        share, found = self.settings.participation, super().exchanged()
+        for name, value in self._server.items():
+            change = 0.0 if self._next is None else share * (self._next[name] - self.control[name])
+            found[PREFIX + name] = (value + change).cpu()
+        return found
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the parameters and c as the server holds them now."""
+        """Take over the parameters and c as the server holds them now, and c_i⁺ as c_i."""
         super().adopt(state)
         self._server = {
             name: state[PREFIX + name].to(self.device, copy=True) for name in self._server
         }
-        self._change = self._zeros()
+        if self._next is not None:
+            self.control, self._next = self._next, None
+
+    def refused(self) -> None:
+        """Keep c_i, of which the server's c still is the mean."""
+        self._next = None
 
     def train(self, batches: Iterable[Batch], lr_share: float = 1.0) -> Losses:
-        """Train on all batches in turn; c_i becomes the mean raw gradient on the way."""
+        """Train on all batches in turn; c_i⁺ is the mean raw gradient on the way."""
         self._total, self._count = self._zeros(), 0
         losses = super().train(batches, lr_share)
         if self._count:
-            share = self.settings.participation
-            for name, total in self._total.items():
-                new = total / self._count
-                self._change[name] = share * (new - self.control[name])
-                self.control[name] = new
+            self._next = {name: total / self._count for name, total in self._total.items()}
         return losses
 
     def state(self) -> Tree:
         """Return the model, its optimizer's state and the control variates."""
-        controls = {"control": self.control, "server": self._server, "change": self._change}
+        controls = {"control": self.control, "server": self._server, "next": self._next}
         return {**super().state(), **controls}
 
     def load(self, state: Tree) -> None:
         """Go on where `state` was taken."""
         super().load(state)
-        self.control, self._server, self._change = (
-            {name: value.to(self.device) for name, value in state[part].items()}
-            for part in ("control", "server", "change")
+        # Older checkpoints have no c_i⁺: there it was c_i from the training on.
+        self.control, self._server, following = (
+            {name: value.to(self.device) for name, value in (state.get(part) or {}).items()}
+            for part in ("control", "server", "next")
         )
+        self._next = following or None
 
     def nbytes(self) -> int:
-        """Count the control variates, too: c_i, c, the change, and the sum of gradients."""
+        """Count the control variates, too: c_i, c, c_i⁺, and the sum of gradients."""
         return super().nbytes() + 4 * tensor_bytes(self.control)
 
     def correct_gradients(self) -> None:
