@@ -101,6 +101,15 @@ def test_the_least_budget_is_known(extra: int) -> None:
     assert len(Compressor(codec="dense", budget_bytes=least + extra).compress({"w": sparse})) > 0
 
 
+@pytest.mark.parametrize("shape", [(3, 74, 66), (8, 48), (111, 87)])
+def test_budgets_that_take_fewer_columns_are_met(shape: tuple[int, ...]) -> None:
+    made = torch.Generator().manual_seed(4)
+    update = {"w": torch.randn(shape, generator=made) * torch.rand(shape, generator=made)}
+    least = len(Compressor(0.001).compress(update))
+    frame = Compressor(budget_bytes=least + 10).compress(update)
+    assert len(frame) <= least + 10
+
+
 @pytest.mark.parametrize("budget", [5000, 7000, 9000, 12000])
 @pytest.mark.parametrize("codec", ["dense", "wf1"])
 def test_budgets_that_can_be_met_are(budget: int, codec: str) -> None:
@@ -110,6 +119,20 @@ def test_budgets_that_can_be_met_are(budget: int, codec: str) -> None:
     update["v"] = torch.randn(300, generator=made).sign()
     size = len(Compressor(codec=codec, budget_bytes=budget).compress(update))
     assert 0.94 * budget <= size <= budget
+
+
+@pytest.mark.parametrize("codec", ["dense", "wf1"])
+@pytest.mark.parametrize("values", [2, 3, 5])
+def test_budgets_lose_nothing_of_few_values_where_that_fits(codec: str, values: int) -> None:
+    made = torch.Generator().manual_seed(0)
+    matrix = torch.randint(values, (128, 128), generator=made).float() - (values - 1) / 2
+    fine = Compressor(1 - 1e-9, codec).compress({"w": matrix})
+    assert torch.allclose(decompress(fine)["w"], matrix, rtol=1e-4)
+    for factor in (1.0, 1.02, 1.1, 1.4):
+        budget = int(factor * len(fine))
+        frame = Compressor(codec=codec, budget_bytes=budget).compress({"w": matrix})
+        assert len(frame) <= budget
+        assert torch.allclose(decompress(frame)["w"], matrix, rtol=1e-4)
 
 
 def test_signs_are_sent_as_such() -> None:

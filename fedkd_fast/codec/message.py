@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +39,12 @@ TAIL_SHARE, WF0_TAIL_SHARE = 0.5, 0.35
 # A budget is used to this share at least, where the tensors allow it.
 FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
 _BUDGET_ATTEMPTS, _CURVE_ATTEMPTS = 12, 4
+_SAMPLE, _FEW = 4096, 64  # of values; of these, for each value that differs
 # What a first look at a message with a budget assumes to be lost.
 _FIRST_LOST = 0.05
 # log2 of the least that is lost before nothing is: about what float32 distinguishes.
 _FINEST = -46.0
+_NEXT_TO_NOTHING = 2.0**-30
 
 
 def wide(value: Tensor) -> Tensor:
@@ -181,7 +184,13 @@ class Message:
         items, deepest = self._items(_FIRST_LOST, one_step, factorise), _FIRST_LOST
         priced = _priced(items, 2.0**_FINEST)
         best: list[Entry] | None = None
-        used, least = 0, 2**63
+        used, least, loses = 0, 2**63, 1.0
+        fine: list[Entry] | None = None
+        if self._keeps_to_few_values():
+            # Then what loses next to nothing may be smaller than what loses something.
+            fine = self._coded(items, shares_of(priced, _NEXT_TO_NOTHING, one_step=one_step))
+            least = size(fine)
+            fine = fine if least <= limit else None
         beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
         for attempt in range(_BUDGET_ATTEMPTS):
             # Where numbers keep to a few values, the curves are off by more than they can mend.
@@ -191,23 +200,35 @@ class Message:
                 lost = math.sqrt(beyond * fits)
             if best is None and attempt == _BUDGET_ATTEMPTS - 1:
                 lost = 1.0
-            if factorise and lost < deepest:
+            # With fewer columns, a frame may take less than with coarse ones of all.
+            fewer = best is None and not curved and lost > 2.0 * deepest
+            if factorise and (lost < deepest or fewer):
                 items, deepest = self._items(lost, one_step, factorise), lost
                 priced = _priced(items, 2.0**_FINEST)
             entries = self._coded(items, shares_of(priced, lost, one_step=one_step))
             found = size(entries)
             least = min(least, found)
             if used < found <= limit:
-                best, used = entries, found
+                best, used, loses = entries, found, lost
             if FULL_BUDGET * limit <= found <= limit:
                 break
             beyond, fits = (max(beyond, lost), fits) if found > limit else (beyond, min(fits, lost))
             wanted *= goal / max(found - fixed, 1)
+        if fine is not None and loses > _NEXT_TO_NOTHING:
+            return fine
         if best is None:
             raise ValueError(
                 f"the frame takes at least about {least} bytes, got a limit of {limit}"
             )
         return best
+
+    def _keeps_to_few_values(self) -> bool:
+        """Tell whether the largest lossy tensor is like signs, as far as a sample shows."""
+        if not self._lossy:
+            return False
+        values = max(self._lossy.values(), key=torch.Tensor.numel).reshape(-1)
+        sample = values[:: max(1, len(values) // _SAMPLE)]
+        return len(np.unique(sample.double().numpy())) * _FEW < len(sample)
 
     def _fixed(self, size: Callable[[list[Entry]], int]) -> int:
         """Return the bytes of a frame that are not payloads of lossy tensors."""
