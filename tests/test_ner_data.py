@@ -70,8 +70,8 @@ def test_conll_formats_agree(tmp_path: Path) -> None:
 
 
 def test_words_may_hold_spaces_between_tabs(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text("1 / 2\tCD\tB-X\n")
-    assert read_conll(tmp_path / "a.tsv") == [Sentence(["1 / 2"], ["B-X"])]
+    (tmp_path / "a.tsv").write_text("1 / 2\tCD\tB-X\n a \tO \n")
+    assert read_conll(tmp_path / "a.tsv") == [Sentence(["1 / 2", " a "], ["B-X", "O"])]
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2009", "\x0c"])

@@ -137,7 +137,7 @@ def read_conll(path: Path) -> list[Sentence]:
         if not line.strip() or line.startswith(_DOCUMENT):
             close()
             continue
-        cells = re.split("\t" if "\t" in line else " +", line.strip(" "))
+        cells = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
         if len(cells) < 2 or not cells[0]:
             raise ValueError(f"{path}, line {number}: a word and its tag are wanted, got {line!r}")
         words.append(cells[0])
