@@ -229,6 +229,16 @@ def test_existing_output_is_kept(
     assert f"{tensors} exists: give --overwrite" in refused("decompress", frame, tensors)
 
 
+def test_what_a_link_points_to_is_written(tmp_path: Path, frame: Path, tensors: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(Path("disk") / real.name)
+    for _ in range(2):
+        assert main(["decompress", str(frame), str(link), "--overwrite"]) == 0
+        assert link.is_symlink() and load_file(real).keys() == load_file(tensors).keys()
+        assert list(real.parent.iterdir()) == [real]
+
+
 def test_unwritable_output(tmp_path: Path, tensors: Path, frame: Path, refused: Refusal) -> None:
     inside = frame / "a.fkd"
     assert f"{frame} is not a folder" in refused("compress", tensors, inside)
@@ -350,6 +360,10 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["inspect", str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["tensors"][0]["name"] == name and facts["file"] == str(path)
+    source, odd = tmp_path / "a.safetensors", tmp_path / "tab\tand\x0cfeed.fkd"
+    save_file({"a": torch.ones(2)}, source)
+    assert main(["compress", str(source), str(odd)]) == 0
+    assert capsys.readouterr().out.startswith(f"{odd}: ")
 
 
 def test_inspect_missing_file(tmp_path: Path, refused: Refusal) -> None:

@@ -156,12 +156,12 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    with progress_bar(False, "1/8 fedkd-s0") as show:
+    with progress_bar(False, "1/8 fedkd:key:-s0") as show:
         assert show is not None
         show(client(1, 2))
         show(scored(1, 0.913, "test"))
     text = screen.getvalue()
-    assert "1/8 fedkd-s0" in text and "left" in text
+    assert "1/8 fedkd:key:-s0" in text and "left" in text
     assert "round 1/10  loss 0.500  test 91.3%  1.00 kB up, 2.00 kB down" in text
 
 

@@ -104,7 +104,7 @@ def add_command(
 
 
 def stdout() -> Console:
-    """The console of results."""
+    """The console of tables."""
     from rich.console import Console
 
     return Console(
@@ -116,8 +116,8 @@ def stdout() -> Console:
 
 
 def say(text: str) -> None:
-    """Print one line of result, never wrapped."""
-    stdout().print(text, soft_wrap=True)
+    """Print a result as it is, never wrapped or marked up."""
+    sys.stdout.write(f"{text}\n")
 
 
 def visible(text: str) -> str:

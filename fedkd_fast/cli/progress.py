@@ -69,7 +69,7 @@ def progress_bar(silent: bool, label: str = "") -> Iterator[Show | None]:
     text = TextColumn("{task.description}", table_column=flexible)
     columns = (BarColumn(bar_width=10), TimeRemainingColumn(), TextColumn("left"), text)
     with Progress(
-        *([TextColumn(label)] if label else []),
+        *([TextColumn(label, markup=False)] if label else []),
         *columns,
         console=console,
         transient=True,
