@@ -17,6 +17,7 @@ from fedkd_fast.methods import get_method
 from fedkd_fast.robust import check_rule
 from fedkd_fast.tasks import TaskOptions
 from fedkd_fast.tasks.partition import check_partition
+from fedkd_fast.updates import EXACT_INTEGERS
 
 # More threads than any machine has processors are a slip, and torch dies over very many.
 MOST_THREADS = 1024
@@ -31,7 +32,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "inference": ("mentor", "mentee", "mean"),
     "precision": ("fp32", "bf16"),
 }
-_TEXTS = ("task", "data", "mentor", "mentee", "text_column", "label_column", "out")
+_TEXTS = ("task", "method", "data", "mentor", "mentee", "text_column", "label_column", "out")
 _SWITCHES = (
     *("gradient_checkpointing", "hidden", "attention", "mutual", "encrypt"),
     *("overwrite", "tensorboard", "spectra"),
@@ -152,16 +153,18 @@ class TrainConfig:
     spectra: bool = False  # True: record how fast singular values of each mean update fall
 
     def __post_init__(self) -> None:
+        for name in _TEXTS:
+            value = getattr(self, name)
+            left_out = value is None and name in _OPTIONAL
+            if not isinstance(value, (str, os.PathLike)) and not left_out:
+                raise TypeError(f"{name} must be text, got {value!r}")
         get_method(self.method)
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        check_preset(self.preset)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in _TEXTS:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (str, os.PathLike)):
-                raise TypeError(f"{name} must be text, got {value!r}")
+        if not isinstance(self.distillation, Mapping):
+            raise TypeError(f"distillation must be a mapping, got {self.distillation!r}")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (value is None and name in _OPTIONAL):
@@ -284,17 +287,41 @@ class TrainConfig:
         )
 
 
-def _check_integer(name: str, value: object, least: float, words: str) -> None:
+def check_preset(value: object) -> None:
+    """Refuse what names no preset; None is none.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is not None and value not in [*PRESETS]:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, least: float, words: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {words}, got {value}")
+    return value
+
+
+def _check_count(name: str, value: object, least: float, words: str) -> None:
+    """Refuse also what is more than any run counts."""
+    if _check_integer(name, value, least, words) > EXACT_INTEGERS:
+        raise ValueError(f"{name} must be at most 2^53, got {value}")
 
 
 def _check_positive(name: str, value: object, least: float, words: str) -> None:
     """Hold a number against a lower bound, itself excluded below zero and at it."""
     number = _number(name, value)
     if not (math.isfinite(number) and (number > 0.0 or number == least)):
+        raise ValueError(f"{name} must be {words}, got {number}")
+
+
+def _check_finite(name: str, value: object, least: float, words: str) -> None:
+    """Let any number pass that is one: there is no bound."""
+    number = _number(name, value)
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be {words}, got {number}")
 
 
@@ -307,12 +334,16 @@ def _check_share(name: str, value: object, least: float, words: str) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
 
 
-_Rule = tuple[Callable[[str, object, float, str], None], float, str]
-_COUNT: _Rule = (_check_integer, 1, "at least 1")
-_NUMBER: _Rule = (_check_integer, 0, "at least 0")
+_Rule = tuple[Callable[[str, object, float, str], object], float, str]
+_COUNT: _Rule = (_check_count, 1, "at least 1")
+_NUMBER: _Rule = (_check_count, 0, "at least 0")
+_SEED: _Rule = (_check_integer, 0, "at least 0")  # all bits of it count
 _SHARE: _Rule = (_check_share, 1.0, "(0, 1]")
 _RATE: _Rule = (_check_positive, 1.0, "positive and finite")
 _AMOUNT: _Rule = (_check_positive, 0.0, "finite and at least 0")
@@ -322,14 +353,15 @@ _RULES: dict[str, _Rule] = {
     "scored_clients": _COUNT,
     **dict.fromkeys(("checkpoint_every", "retries"), _NUMBER),
     "samples_per_client": _COUNT,
-    **dict.fromkeys(("seed", "threads", "warmup_steps", "refresh_steps", "bits"), _NUMBER),
+    **dict.fromkeys(("threads", "warmup_steps", "refresh_steps", "bits"), _NUMBER),
+    **dict.fromkeys(("seed", "dp_seed"), _SEED),
     **dict.fromkeys(("energy_start", "energy_end", "lr_end"), _SHARE),
     **dict.fromkeys(("participation", "top_share", "quorum"), _SHARE),
     **dict.fromkeys(("faults", "attackers"), (_check_share, 0.0, "[0, 1]")),
+    "attack_factor": (_check_finite, 0.0, "finite"),
     **dict.fromkeys(("norm_limit", "client_timeout", "memory_gb"), _RATE),
     "dp_clip": _RATE,
     "dp_noise": _AMOUNT,
-    "dp_seed": _NUMBER,
     "dp_delta": (_check_share, 1.0, "(0, 1]"),
     "server_momentum": (_check_share, 0.0, "[0, 1]"),
     **dict.fromkeys(("local_epochs", "lr_mentor", "lr_mentee"), _RATE),
@@ -337,6 +369,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("weight_decay", "proximal"), _AMOUNT),
 }
 _OPTIONAL = {
+    *("data", "mentor", "mentee", "out"),
     *("codec", "codec_down", "feedback"),
     *("norm_limit", "client_timeout", "dp_clip", "dp_seed"),
     *("local_steps", "clip_norm", "patience", "mentee_layers", "samples_per_client"),

@@ -130,14 +130,16 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
             twice = [key for key in keys if keys.count(key) > 1]
             if twice:
                 line = node.start_mark.line + 1
-                raise ValueError(f"{path}: key {twice[0]!r} occurs twice from line {line} on")
+                raise ValueError(f"key {twice[0]!r} occurs twice from line {line} on")
             return node
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    text = read_text(path)
     try:
-        content = yaml.load(read_text(path), Loader)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # Also where a date is none, a number has thousands of digits, or brackets nest so.
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of {', '.join(_PARTS)}, got {content!r}")

@@ -19,14 +19,14 @@ from fedkd_fast._errors import DiskError
 from fedkd_fast._errors import QuorumError as QuorumError
 from fedkd_fast._errors import Stopped as Stopped
 from fedkd_fast._files import absolute
-from fedkd_fast.config import PRESETS, task_options
+from fedkd_fast.config import PRESETS, check_preset, task_options
 from fedkd_fast.config import TrainConfig as TrainConfig
 from fedkd_fast.loop import Connect, Loop
 from fedkd_fast.loop import Progress as Progress
 from fedkd_fast.methods import get_method
 from fedkd_fast.runs import load_run
 from fedkd_fast.tasks import Task, build_task, task_defaults
-from fedkd_fast.writer import RunWriter, unfinished_config
+from fedkd_fast.writer import RunWriter, partial_folder, unfinished_config
 
 # What a run that goes on may have otherwise than it began: who is waited for, and what is kept.
 _FREE = {
@@ -170,7 +170,8 @@ def _check_same(config: TrainConfig) -> None:
         began = found.get(name, getattr(TrainConfig(), name))
         if name not in _FREE and began != wanted:
             raise ValueError(
-                f"{name} must be what the unfinished run began with, {began!r}, got {wanted!r}"
+                f"{name} must be what the unfinished run began with, {began!r}, got {wanted!r}; "
+                f"to begin anew, remove {partial_folder(Path(config.out))}"
             )
 
 
@@ -198,8 +199,9 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
         TypeError: a value of a wrong type, or an unknown name.
     """
     preset = fields.get("preset")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_preset(preset)
+    if not isinstance(method, str):
+        raise TypeError(f"method must be text, got {method!r}")
     # A preset stands for the recipe of FedKD; other methods keep their own.
     pure = PRESETS[preset] if preset is not None and method == "fedkd" else None
     special = method if pure is None else None
@@ -207,6 +209,8 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
         name, defaults = task, task_defaults(task, special)
     elif isinstance(task, type):
         raise TypeError(f"task must be an object, got the class {task.__name__}: {task.__name__}()")
+    elif not hasattr(task, "name"):
+        raise TypeError(f"task must be a name or an object that implements Task, got {task!r}")
     else:
         name, defaults = task.name, task.defaults(special)
     defaults = {**defaults, **(pure or {})}
@@ -226,7 +230,7 @@ def configure(task: str | Task, method: str, fields: Mapping[str, Any]) -> Train
         key: os.fspath(value) if isinstance(value, os.PathLike) else value
         for key, value in fields.items()
     }
-    if "distillation" in plain:
+    if isinstance(plain.get("distillation"), Mapping):
         plain["distillation"] = {**defaults.get("distillation", {}), **plain["distillation"]}
     return TrainConfig(**{**defaults, **plain, "task": name, "method": method})
 

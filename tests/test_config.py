@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -160,6 +161,12 @@ def test_energies_stay_shares(shape: str) -> None:
         ),
         ({"mutual": False, "refresh_steps": 2}, "mutual=False .* refresh_steps must be 0, got 2"),
         ({"distillation": {"loss": "none"}}, "loss must be one of separate, joint, got 'none'"),
+        ({"local_steps": 10**20}, r"local_steps must be at most 2\^53, got 1000"),
+        ({"clients": 10**400}, r"clients must be at most 2\^53"),
+        ({"memory_gb": 10**400}, "memory_gb must be positive and finite, got inf"),
+        ({"server_momentum": -(10**400)}, r"server_momentum must lie in \[0, 1\], got -inf"),
+        ({"attack_factor": math.nan}, "attack_factor must be finite, got nan"),
+        ({"preset": {}}, "preset must be one of paper, public_code, got {}"),
     ],
 )
 def test_values_out_of_range(fields: dict[str, Any], message: str) -> None:
@@ -181,11 +188,30 @@ def test_values_out_of_range(fields: dict[str, Any], message: str) -> None:
         ({"overwrite": 1}, "overwrite must be True or False, got 1"),
         ({"gradient_checkpointing": None}, "gradient_checkpointing must be True or False, got"),
         ({"distilation": {}}, "'distilation' is no field of TrainConfig"),
+        ({"distillation": None}, "distillation must be a mapping, got None"),
+        ({"distillation": 2}, "distillation must be a mapping, got 2"),
+        ({"attack_factor": "x"}, "attack_factor must be a number, got 'x'"),
+        ({"text_column": None}, "text_column must be text, got None"),
+        ({"data": 2018}, "data must be text, got 2018"),
     ],
 )
 def test_values_of_wrong_types(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         configure(TinyTask(), "fedkd", fields)
+
+
+def test_task_and_method_are_names() -> None:
+    for task in (None, 5):
+        with pytest.raises(TypeError, match=f"task must be a name or an object .* got {task}"):
+            configure(task, "fedkd", {})  # type: ignore[arg-type]
+    for method in ({}, 5):
+        for make in (partial(configure, "digits", fields={}), partial(TrainConfig, "digits")):
+            with pytest.raises(TypeError, match=f"method must be text, got {method}"):
+                make(method=method)
+
+
+def test_seeds_may_have_any_size() -> None:
+    assert TrainConfig(seed=2**200, dp_seed=2**200).seed == 2**200
 
 
 def test_every_switch_is_checked() -> None:
