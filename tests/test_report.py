@@ -256,6 +256,8 @@ def test_no_folder_is_refused() -> None:
         ('{"client": 0}', r"metrics\.jsonl:2: round must be a whole number, got None"),
         (f'{{"round": {10**400}}}', r"metrics\.jsonl:2: round must lie within ±2\^53"),
         (f'{{"round": 1, "bytes_up": {10**400}}}', r"bytes_up must lie within ±2\^53"),
+        ('{"round": 1, "seconds": NaN}', r"metrics\.jsonl:2: seconds must lie within .*, got nan"),
+        ('{"round": 1, "score_mentor": 1e308}', r"score_mentor must lie within ±1e\+300, got 1e"),
         ('{"round": 1, "client": "a"}', r"metrics\.jsonl:2: client must be a whole number"),
         ('{"round": 1, "score_mentor": "x"}', r"metrics\.jsonl:2: score_mentor must be a number"),
         ('{"round": 1, "layers": 3}', r"metrics\.jsonl:2: layers must be a list"),
@@ -289,6 +291,17 @@ def test_malformed_summary_is_named(tmp_path: Path, text: str, message: str) -> 
     (folder / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_run(folder)
+
+
+@pytest.mark.parametrize("change", [{"clients": 10**400}, {"shard_sizes": [1, 10**19]}])
+def test_counts_that_are_none_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = make_run(tmp_path / "run") / "config.json"
+    config = json.loads(path.read_text())
+    config |= change if "clients" in change else {"task_facts": change}
+    path.write_text(json.dumps(config))
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"config\.json: {name} must lie within ±2\^53"):
+        write_report([path.parent])
 
 
 def test_text_number_in_the_summary_is_named(tmp_path: Path) -> None:

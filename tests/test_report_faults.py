@@ -313,7 +313,11 @@ def test_same_journal_gives_the_same_page(tmp_path: Path) -> None:
         ('{"event": "resume", "round": "x"}', "round must be a whole number, got 'x'"),
         (
             '{"event": "round", "round": 1, "asked": 1, "accepted": 1, "seconds": NaN}',
-            "seconds must be finite and at least 0, got nan",
+            "seconds must lie within ±1e.300, got nan",
+        ),
+        (
+            '{"event": "round", "round": 1, "asked": 1, "accepted": 1, "seconds": -1}',
+            "seconds must be at least 0, got -1.0",
         ),
     ],
 )

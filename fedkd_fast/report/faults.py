@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -108,7 +107,7 @@ def _privacy(run: RunFolder) -> str:
 def epsilon(run: RunFolder) -> str:
     """ε of a run with differential privacy."""
     found = run.number("epsilon")
-    return f"ε = {found:.3g}" if found is not None and math.isfinite(found) else "ε is not bounded"
+    return f"ε = {found:.3g}" if found is not None else "ε is not bounded"
 
 
 def round_table(log: Log) -> str:

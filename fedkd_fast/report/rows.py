@@ -8,6 +8,7 @@ from typing import Any
 
 # Whole numbers that a float holds exactly: more than any count of a run.
 MOST = 2**53
+_LARGEST = 1e300  # up to there, sums and percents are finite
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ def number(record: Mapping[str, Any], key: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: {key} must be a number or null, got {value!r}")
-    return float(_counted(value, key, where) if isinstance(value, int) else value)
+    if isinstance(value, int):
+        return float(counted(value, key, where))
+    if not abs(value) <= _LARGEST:  # so no NaN either
+        raise ValueError(f"{where}: {key} must lie within ±{_LARGEST:g}, got {value}")
+    return value
 
 
 def whole(record: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -104,10 +109,15 @@ def whole(record: Mapping[str, Any], key: str, where: str, default: int | None =
     value = record.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{where}: {key} must be a whole number, got {value!r}")
-    return _counted(value, key, where)
+    return counted(value, key, where)
 
 
-def _counted(value: int, key: str, where: str) -> int:
+def counted(value: int, key: str, where: str) -> int:
+    """Return a whole number that is no more than a count can be.
+
+    Raises:
+        ValueError: it is more.
+    """
     if abs(value) > MOST:
         raise ValueError(f"{where}: {key} must lie within ±2^53")
     return value

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedkd_fast._files import parse_json, read_json_object, read_text
 from fedkd_fast.report.log import Log, read_log
-from fedkd_fast.report.rows import Layer, RoundRow, Spectrum, number, round_row
+from fedkd_fast.report.rows import Layer, RoundRow, Spectrum, counted, number, round_row
 
 # A megabyte of traffic is 10^6 bytes, the unit in which the FedKD paper counts.
 BYTES_PER_MB = 1_000_000
@@ -68,7 +68,9 @@ class RunFolder:
     def client_count(self) -> int:
         """Number of clients, whether or not all took part in each round; one for central."""
         count = 1 if self.method == "central" else self.config.get("clients")
-        return count if isinstance(count, int) and count > 0 else max(1, len(self.clients()))
+        if not isinstance(count, int) or count < 1:
+            return max(1, len(self.clients()))
+        return counted(count, "clients", str(self.path / "config.json"))
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -77,7 +79,8 @@ class RunFolder:
         sizes = facts.get("shard_sizes") if isinstance(facts, dict) else None
         if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
             return []
-        return sizes
+        where = str(self.path / "config.json")
+        return [counted(size, "shard_sizes", where) for size in sizes]
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Means of all metrics on the test data, by role; empty roles are left out."""
