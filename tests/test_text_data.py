@@ -41,6 +41,13 @@ def test_text_rows_that_cannot_be_read(
         read_splits(str(tmp_path))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_texts_may_be_long(suffix: str, tmp_path: Path) -> None:
+    path, text = tmp_path / f"a{suffix}", "word " * 40_000
+    path.write_text(f"text\n{text}\n")
+    assert read_texts(path) == [text]
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.tsv", "train.csv.gz"])
 def test_bytes_that_are_no_text_are_placed(name: str, tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + 9_000 * b"\n" + b"\xff\n"

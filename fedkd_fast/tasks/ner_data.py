@@ -117,7 +117,7 @@ def _from_folder(folder: Path) -> Splits:
 
 
 def read_conll(path: Path) -> list[Sentence]:
-    """Read a file in CoNLL's format; columns are apart by tabs, or else by any white space.
+    """Read a file in CoNLL's format; columns are apart by tabs, or else by spaces.
 
     Raises:
         ValueError: a malformed row or tag; names file and line.

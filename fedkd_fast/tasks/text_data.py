@@ -16,6 +16,7 @@ from fedkd_fast.models import silent_hub
 
 FORMATS = (".jsonl", ".tsv", ".csv")
 TEXT, LABEL = "text", "label"
+_LONGEST_CELL = 2**31 - 1  # what fits into a long everywhere
 # No characters: what the error handler surrogateescape makes of bytes that are not UTF-8, and what
 # JSON can smuggle in.
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -204,6 +205,8 @@ def _table(path: Path, lines: Iterable[str], suffix: str) -> Iterator[tuple[int,
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, strict=True)
+    # A text may be longer than the 128 KiB that the library allows.
+    csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))
     header: list[str] | None = None
     try:
         for cells in reader:
