@@ -64,8 +64,8 @@ def measure(matrices: dict[str, Tensor], energy: float, rounds: int) -> dict[str
         ]
 
     def encode() -> bytes:
-        entries = wf1.encode(items(), [lost] * len(matrices), ops)
-        return wire.encode([entry for entry in entries if entry is not None], codec="wf1")
+        found = wf1.encode(items(), [lost] * len(matrices), ops)
+        return wire.encode([part.entry for part in found if part.entry is not None], codec="wf1")
 
     def control() -> None:
         for item in made:

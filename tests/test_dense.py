@@ -135,6 +135,26 @@ def test_budgets_lose_nothing_of_few_values_where_that_fits(codec: str, values: 
         assert torch.allclose(decompress(frame)["w"], matrix, rtol=1e-4)
 
 
+@pytest.mark.parametrize("codec", ["dense", "wf1"])
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-5)])
+@pytest.mark.parametrize("scale", [0.0012, 7.65625])
+def test_budgets_lose_next_to_nothing_where_no_step_divides_a_few_values(
+    scale: float, dtype: torch.dtype, most: float, values: tuple[float, ...], codec: str
+) -> None:
+    """Larger frames that lose more would fit as well."""
+    made = torch.Generator().manual_seed(1)
+    drawn = torch.randint(len(values), (100, 70), generator=made)
+    update = {"w": (scale * torch.tensor(values))[drawn].to(dtype)}
+    least = len(Compressor(1 - most, codec).compress(update))
+    for scope in ("tensor", "message"):
+        for factor in (1.0, 1.1, 1.3, 1.7, 3.0):
+            budget = int(factor * least)
+            frame = Compressor(codec=codec, budget_bytes=budget, scope=scope).compress(update)
+            assert len(frame) <= budget
+            assert relative_error(update["w"].double(), decompress(frame)["w"].double()) <= most
+
+
 def test_signs_are_sent_as_such() -> None:
     """They lose nothing at a step of one, which lies beyond steps that lose too much."""
     matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(3)).sign()

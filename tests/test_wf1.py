@@ -78,9 +78,10 @@ def test_never_larger_than_the_best_single_mode(energy: float) -> None:
             (stream,) = wf1.streams([(0, found)], ops)
             alone.append(len(found.payload(stream, 0)))
         assert len(alone) >= 2
-        (entry,) = wf1.encode([item], [1 - energy], ops)
-        assert entry is not None
-        assert len(entry.payload) <= min(alone)
+        (coded,) = wf1.encode([item], [1 - energy], ops)
+        assert coded.entry is not None
+        assert len(coded.entry.payload) <= min(alone)
+        assert 0.9 * (1 - energy) * item.total <= coded.error <= (1 - energy) * item.total
 
 
 def blocks(side: int, count: int, value: float) -> torch.Tensor:

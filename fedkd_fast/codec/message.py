@@ -39,12 +39,15 @@ TAIL_SHARE, WF0_TAIL_SHARE = 0.5, 0.35
 # A budget is used to this share at least, where the tensors allow it.
 FULL_BUDGET, AIM_BUDGET = 0.98, 0.993
 _BUDGET_ATTEMPTS, _CURVE_ATTEMPTS = 12, 4
+_ALIKE = 1.1  # losses within this factor: tensors do not use all that they may lose
 _SAMPLE, _FEW = 4096, 64  # of values; of these, for each value that differs
 # What a first look at a message with a budget assumes to be lost.
 _FIRST_LOST = 0.05
 # log2 of the least that is lost before nothing is: about what float32 distinguishes.
 _FINEST = -46.0
-_NEXT_TO_NOTHING = 2.0**-30
+# More than what few values lose at a step that all but divides them: a step is off by a 256th of
+# an octave at most, and sixteen bits round what is decoded once more.
+_NEXT_TO_NOTHING = 2.0**-15
 
 
 def wide(value: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ class Message:
         items = self._items(lost, one_step, factorise)
         # A tensor may lose less than its share where others may lose more.
         priced = _priced(items, 0.1 * lost if one_step else None)
-        return self._coded(items, shares_of(priced, lost, one_step=one_step))
+        return self._coded(items, shares_of(priced, lost, one_step=one_step), one_step)[0]
 
     def encode_within(
         self,
@@ -184,38 +187,38 @@ class Message:
         items, deepest = self._items(_FIRST_LOST, one_step, factorise), _FIRST_LOST
         priced = _priced(items, 2.0**_FINEST)
         best: list[Entry] | None = None
-        used, least, loses = 0, 2**63, 1.0
-        fine: list[Entry] | None = None
-        if self._keeps_to_few_values():
-            # Then what loses next to nothing may be smaller than what loses something.
-            fine = self._coded(items, shares_of(priced, _NEXT_TO_NOTHING, one_step=one_step))
-            least = size(fine)
-            fine = fine if least <= limit else None
+        least, loses = 2**63, math.inf
         beyond, fits = 2.0**_FINEST, 1.0  # losses of frames that were too large, and that were not
-        for attempt in range(_BUDGET_ATTEMPTS):
-            # Where numbers keep to a few values, the curves are off by more than they can mend.
-            curved = attempt < _CURVE_ATTEMPTS
-            lost = _lost_within(priced, wanted, one_step) if curved else math.nan
-            if not beyond < lost < fits:
-                lost = math.sqrt(beyond * fits)
-            if best is None and attempt == _BUDGET_ATTEMPTS - 1:
-                lost = 1.0
-            # With fewer columns, a frame may take less than with coarse ones of all.
-            fewer = best is None and not curved and lost > 2.0 * deepest
-            if factorise and (lost < deepest or fewer):
-                items, deepest = self._items(lost, one_step, factorise), lost
-                priced = _priced(items, 2.0**_FINEST)
-            entries = self._coded(items, shares_of(priced, lost, one_step=one_step))
+        # Of few values, what loses next to nothing may be smaller than what loses something.
+        few = self._keeps_to_few_values()
+        for attempt in range(-1 if few else 0, _BUDGET_ATTEMPTS):
+            if attempt < 0:
+                lost = _NEXT_TO_NOTHING
+            else:
+                # Where numbers keep to a few values, the curves are off by more than they can mend.
+                curved = attempt < _CURVE_ATTEMPTS
+                lost = _lost_within(priced, wanted, one_step) if curved else math.nan
+                if not beyond < lost < fits:
+                    lost = math.sqrt(beyond * fits)
+                if best is None and attempt == _BUDGET_ATTEMPTS - 1:
+                    lost = 1.0
+                # With fewer columns, a frame may take less than with coarse ones of all.
+                fewer = best is None and not curved and lost > 2.0 * deepest
+                if factorise and (lost < deepest or fewer):
+                    items, deepest = self._items(lost, one_step, factorise), lost
+                    priced = _priced(items, 2.0**_FINEST)
+            entries, loss = self._coded(items, shares_of(priced, lost, one_step=one_step), one_step)
             found = size(entries)
             least = min(least, found)
-            if used < found <= limit:
-                best, used, loses = entries, found, lost
-            if FULL_BUDGET * limit <= found <= limit:
+            full = FULL_BUDGET * limit <= found <= limit and attempt >= 0
+            # Of few values a larger frame may lose more; a little more says nothing.
+            if found <= limit and loss < (_ALIKE if full else 1.0) * loses:
+                best, loses = entries, loss
+            if full or loses <= 2.0**_FINEST:
                 break
             beyond, fits = (max(beyond, lost), fits) if found > limit else (beyond, min(fits, lost))
-            wanted *= goal / max(found - fixed, 1)
-        if fine is not None and loses > _NEXT_TO_NOTHING:
-            return fine
+            if attempt >= 0:
+                wanted *= goal / max(found - fixed, 1)
         if best is None:
             raise ValueError(
                 f"the frame takes at least about {least} bytes, got a limit of {limit}"
@@ -259,11 +262,21 @@ class Message:
             )
         return items
 
-    def _coded(self, items: Mapping[str, wf1.Item], allowed: list[float]) -> list[Entry]:
-        entries = wf1.encode(list(items.values()), allowed, self._backend)
-        return self._listed(
-            {name: entry for name, entry in zip(items, entries, strict=True) if entry is not None}
-        )
+    def _coded(
+        self, items: Mapping[str, wf1.Item], allowed: list[float], one_step: bool
+    ) -> tuple[list[Entry], float]:
+        """Return the entries of all tensors, and the share that is lost."""
+        coded: dict[str, Entry] = {}
+        lost = whole = 0.0
+        found = wf1.encode(list(items.values()), allowed, self._backend)
+        for (name, item), part in zip(items.items(), found, strict=True):
+            if part.entry is not None:
+                coded[name] = part.entry
+            # One loss for each tensor weighs as bytes do: by the numbers that share it.
+            weight = item.total if one_step else math.prod(item.template.shape)
+            lost += weight * part.error / item.total
+            whole += weight
+        return self._listed(coded), lost / whole if whole else 0.0
 
     def _shape(self, name: str) -> tuple[int, ...]:
         # What may be lost depends on the tensor: a row alone of a matrix is no vector.

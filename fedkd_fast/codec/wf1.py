@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -143,6 +144,13 @@ class Item:
         return curves_of(spectrum, least_share * self.total, most_error)
 
 
+class Coded(NamedTuple):
+    """What a tensor becomes."""
+
+    entry: Entry | None  # None where raw bytes are smaller than any
+    error: float  # squared, of what the receiver will have
+
+
 def _measured(coding: Coding, item: Item, allowed: float, backend: ModuleType) -> float:
     """Return the squared error of what the receiver will have."""
     dtype, dense = item.template.dtype, coding.mode is Mode.CODED_DENSE
@@ -198,7 +206,7 @@ def densely(item: Item, allowed: float, backend: ModuleType) -> Coding | None:
             continue
         error = _measured(coding, item, allowed, backend)  # Inf where it overflows 16 bits
         if error <= target and (best is None or coding.step > best.step):
-            best = coding
+            best = replace(coding, error=error)
         if FULL_USE * target <= error <= target:
             break
         # More or less than a look at some rows said, or than float32 has.
@@ -219,7 +227,6 @@ def meeting(
     aim = AIM * target / biases.of(kind)
     place = at_error(curve, aim)
     best: Coding | None = None
-    used = 0.0  # the error of the best
     # The next coarser step that is too coarse, its error and columns.
     failed: tuple[int, float, int] | None = None
     slope, before, span = 0.5 * _STEEPEST, None, math.inf
@@ -239,7 +246,7 @@ def meeting(
             biases.note(kind, error / aim)
         # Of numbers that keep to a few values, a coarser step may have the smaller error.
         if error <= target and (best is None or coding.step > best.step):
-            best, used = coding, error
+            best = replace(coding, error=error)
             more = curve.mode is Mode.CODED_FACTORS and failed and failed[2] < best.rank
             if failed and (failed[0] <= best.step or more):
                 failed = None  # with fewer columns, coarser steps fail that now may do
@@ -256,7 +263,7 @@ def meeting(
             place = at_error(curve, aim)
             continue
         # The curve has done what it can: from here on the columns of the best are kept.
-        gain = math.log(AIM * target / max(used, 1e-300))
+        gain = math.log(AIM * target / max(best.error, 1e-300))
         if failed is None:
             ahead = min(gain / slope, _STRIDE)
         else:
@@ -264,7 +271,7 @@ def meeting(
             span, wider = failed[0] - best.step, span
             if span < 2:
                 break
-            share = gain / max(math.log(failed[1] / max(used, 1e-300)), 1e-9)
+            share = gain / max(math.log(failed[1] / max(best.error, 1e-300)), 1e-9)
             ahead = 0.5 * span if span > 0.5 * wider else span * min(max(share, 0.1), 0.9)
             ahead = min(ahead, span - 1)
         place = place._replace(step=(best.step + max(1.0, ahead)) / STEPS)
@@ -282,7 +289,7 @@ def _coding(item: Item, place: Point, finer: Coding | None, backend: ModuleType)
     return code_hybrid(item.matrix, rows, item.factors, step, place.rank, backend)
 
 
-def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
+def _half(item: Item, exact: Tensor, allowed: float) -> Coded | None:
     """Encode as float16 times a power of two, where that is exact enough."""
     largest = max(abs(float(extreme)) for extreme in exact.aminmax())
     # Below float16's largest number, 65504, by as little as a power of two can be.
@@ -292,10 +299,11 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Entry | None:
     values = torch.ldexp(exact, torch.tensor(-exponent)).half()
     decoded = torch.ldexp(values.double(), torch.tensor(exponent))
     decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
-    if (decoded - exact.double()).square().sum() > allowed * item.total:
+    error = float((decoded - exact.double()).square().sum())
+    if error > allowed * item.total:
         return None
     payload = half_payload(exponent + item.shift, to_bytes(values))
-    return replace(item.template, mode=Mode.HALF, payload=payload)
+    return Coded(replace(item.template, mode=Mode.HALF, payload=payload), error)
 
 
 def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) -> Iterator[Coding]:
@@ -320,13 +328,11 @@ def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) ->
             yield coding
 
 
-def encode(
-    items: Sequence[Item], allowed: Sequence[float], backend: ModuleType
-) -> list[Entry | None]:
+def encode(items: Sequence[Item], allowed: Sequence[float], backend: ModuleType) -> list[Coded]:
     """Encode tensors so that each loses at most a share of its squared norm.
 
     ``|x - decoded|² ≤ allowed·|x|²``, truncation, quantisation and the rounding of the dtype
-    together, with the smallest of all modes; None where raw bytes are smaller than any.
+    together, with the smallest of all modes.
 
     Args:
         items: the tensors; integers of many go through one call of the entropy coder.
@@ -334,7 +340,7 @@ def encode(
         backend: `fedkd_fast.ops` or `fedkd_fast.reference`.
     """
     biases = Biases()
-    entries: list[Entry | None] = [None] * len(items)
+    found = [Coded(None, 0.0)] * len(items)
     held = [_unencoded(item) for item in items]
     pending: list[tuple[int, Coding]] = []
 
@@ -344,9 +350,8 @@ def encode(
             payload = coding.payload(stream, item.shift)
             if len(payload) < held[index]:
                 held[index] = len(payload)
-                entries[index] = replace(
-                    item.template, mode=coding.mode, rank=coding.rank, payload=payload
-                )
+                entry = replace(item.template, mode=coding.mode, rank=coding.rank, payload=payload)
+                found[index] = Coded(entry, coding.error)
         pending.clear()
 
     waiting = 0
@@ -360,8 +365,8 @@ def encode(
     settle()
     for index, item in enumerate(items):
         if isinstance(item.exact, Tensor) and _HALF_HEAD + 2 * item.exact.numel() < held[index]:
-            entries[index] = _half(item, item.exact, allowed[index]) or entries[index]
-    return entries
+            found[index] = _half(item, item.exact, allowed[index]) or found[index]
+    return found
 
 
 def _unencoded(item: Item) -> int:
