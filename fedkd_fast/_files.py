@@ -19,7 +19,8 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     ``target`` that existed before is untouched.
 
     Args:
-        target: the file to write; its folder must exist. Of a link, what it points to is replaced.
+        target: the file to write; its folder must exist. A link itself is replaced: in folders that
+            come from others it may point to anything.
         durable: return only when the file and its name are on the disk, whatever happens to the
             machine after that.
 
@@ -29,9 +30,6 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the folder is missing or not writable; names ``target``.
     """
-    given = target
-    if target.is_symlink():
-        target = Path(os.path.realpath(target))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
@@ -43,7 +41,7 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     except OSError as error:
         # The reader of the message knows the target, not the temporary name.
         if error.filename == str(part):
-            raise OSError(error.errno, error.strerror, str(given)) from error
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     finally:
         with contextlib.suppress(OSError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,12 +64,18 @@ class Shards:
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Return what is known of all data, for the record of a run, ready for JSON."""
-        content = getattr(task, "content", None)
-        return {
-            "shard_sizes": self.sizes(),
-            "sample": self.sample(task).hex(),
-            **({} if content is None else {"content": dict(content)}),
-        }
+        return {"shard_sizes": self.sizes(), "sample": self.sample(task).hex(), **_content(task)}
+
+
+def _content(task: Task) -> dict[str, dict[str, str]]:
+    content = getattr(task, "content", None)
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping) or not all(
+        isinstance(one, str) for pair in content.items() for one in pair
+    ):
+        raise TypeError(f"task.content must map names of splits to digests, got {content!r}")
+    return {"content": dict(content)}
 
 
 class Maker(Protocol):

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fedkd_fast._device import check_device
@@ -21,6 +22,8 @@ from fedkd_fast.updates import EXACT_INTEGERS
 
 # More threads than any machine has processors are a slip, and torch dies over very many.
 MOST_THREADS = 1024
+# Something is kept of each, and all are gone through in each round.
+MOST_CLIENTS = 1_000_000
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "codec": CODECS,
@@ -305,10 +308,15 @@ def _check_integer(name: str, value: object, least: float, words: str) -> int:
     return value
 
 
-def _check_count(name: str, value: object, least: float, words: str) -> None:
+def _check_count(
+    name: str, value: object, least: float, words: str, *, most: int = EXACT_INTEGERS
+) -> None:
     """Refuse also what is more than any run counts."""
-    if _check_integer(name, value, least, words) > EXACT_INTEGERS:
-        raise ValueError(f"{name} must be at most 2^53, got {value}")
+    number = _check_integer(name, value, least, words)
+    if number > most:
+        # Python does not write out integers of thousands of digits.
+        shown = number if number.bit_length() < 1000 else f"one of {number.bit_length()} bits"
+        raise ValueError(f"{name} must be at most {most}, got {shown}")
 
 
 def _check_positive(name: str, value: object, least: float, words: str) -> None:
@@ -348,7 +356,8 @@ _SHARE: _Rule = (_check_share, 1.0, "(0, 1]")
 _RATE: _Rule = (_check_positive, 1.0, "positive and finite")
 _AMOUNT: _Rule = (_check_positive, 0.0, "finite and at least 0")
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(("clients", "rounds", "local_steps", "batch_size"), _COUNT),
+    "clients": (partial(_check_count, most=MOST_CLIENTS), 1, "at least 1"),
+    **dict.fromkeys(("rounds", "local_steps", "batch_size"), _COUNT),
     **dict.fromkeys(("eval_every", "max_length", "mentee_layers", "rank", "patience"), _COUNT),
     "scored_clients": _COUNT,
     **dict.fromkeys(("checkpoint_every", "retries"), _NUMBER),

@@ -41,6 +41,10 @@ class RemoteShards(Shards):
         """Return the digest of the first client's first batch, as it says."""
         return self._sample
 
+    def facts(self, task: Task) -> dict[str, Any]:
+        """Return what is known of the clients' data; what the server has does not count."""
+        return {name: fact for name, fact in super().facts(task).items() if name != "content"}
+
 
 def connect(config: TrainConfig, task: Task, carrier: Carrier, wait_s: float) -> Connect:
     """Return what finds the clients of a run that are in other processes, for `trainer.train`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,9 @@ from fedkd_fast.config import TrainConfig, task_options
 from fedkd_fast.models import load_model
 from fedkd_fast.scores import evaluate, test_sets
 from fedkd_fast.tasks import TASKS, PredictingTask, Task, build_task
+from fedkd_fast.tasks.content import changed_splits
+
+_log = logging.getLogger(__name__)
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 PARTITION, JOURNAL, EVENTS = "partition.json", "journal.jsonl", "events"
@@ -124,6 +128,18 @@ def evaluate_run(folder: str | Path, task: Task | None = None) -> dict[str, Any]
         ValueError: no finished run lies there, or its data cannot be read.
     """
     run = load_run(folder, task)
+    for role, there in (("mentor", len(run.mentors)), ("mentee", len(run.mentees))):
+        told = run.summary.get(f"scores_{role}")
+        # A single one is that of all.
+        if isinstance(told, list) and 1 < there < len(told):
+            raise ValueError(
+                f"{folder} must hold a {role} for each of the {len(told)} scores in {SUMMARY}, "
+                f"got {there}"
+            )
+    facts = run.config.get("task_facts")
+    began = facts.get("content") if isinstance(facts, dict) else None
+    if "test" in changed_splits(began, getattr(run.task, "content", None)):
+        _log.warning("%s: the test data are not those that the run was scored on", folder)
     models = max(len(run.mentors), len(run.mentees))
     clients = test_sets(run.task, run.config.get("clients", models), models)
     # Models of the first clients alone were scored and saved.

@@ -267,7 +267,10 @@ def _check_content(runs: Sequence[PlannedRun]) -> None:
         if began is None:  # of an older version
             continue
         config = run.config
-        source = config.task, config.data, config.text_column, config.label_column
+        source = (
+            *(config.task, config.data, config.partition),
+            *(config.text_column, config.label_column),
+        )
         if source not in known:
             known[source] = _content(config)
         changed = changed_splits(began, known[source])
@@ -286,4 +289,6 @@ def _content(config: TrainConfig) -> object:
     try:
         return getattr(build_task(config.task, task_options(config)), "content", None)
     except (ValueError, OSError):
+        if any(Path(one.strip()).exists() for one in (config.data or "").split(",")):
+            raise
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -237,6 +238,20 @@ def test_what_a_link_points_to_is_written(tmp_path: Path, frame: Path, tensors: 
         assert main(["decompress", str(frame), str(link), "--overwrite"]) == 0
         assert link.is_symlink() and load_file(real).keys() == load_file(tensors).keys()
         assert list(real.parent.iterdir()) == [real]
+
+
+def test_targets_that_are_no_files(tmp_path: Path, tensors: Path, refused: Refusal) -> None:
+    pipe, loop, astray = (tmp_path / name for name in ("pipe", "loop", "astray"))
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    astray.symlink_to(tmp_path / "nowhere" / "a.fkd")
+    for target, words in (
+        (pipe, f"{pipe} is no regular file"),
+        (loop, f"{loop} is a link to itself"),
+        (astray, f"{tmp_path / 'nowhere'} is not a folder"),
+    ):
+        assert words in refused("compress", tensors, target, "--overwrite")
+    assert pipe.is_fifo() and loop.is_symlink() and astray.is_symlink()
 
 
 def test_unwritable_output(tmp_path: Path, tensors: Path, frame: Path, refused: Refusal) -> None:

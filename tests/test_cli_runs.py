@@ -195,6 +195,19 @@ def test_malformed_row_names_file_and_line(tmp_path: Path, refused: Refusal) -> 
     assert re.search(r"train\.jsonl, line 2", line)
 
 
+def test_a_report_replaces_pages_alone(run: Path, tmp_path: Path, refused: Refusal) -> None:
+    pytest.importorskip("matplotlib", reason="reports need the extra [report]")
+    for kept in (run / "summary.json", run / "mentee" / "config.json"):
+        before = kept.read_bytes()
+        assert f"{kept} is what is read" in refused("report", run, "-o", kept)
+        assert kept.read_bytes() == before
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    for _ in range(2):
+        assert main(["report", str(run), "-o", str(link)]) == 0
+        assert link.is_symlink() and "FedKD on digits" in page.read_text(encoding="utf-8")
+
+
 def test_diverged_training_is_no_finished_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

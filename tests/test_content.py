@@ -83,6 +83,7 @@ def write_texts(folder: Path) -> Path:
         ("ner", "test.conll", "B-Drug", "B-Thing"),
         ("ner", "dev.conll", "took", "takes"),
         ("mind", "MINDsmall_dev/behaviors.tsv", "-1", "-0"),
+        ("mind", "MINDsmall_dev/behaviors.tsv", "\tU", "\tV"),
     ],
 )
 def test_what_models_are_scored_on_counts(
@@ -103,6 +104,15 @@ def test_what_models_are_scored_on_counts(
     path.write_text(path.read_text().replace(old, new, 1))
     changed = "test" if name == "mind" else path.stem
     assert changed_splits(before, content(name, tmp_path / "two")) == [changed]
+
+
+def test_a_key_counts_where_clients_are_dealt_by_it(tmp_path: Path) -> None:
+    one, two = write_texts(tmp_path / "one"), write_texts(tmp_path / "two")
+    path = two / "train.csv"
+    path.write_text(path.read_text().replace(",x", ",y"))
+    assert content("text", one) == content("text", two)
+    by_key = [content("text", folder, partition="key:drug") for folder in (one, two)]
+    assert changed_splits(*by_key) == ["train"]
 
 
 def test_digits_are_the_same_whatever_the_seed() -> None:

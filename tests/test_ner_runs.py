@@ -121,6 +121,11 @@ def test_a_sweep_knows_its_finished_runs(
     test.write_text(test.read_text().replace("B-Disease", "O", 1))
     with pytest.raises(ValueError, match="local-s0 holds a run on other test data than there are"):
         plan_sweep(file, tmp_path / "out")
+    # Data that cannot be read may be other ones.
+    test.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"test\.conll, line 1: not UTF-8 text"):
+        plan_sweep(file, tmp_path / "out")
+    test.write_text("took O\n")
     config = again.folder / "config.json"
     known = json.loads(config.read_text())
     del known["task_facts"]["content"]

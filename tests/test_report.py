@@ -304,6 +304,22 @@ def test_counts_that_are_none_are_named(tmp_path: Path, change: dict[str, Any]) 
         write_report([path.parent])
 
 
+@pytest.mark.parametrize("score", [10**400, float("nan"), True, "high"])
+def test_scores_that_are_none_are_named(tmp_path: Path, score: object) -> None:
+    folder = make_run(tmp_path / "run", scores_mentor=[0.5, score])
+    with pytest.raises(ValueError, match=r"summary\.json: scores_mentor must "):
+        write_report([folder])
+
+
+def test_what_a_link_in_a_run_points_to_is_kept(tmp_path: Path) -> None:
+    """Run folders come from others, and nobody named what is written there."""
+    folder, mine = make_run(tmp_path / "run"), tmp_path / "mine"
+    mine.write_text("precious")
+    (folder / "report.html").symlink_to(mine)
+    assert write_report([folder]) == folder / "report.html"
+    assert mine.read_text() == "precious" and not (folder / "report.html").is_symlink()
+
+
 def test_text_number_in_the_summary_is_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", score_mentor="high")
     with pytest.raises(ValueError, match=r"summary\.json: score_mentor must be a number or null"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -262,6 +263,35 @@ def test_a_run_is_read_back(method: str, tmp_path: Path) -> None:
     again = evaluate_run(tmp_path / "run", TinyTask())
     for key in ("score_mentor", "score_mentee", "score_mean", "metrics"):
         assert again[key] == run.summary[key]
+
+
+def test_a_run_that_lost_a_model_is_not_scored(tmp_path: Path) -> None:
+    train(TinyTask(), "local", clients=3, out=str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "mentors" / "2")
+    with pytest.raises(ValueError, match=r"a mentor for each of the 3 scores in .*, got 2"):
+        evaluate_run(tmp_path / "run", TinyTask())
+
+
+class Digested(TinyTask):
+    """Tells what its data hold."""
+
+    def __init__(self, content: object) -> None:
+        super().__init__()
+        self.content = content
+
+
+def test_scores_on_other_data_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(Digested({"train": "a", "test": "b"}), "local", out=str(tmp_path / "run"))
+    evaluate_run(tmp_path / "run", Digested({"train": "c", "test": "b"}))
+    assert not caplog.records
+    evaluate_run(tmp_path / "run", Digested({"train": "a", "test": "c"}))
+    assert "the test data are not those that the run was scored on" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["abc", {"test": b"abc"}, ["test"]])
+def test_digests_that_are_none_are_refused(content: object) -> None:
+    with pytest.raises(TypeError, match=r"task\.content must map names of splits to digests, got"):
+        train(Digested(content), "local")
 
 
 def test_reading_what_is_no_run(tmp_path: Path) -> None:

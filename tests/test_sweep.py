@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -206,6 +207,20 @@ def test_a_run_that_fails_does_not_keep_the_others(
     assert sorted(folders) == done
     assert "| local" in (tmp_path / "out" / "comparison.md").read_text()
     assert [run.finished for run in plan_sweep(file, tmp_path / "out")] == [True] * 4 + [False] * 2
+
+
+def test_runs_whose_data_are_gone_stay_finished(tmp_path: Path) -> None:
+    folder, run = tmp_path / "data", tmp_path / "out" / "local-s0"
+    text = f"common: {{task: text, data: {folder}, mentor: m}}\nmethods: [local]\n"
+    (planned,) = plan(tmp_path, text)
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text("{}")
+    config = dataclasses.asdict(planned.config) | {"task_facts": {"content": {"test": "0"}}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert plan(tmp_path, text)[0].finished
+    folder.mkdir()
+    with pytest.raises(ValueError, match="holds no train file"):
+        plan(tmp_path, text)
 
 
 def test_paths_take_names_from_the_environment(

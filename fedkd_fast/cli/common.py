@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import textwrap
 import unicodedata
@@ -156,21 +157,32 @@ def page_of(
     return write_report(folders, out, names)
 
 
-def check_target(path: Path, overwrite: bool, *sources: Path | None) -> None:
+def check_target(path: Path, overwrite: bool, *sources: Path | None) -> Path:
     """Refuse a file that cannot or must not be written, before any work is done.
 
+    Returns:
+        The file to write: of a link, which somebody gave by name, what it points to.
+
     Raises:
-        ValueError: its folder does not exist, or it exists and must be kept, as sources must be.
+        ValueError: its folder does not exist, it is no regular file, or it exists and must be kept,
+            as sources must be.
     """
     for source in sources:
         if source is not None and path.exists() and source.exists() and path.samefile(source):
             raise ValueError(f"{path} is what is read: name another file to write")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():
+        # As /dev/null: a file would take its place.
+        raise ValueError(f"{path} is no regular file: name another")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists: give --overwrite to replace it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is not a folder")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise ValueError(f"{path} is a link to itself: name a file")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is not a folder")
+    return target
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -127,7 +127,7 @@ def _add_default(limit: argparse.Action) -> None:
 
 
 def _compress(args: argparse.Namespace) -> int:
-    check_target(args.target, args.overwrite, args.source, args.base)
+    target = check_target(args.target, args.overwrite, args.source, args.base)
     from fedkd_fast.compress import Compressor
 
     compressor = Compressor(
@@ -142,7 +142,7 @@ def _compress(args: argparse.Namespace) -> int:
     tensors = load_tensors(args.source)
     base = None if args.base is None else load_tensors(args.base)
     frame = compressor.compress(tensors, base)
-    write_bytes(args.target, frame)
+    write_bytes(target, frame)
     dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     share = f", {len(frame) / dense:.1%} of {size(dense)}" if dense else ""
     say(f"{args.target}: {size(len(frame))}{share}, {_count(len(tensors))}")
@@ -150,7 +150,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 
 def _decompress(args: argparse.Namespace) -> int:
-    check_target(args.target, args.overwrite, args.source, args.base)
+    target = check_target(args.target, args.overwrite, args.source, args.base)
     from fedkd_fast.decompression import decompress
     from fedkd_fast.wire import DEFAULT_MAX_BYTES
 
@@ -159,8 +159,8 @@ def _decompress(args: argparse.Namespace) -> int:
     base = None if args.base is None else load_tensors(args.base)
     with _naming(args.source):
         tensors = decompress(data, base=base, max_bytes=limit)
-    save_tensors(args.target, tensors)
-    say(f"{args.target}: {size(args.target.stat().st_size)}, {_count(len(tensors))}")
+    save_tensors(target, tensors)
+    say(f"{args.target}: {size(target.stat().st_size)}, {_count(len(tensors))}")
     return 0
 
 

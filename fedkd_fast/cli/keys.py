@@ -28,13 +28,14 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _keygen(args: argparse.Namespace) -> int:
-    public: Path = args.file.with_name(f"{args.file.name}.pub")
-    for path in (args.file, public):
+    private, public = (
         check_target(path, args.overwrite)
+        for path in (args.file, args.file.with_name(f"{args.file.name}.pub"))
+    )
     from fedkd_fast.sealing import PrivateKey
 
     key = PrivateKey.generate()
-    key.save(args.file, overwrite=args.overwrite)
+    key.save(private, overwrite=args.overwrite)
     write_bytes(public, f"{key.public}\n".encode())
     say(str(key.public))
     return 0

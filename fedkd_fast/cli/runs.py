@@ -99,9 +99,13 @@ def _predict(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from fedkd_fast.report import group_runs, read_runs, write_report
 
-    if args.out is not None:
-        check_target(args.out, overwrite=True)
-    page = write_report(args.folders, args.out)
+    out = args.out
+    if out is not None:
+        # A page may be replaced, what runs left may not.
+        kept = (path for folder in args.folders for path in folder.rglob("*") if path.is_file())
+        kept = (path for path in kept if path.suffix != ".html")
+        out = check_target(out, True, *(kept if out.exists() else ()))
+    page = write_report(args.folders, out)
     runs = read_runs(args.folders)
     print_comparison(group_runs(runs))
     _print_faults(runs)

@@ -64,6 +64,14 @@ class RunFolder:
         """A number of the summary, None where the run has none."""
         return number(self.summary, key, str(self.path / "summary.json"))
 
+    def numbers(self, key: str) -> list[float]:
+        """Numbers of a list of the summary; empty where the run has none."""
+        values, where = self.summary.get(key), str(self.path / "summary.json")
+        if not isinstance(values, list):
+            return []
+        found = (number({key: value}, key, where) for value in values)
+        return [value for value in found if value is not None]
+
     @property
     def client_count(self) -> int:
         """Number of clients, whether or not all took part in each round; one for central."""

@@ -122,15 +122,12 @@ def tiles(group: Group) -> str:
 
 
 def _spread(group: Group) -> str:
-    scores = group.first.summary.get("scores_mentor")
-    if not isinstance(scores, list):
+    scores = group.first.numbers("scores_mentor")
+    if len(scores) < 2:
         return "used at test time"
-    values = [float(score) for score in scores if isinstance(score, (int, float))]
-    if len(values) < 2:
-        return "used at test time"
-    if min(values) == max(values):
-        return f"the same on all {len(values)} clients"
-    return f"mean of {len(values)} clients, {percent(min(values))} to {percent(max(values))}"
+    if min(scores) == max(scores):
+        return f"the same on all {len(scores)} clients"
+    return f"mean of {len(scores)} clients, {percent(min(scores))} to {percent(max(scores))}"
 
 
 def comparison(groups: Sequence[Group]) -> str:

@@ -84,10 +84,11 @@ class MindTask:
 
     @cached_property
     def content(self) -> dict[str, str]:
-        """Digests of titles, histories, candidates and clicks by split."""
+        """Digests of news, users, histories, candidates and clicks by split."""
         return {
             split: content_digest(
-                shown.news.titles, *shown.history, *shown.candidates, shown.labels
+                *(shown.news.titles, shown.news.categories, shown.users, shown.labels),
+                *(*shown.history, *shown.candidates),
             )
             for split, shown in self._data.items()
         }

@@ -105,9 +105,14 @@ class TextTask:
 
     @cached_property
     def content(self) -> dict[str, str]:
-        """Digests of texts and labels by split."""
-        rows = self._rows
-        return {split: content_digest(one.texts, one.labels) for split, one in rows.items()}
+        """Digests by split of texts and labels, and of the key that clients are dealt by."""
+        kind, _, key = (self._options.partition or "").partition(":")
+        return {
+            split: content_digest(
+                one.texts, one.labels, *([one.keys.get(key)] if kind == "key" else ())
+            )
+            for split, one in self._rows.items()
+        }
 
     @cached_property
     def labels(self) -> list[str]:

@@ -205,8 +205,8 @@ def _table(path: Path, lines: Iterable[str], suffix: str) -> Iterator[tuple[int,
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, strict=True)
-    # A text may be longer than the 128 KiB that the library allows.
-    csv.field_size_limit(max(_LONGEST_CELL, csv.field_size_limit()))
+    # A text may be longer than the 128 KiB that the library allows, to all of a process alike.
+    before = csv.field_size_limit(_LONGEST_CELL)
     header: list[str] | None = None
     try:
         for cells in reader:
@@ -227,6 +227,8 @@ def _table(path: Path, lines: Iterable[str], suffix: str) -> Iterator[tuple[int,
                 )
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def check_text(value: object, place: str) -> str:
