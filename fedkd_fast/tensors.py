@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec.common import DTYPES, all_finite
+from fedkd_fast.codec.common import DTYPES, all_finite, byte_view
 from fedkd_fast.wire import TensorSpec
 
 
@@ -240,5 +240,5 @@ def digest_of(base: Mapping[str, object]) -> bytes:
         except UnicodeEncodeError:
             raise ValueError(f"base must have names of utf-8, got {name!r}") from None
         # The elements where they lie: a copy would take longer than the digest leaves.
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(byte_view(tensor).data)
     return digest.digest()

@@ -37,15 +37,17 @@ _FIRST = 4096  # bytes
 SMALLEST_SCALE, LARGEST_SCALE = 1e-36, 1e34
 
 
-def _elements(tensor: Tensor) -> NDArray[np.uint8]:
+def byte_view(tensor: Tensor) -> NDArray[np.uint8]:
     """Return the bytes of the elements in C order, little-endian, where they lie if they can."""
-    found: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    # One element, or none, is contiguous to torch whatever its stride, which bytes cannot have.
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return found
 
 
 def to_bytes(tensor: Tensor) -> bytes:
     """Return the elements in C order, little-endian."""
-    return _elements(tensor).tobytes()
+    return byte_view(tensor).tobytes()
 
 
 def from_bytes(payload: bytes | memoryview, dtype: torch.dtype) -> Tensor:
@@ -71,7 +73,7 @@ def raw_entry(name: str, tensor: Tensor, *, copy: bool = True) -> Entry:
 
     Without `copy` the payload is the memory of the tensor, which must stay as it is.
     """
-    elements = _elements(tensor)
+    elements = byte_view(tensor)
     # Mostly the first ones tell.
     zero = not elements[:_FIRST].any() and not elements.any()
     mode, payload = (

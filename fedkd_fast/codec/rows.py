@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkd_fast import wire
-from fedkd_fast.codec.common import dense_rows
+from fedkd_fast.codec.common import byte_view, dense_rows
 from fedkd_fast.wire import Entry, Mode
 
 # Shorter rows are not worth their ids, a byte or two each. Longer ones are, in any dtype, but where
@@ -74,9 +74,10 @@ def _nonzero(
     """Look at a tensor in so many rows: ids of those not zero, largest absolute value, squares."""
     if not tensor.numel():
         return torch.empty(0, dtype=torch.int64), 0.0, None
-    matrix = tensor.contiguous().reshape(count, -1)
     if exactly or not tensor.is_floating_point():
-        return matrix.view(torch.uint8).amax(1).nonzero()[:, 0], _largest(tensor), None
+        rows = torch.from_numpy(byte_view(tensor)).reshape(count, -1)
+        return rows.amax(1).nonzero()[:, 0], _largest(tensor), None
+    matrix = tensor.contiguous().reshape(count, -1)
     if tensor.dtype == torch.float32:
         squares, ends = backend.measure_rows(matrix)
     else:
