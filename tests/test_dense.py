@@ -155,6 +155,21 @@ def test_budgets_lose_next_to_nothing_where_no_step_divides_a_few_values(
             assert relative_error(update["w"].double(), decompress(frame)["w"].double()) <= most
 
 
+@pytest.mark.parametrize("codec", ["dense", "wf1"])
+@pytest.mark.parametrize("seed", [1, 4, 6, 7])
+def test_a_full_frame_that_loses_more_than_another_is_not_the_last(codec: str, seed: int) -> None:
+    made = torch.Generator().manual_seed(seed)
+    update = {
+        "signs": 0.0012 * torch.randn(100, 120, generator=made).sign(),
+        "w": 0.01 * torch.randn(80, 100, generator=made),
+        "b": torch.randn(64, generator=made),
+    }
+    frame = Compressor(codec=codec, bits_per_param=3).compress(update)
+    limit = 3 * sum(value.numel() for value in update.values()) // 8
+    assert 0.98 * limit <= len(frame) <= limit
+    assert relative_error(update["w"], decompress(frame)["w"]) < 5e-3
+
+
 def test_signs_are_sent_as_such() -> None:
     """They lose nothing at a step of one, which lies beyond steps that lose too much."""
     matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(3)).sign()

@@ -214,7 +214,7 @@ class Message:
             # Of few values a larger frame may lose more; a little more says nothing.
             if found <= limit and loss < (_ALIKE if full else 1.0) * loses:
                 best, loses = entries, loss
-            if full or loses <= 2.0**_FINEST:
+            if (full and best is entries) or loses <= 2.0**_FINEST:
                 break
             beyond, fits = (max(beyond, lost), fits) if found > limit else (beyond, min(fits, lost))
             if attempt >= 0:
