@@ -48,6 +48,9 @@ AIM, FULL_USE = 0.99, 0.95
 ATTEMPTS = 8
 # Modes that may be this much larger than the most promising one are tried as well.
 MARGIN = 1.03
+# All modes are, where more than this may be lost: symbols of dense rows are so rare there that they
+# take up to several times the bytes that curves expect.
+_MUCH_LOST = 0.35
 # Where less than this may be lost, float32 sums cannot tell whether it was.
 EXACT_SHARE = 1e-3
 _STRIDE = 64  # a quarter of an octave
@@ -320,7 +323,7 @@ def _codings(item: Item, allowed: float, biases: Biases, backend: ModuleType) ->
     )
     found = False
     for size, curve in ranked:
-        if found and size > MARGIN * ranked[0][0]:
+        if found and size > MARGIN * ranked[0][0] and allowed < _MUCH_LOST:
             break
         coding = meeting(item, curve, allowed, biases, backend)
         if coding is not None:
