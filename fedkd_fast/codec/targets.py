@@ -13,6 +13,8 @@ MESSAGE_CAP = 4.0
 # And none is asked to lose less than this of it, so that factors need not be known any deeper.
 LEAST_SHARE = 0.5
 MOST_LOST = 0.999
+# Where the message may lose more than this, all of that is handed out, whatever one step gives.
+_MUCH_LOST = 0.5
 
 
 class Target(NamedTuple):
@@ -134,8 +136,11 @@ def shares_of(tensors: Sequence[Priced], lost: float, *, one_step: bool) -> list
     for _ in range(24):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if sum(at_step(middle)) <= whole else (low, middle)
-    for i, error in zip(matrices, at_step(low), strict=True):
-        same[i] = error / tensors[i].total
+    found = at_step(low)
+    # Between two steps the best mode may change. Where little is lost, its error hardly jumps.
+    grow = max(1.0, whole / sum(found)) if lost > _MUCH_LOST else 1.0
+    for i, error in zip(matrices, found, strict=True):
+        same[i] = min(grow * error / tensors[i].total, most)
     return same
 
 
