@@ -41,3 +41,12 @@ def test_budgets_between_nothing_and_whole_signs_are_used(scope: str) -> None:
     signs = {"w": gaussian(100, 70).sign()}
     frame = Compressor(bits_per_param=0.5, scope=scope).compress(signs)
     assert relative_error(signs["w"], decompress(frame)["w"]) <= 0.77
+
+
+@pytest.mark.parametrize("scope", ["tensor", "message"])
+def test_exact_factors_of_few_values_lose_what_floats_do(scope: str) -> None:
+    signs = {"w": gaussian(100, 2).sign() @ gaussian(2, 100, seed=2).sign()}
+    for bits in (0.7, 1.0, 1.3):
+        frame = Compressor(bits_per_param=bits, scope=scope).compress(signs)
+        assert len(frame) <= bits * 100 * 100 / 8
+        assert relative_error(signs["w"], decompress(frame)["w"]) <= 5e-10

@@ -48,6 +48,8 @@ _FINEST = -46.0
 # More than what few values lose at a step that all but divides them: a step is off by a 256th of
 # an octave at most, and sixteen bits round what is decoded once more.
 _NEXT_TO_NOTHING = 2.0**-15
+# What their factors may lose in few bytes, where those are exact.
+_STILL_LESS = 2.0**-30
 
 
 def wide(value: Tensor) -> Tensor:
@@ -219,6 +221,11 @@ class Message:
             beyond, fits = (max(beyond, lost), fits) if found > limit else (beyond, min(fits, lost))
             if attempt >= 0:
                 wanted *= goal / max(found - fixed, 1)
+        if few and _STILL_LESS < loses < _NEXT_TO_NOTHING:
+            allowed = shares_of(priced, _STILL_LESS, one_step=one_step)
+            entries, loss = self._coded(items, allowed, one_step)
+            if loss < loses and size(entries) <= limit:
+                best = entries
         if best is None:
             raise ValueError(
                 f"the frame takes at least about {least} bytes, got a limit of {limit}"
