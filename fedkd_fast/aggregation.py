@@ -93,8 +93,8 @@ class _Sum:
 
     Factors are stacked while the ranks add up to less than half of the shorter side, which takes
     less memory than the matrix. From there on, and for what comes in another form, it is one
-    buffer: float64 for what is exact, float32 for what was quantised. Whatever some senders add, a
-    mean lies between the values that came: no sum leaves the range of its dtype on the way.
+    buffer: float64 for what is exact, float32 for what was quantised. Whatever some senders add, no
+    sum leaves the range of its dtype on the way, and no mean is larger than the largest that came.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -102,9 +102,12 @@ class _Sum:
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._dense: Tensor | None = None
         self._reach, self._unit = 0.0, 1.0  # magnitude that no sum exceeds; of the buffer
+        self._largest = 0.0  # magnitude that came
 
     def add(self, parts: Parts, weight: float, *, exact: bool) -> None:
-        self._reach += weight * largest_of(parts)
+        largest = largest_of(parts)
+        self._largest = max(self._largest, largest)
+        self._reach += weight * largest
         # Also of values of 16 bits: their sum is one of 32.
         far = not self._reach < _REACH * torch.finfo(torch.float32).max
         dtype = torch.float64 if exact or far else torch.float32
@@ -148,7 +151,11 @@ class _Sum:
 
     def mean(self, total: float) -> Tensor | LowRank:
         if self._dense is not None:
-            return cast(self._dense.div_(total * self._unit), self._dtype)
+            mean = self._dense.div_(total * self._unit)
+            if self._dtype in (torch.float64, torch.int64):
+                # No cast rounds away what the weights, as they are rounded, are more than a whole.
+                mean.clamp_(-self._largest, self._largest)
+            return cast(mean, self._dtype)
         if not self._pairs:
             return torch.zeros(self._shape, dtype=self._dtype)
         whole = stacked(self._pairs, self._shape, self._dtype)

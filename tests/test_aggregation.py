@@ -302,6 +302,18 @@ def test_sums_stay_within_the_range_whoever_comes_first(form: str, signs: tuple[
     assert float(mean["w"][0, 0]) == pytest.approx(wanted, rel=1e-3, abs=1e-12 * factor)
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 1, 3), (3, 5, 11), (0.1, 0.2, 0.7)])
+@pytest.mark.parametrize(
+    "value", [0.1, torch.finfo(torch.float64).max, 2**53 - 1], ids=["tenth", "largest", "integer"]
+)
+def test_a_mean_of_what_is_the_same_is_no_larger(value: float, weights: tuple[float, ...]) -> None:
+    dtype = torch.int64 if isinstance(value, int) else torch.float64
+    same = torch.tensor([value, -value], dtype=dtype)
+    mean = aggregate([RAW.compress({"w": same})] * 3, weights)["w"]
+    assert bool((mean.abs() <= same.abs()).all())
+    assert torch.allclose(mean, same, rtol=1e-15, atol=0)
+
+
 def test_weights_of_what_does_not_count_have_no_say() -> None:
     good = Compressor(0.9).compress({"w": low_rank(0)})
     exact = decompress(good)["w"]
