@@ -138,6 +138,17 @@ def test_float16_that_factors_would_overflow_travels_raw() -> None:
     assert relative_error(exact.float(), decoded.float()) <= 0.2
 
 
+@pytest.mark.parametrize("scale", [3e-7, 1e-6, 1e-3])
+def test_float16_that_rounds_factors_too_coarsely_travels_raw(scale: float) -> None:
+    column, row = (torch.randn(64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    exact = torch.outer(column, row)
+    exact = (exact / exact.abs().max() * scale).half()
+    for energy in (0.9, 0.99, 0.999, 0.99999):
+        decoded = decompress(Compressor(energy, "factors-fp32").compress({"w": exact}))["w"]
+        wanted = exact.double() / scale
+        assert relative_error(wanted, decoded.double() / scale) <= 1 - energy
+
+
 @pytest.mark.parametrize(
     "other", [torch.zeros(1, 40), torch.zeros(40, 40, dtype=torch.float64)], ids=["shape", "dtype"]
 )

@@ -13,7 +13,6 @@ from torch import Tensor
 from fedkd_fast.codec import wf0, wf1
 from fedkd_fast.codec.common import (
     DTYPES,
-    all_finite,
     factors_entry,
     is_matrix,
     matrix_shape,
@@ -125,11 +124,17 @@ class Message:
             entry = factors_entry(name, raw.dtype, raw.shape, factors)
             if len(entry.payload) >= len(raw.payload):
                 continue
-            # Sixteen bits may have no room for what factors make of their largest numbers.
+            # Sixteen bits round what factors make, and may have no room for the largest of it.
             roomy = raw.dtype in ("float32", "float64")
-            if roomy or all_finite(decode_entry(entry, self._backend)):
+            if roomy or self._lost(entry) <= 1.0 - energy:
                 coded[name] = entry
         return self._listed(coded)
+
+    def _lost(self, entry: Entry) -> float:
+        """Return the share of its squared norm that a tensor loses in what an entry decodes to."""
+        exact = self._lossy[entry.name].double()
+        decoded = decode_entry(entry, self._backend).double()
+        return float((decoded - exact).square().sum() / exact.square().sum())
 
     def encode_wf0(self, energy: float) -> list[Entry]:
         """Meet an energy with integer bits for each column or row."""
