@@ -205,6 +205,20 @@ def test_reader_checks_schema_and_bound() -> None:
     assert FrameReader(io.BytesIO(FRAME), max_bytes=dense).entries
     with pytest.raises(ValueError, match="max_bytes must lie in"):
         FrameReader(io.BytesIO(FRAME), max_bytes=-1)
+    wrong: list[Any] = ["1", None, 1e9]
+    for bound in wrong:
+        with pytest.raises(TypeError, match=f"max_bytes must be an int, got {bound!r}"):
+            FrameReader(io.BytesIO(FRAME), max_bytes=bound)
+        with pytest.raises(TypeError, match=f"max_bytes must be an int, got {bound!r}"):
+            wire.decode(FRAME, max_bytes=bound)
+
+
+def test_a_file_that_stands_beyond_its_end_is_truncated() -> None:
+    for read in (wire.file_header, FrameReader):
+        file = io.BytesIO(FRAME)
+        file.seek(len(FRAME) + 10)
+        with pytest.raises(WireError, match="truncated: its header takes 64 bytes, got 0"):
+            read(file)
 
 
 @pytest.mark.parametrize(

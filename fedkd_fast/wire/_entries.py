@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol, SupportsIndex
+from typing import Any, NamedTuple, Protocol
 
 from fedkd_fast.wire._native import _C
 
@@ -105,7 +106,7 @@ class Base:
     Raises:
         WireError: a run without a round or the other way round, or one that does not fit; a digest
             of another size.
-        TypeError: a run or round that is no integer.
+        TypeError: a run or round that is no integer, or a digest that is no bytes.
     """
 
     run: int | None = None  # names a training run, below 2**64
@@ -118,11 +119,13 @@ class Base:
         for what, value, most in (("run", self.run, _MAX_RUN), ("round", self.round, _MAX_ROUND)):
             if value is None:
                 continue
-            if not isinstance(value, SupportsIndex):
-                raise TypeError(f"{what} of the base must be an int, got {value!r}")
-            if not 0 <= value <= most:
+            if not 0 <= integer(value, f"{what} of the base") <= most:
                 raise WireError(f"{what} of the base must lie in [0, {most}], got {value}")
-        if self.digest is not None and len(self.digest) != _DIGEST_BYTES:
+        if self.digest is None:
+            return
+        if not isinstance(self.digest, (bytes, bytearray, memoryview)):
+            raise TypeError(f"digest of the base must be bytes, got {self.digest!r}")
+        if len(self.digest) != _DIGEST_BYTES:
             raise WireError(f"digest of the base must have 16 bytes, got {len(self.digest)}")
 
 
@@ -167,6 +170,14 @@ class EntryInfo(NamedTuple):
         if self.rows_mode is None:
             return self.mode, self.rank
         return self.rows_mode, self.rows_rank
+
+
+def integer(value: Any, what: str) -> int:
+    """Return an integer as one of Python's, or say what it must be."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an int, got {value!r}") from None
 
 
 def schema_hash(schema: Iterable[Described]) -> int:

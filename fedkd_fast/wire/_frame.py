@@ -19,6 +19,7 @@ from fedkd_fast.wire._entries import (
     facts_of,
     header_of,
     info_of,
+    integer,
     schema_fields,
 )
 from fedkd_fast.wire._native import _C
@@ -132,7 +133,7 @@ def inspect(frame: Buffer, schema: Iterable[Described] | None = None) -> list[En
 
 def check_max_bytes(max_bytes: int) -> None:
     """Refuse a bound that is none."""
-    if not 0 <= max_bytes <= ANY_SIZE:
+    if not 0 <= integer(max_bytes, "max_bytes") <= ANY_SIZE:
         raise ValueError(f"max_bytes must lie in [0, 2**63), got {max_bytes}")
 
 

@@ -140,7 +140,8 @@ def file_header(file: BinaryIO) -> Header:
         WireError: the bytes are no frame of this version, or the header is damaged.
     """
     start = file.tell()
-    size = file.seek(0, 2) - start
+    # A file may stand beyond its end.
+    size = max(file.seek(0, 2) - start, 0)
     file.seek(start)
     front = file.read(min(size, HEADER_BYTES + DIGEST_BYTES))
     file.seek(start)
@@ -179,7 +180,7 @@ class FrameReader:
         wanted = None if schema is None else schema_fields(schema)
         self._file = file
         self._start = file.tell()
-        size = file.seek(0, 2) - self._start
+        size = max(file.seek(0, 2) - self._start, 0)
         front = self._bytes(0, min(size, HEADER_BYTES + DIGEST_BYTES))
         facts = _C.read_header(front, size)
         self.header = header_of(facts)
