@@ -183,6 +183,8 @@ def _weighted(
         if left:
             raise ValueError(f"weights must be of frames, there is none of {next(iter(left))!r}")
         return
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be a sequence or a mapping of numbers, got {weights!r}")
     checked, count = check_weights(dict(enumerate(weights))), 0
     for count, (name, frame) in enumerate(named, 1):
         if count <= len(checked):
@@ -225,13 +227,15 @@ def aggregate(
         that are tied in every frame stay tied.
 
     Raises:
-        TypeError: one frame instead of several.
+        TypeError: one frame instead of several, no frames, or weights that are no numbers.
         ValueError: no frame that counts, or wrong weights. With `strict`, also a frame that does
             not match the others or the schema, or that holds integers beyond 2^53; names it.
         WireError: with `strict`, anything wrong with the bytes of a frame.
     """
     if isinstance(frames, str) or is_buffer(frames):
         raise TypeError("frames must be several, one a sender, got a single one: pass [frame]")
+    if not isinstance(frames, Iterable):
+        raise TypeError(f"frames must be an iterable or a mapping of frames, got {frames!r}")
     module = backend_named(backend)
     mean = _Mean(schema, relative_to)
     refused: dict[str | int, str] = {}

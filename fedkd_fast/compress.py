@@ -28,6 +28,7 @@ from fedkd_fast.tensors import (
     check_same_names,
     check_same_tensors,
     digest_of,
+    endings_of,
     tied_names,
 )
 from fedkd_fast.wire import Base, Entry
@@ -119,8 +120,6 @@ class Compressor:
         exact: Collection[str] = STATISTICS,
         backend: str = "native",
     ) -> None:
-        if isinstance(exact, str):
-            raise TypeError(f"exact must be a collection of endings of names, got {exact!r}")
         if codec not in CODECS:
             raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
         if scope not in SCOPES:
@@ -139,7 +138,8 @@ class Compressor:
         self.target = make_target(energy, error, budget_bytes, bits_per_param, DEFAULT_ENERGY)
         if codec not in STEPPED and (self.target.energy is None or scope != "tensor"):
             raise ValueError(f"budgets and scope='message' need codec {_STEPPED}, got {codec!r}")
-        self.codec, self.scope, self.schema, self.exact = codec, scope, schema, frozenset(exact)
+        endings = endings_of(exact, "exact")
+        self.codec, self.scope, self.schema, self.exact = codec, scope, schema, endings
         self._backend = backend_named(backend)
         self._feedback = ErrorFeedback() if feedback is True else feedback or None
         self._cache = cache

@@ -18,6 +18,7 @@ from fedkd_fast.tensors import (
     as_tensors,
     check_same_names,
     check_same_tensors,
+    check_schema,
     digest_of,
     specs_of,
     tied_names,
@@ -108,6 +109,7 @@ def _needed(header: Header, schema: Mapping[str, Shaped]) -> list[TensorSpec] | 
 
     Any other frame is compared with it afterwards, by names, so that messages say what differs.
     """
+    check_schema(schema)
     return None if header.schema_embedded else specs_of(schema)
 
 
@@ -173,6 +175,7 @@ def decompress(
         Tensors by name, in the order they were sent; tied tensors share their memory.
 
     Raises:
+        TypeError: a schema, base or bound that is none.
         WireError: anything wrong with the bytes: truncated, corrupted, newer, too large.
         ValueError: a schema or base that does not match, or a missing or unneeded base.
     """

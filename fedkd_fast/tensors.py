@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -141,6 +141,30 @@ def as_mapping(values: Mapping[str, object], argument: str) -> Mapping[str, obje
         if not isinstance(name, str) or not name:
             raise TypeError(f"{argument} must have non-empty str names, got {name!r}")
     return values
+
+
+def check_schema(schema: Mapping[str, Shaped]) -> None:
+    """Refuse what does not say names, shapes and dtypes.
+
+    Raises:
+        TypeError: no mapping with names, or a value without a shape or a dtype; names it.
+    """
+    for name, one in as_mapping(schema, "schema").items():
+        if not (hasattr(one, "shape") and hasattr(one, "dtype")):
+            raise TypeError(f"schema[{name!r}] must have a shape and a dtype, got {one!r}")
+
+
+def endings_of(values: object, argument: str) -> frozenset[str]:
+    """Return endings of names as a set.
+
+    Raises:
+        TypeError: a single one, or something else than text.
+    """
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes)):
+        endings = list(values)
+        if all(isinstance(one, str) for one in endings):
+            return frozenset(endings)
+    raise TypeError(f"{argument} must be a collection of endings of names, got {values!r}")
 
 
 def _memory(value: object) -> tuple[object, ...] | None:

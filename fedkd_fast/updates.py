@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from fedkd_fast.codec.common import matrix_shape
+from fedkd_fast.codec.common import is_number, matrix_shape
 from fedkd_fast.codec.decode import Parts
 from fedkd_fast.tensors import check_same_names, tied_names
 
@@ -40,9 +40,12 @@ def check_weights(weights: Mapping[_Key, float]) -> dict[_Key, float]:
     """Return weights as floats.
 
     Raises:
+        TypeError: one that is no number.
         ValueError: one that is negative or not finite, or all are zero.
     """
     for key, weight in weights.items():
+        if not is_number(weight):
+            raise TypeError(f"weights must be numbers, got {weight!r} at {key}")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weights must be finite and >= 0, got {weight} at {key}")
     if max(weights.values(), default=0.0) <= 0:

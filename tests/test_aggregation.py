@@ -150,6 +150,14 @@ def test_refusals() -> None:
     for one in single:
         with pytest.raises(TypeError, match="frames must be several, one a sender, got a single"):
             aggregate(one)
+    without: list[Any] = [None, 5]
+    for one in without:
+        with pytest.raises(TypeError, match=f"frames must be an iterable or a mapping .* {one}"):
+            aggregate(one)
+    numbers: list[Any] = [3.0, ["1", "2"], [1, None], {0: 1, 1: [2]}]
+    for one in numbers:
+        with pytest.raises(TypeError, match="weights must be .*numbers, got "):
+            aggregate(frames, one)
 
 
 def low_rank(seed: int, rank: int = 3, shape: tuple[int, int] = (60, 40)) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,8 +174,30 @@ def test_what_loses_nothing_is_a_choice() -> None:
     frame = Compressor(budget_bytes=3000, exact=("running_var",)).compress(update)
     assert torch.equal(decompress(frame)["running_var"], update["running_var"])
     assert 0.9 * 3000 < len(frame) <= 3000
-    with pytest.raises(TypeError, match="exact must be a collection of endings .* 'w'"):
-        Compressor(exact="w")
+    wrong: list[Any] = ["w", b"w", 5, [1], [["w"]]]
+    for one in wrong:
+        words = re.escape(f"exact must be a collection of endings of names, got {one!r}")
+        with pytest.raises(TypeError, match=words):
+            Compressor(exact=one)
+
+
+def test_targets_are_single_numbers() -> None:
+    several: list[Any] = [torch.ones(2), np.ones(2), [0.9], "0.9", True, 1j]
+    for name in ("energy", "error", "budget_bytes", "bits_per_param"):
+        for one in several:
+            with pytest.raises(TypeError, match=f"^{name} must be a number, got "):
+                Compressor(**{name: one})
+    update = {"w": powerlaw(60, 40)}
+    for one in (0.9, np.float32(0.9), torch.tensor(0.9)):
+        assert len(Compressor(energy=float(one)).compress(update)) < 60 * 40
+
+
+@pytest.mark.parametrize("bits", [33.0, 1e306, 1e308])
+def test_more_bits_than_there_are_lose_nothing(bits: float) -> None:
+    update = {"w": powerlaw(60, 40)}
+    assert torch.equal(
+        decompress(Compressor(bits_per_param=bits).compress(update))["w"], update["w"]
+    )
 
 
 def test_big_endian_arrays() -> None:

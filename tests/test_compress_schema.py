@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_files_take_a_schema_as_frames_in_memory_do(
             next(decompress_from(file, schema))
     else:
         assert_equal(dict(decompress_from(file, schema)), expected)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (["bias"], "schema must be a mapping of names to tensors, got list"),
+        (dict.fromkeys(TENSORS), r"schema\['.*'\] must have a shape and a dtype, got None"),
+        (dict.fromkeys(TENSORS, 5), r"schema\['.*'\] must have a shape and a dtype, got 5"),
+    ],
+)
+@pytest.mark.parametrize("embedded", [True, False])
+def test_what_is_no_schema_is_named(schema: Any, words: str, embedded: bool) -> None:
+    frame = Compressor(0.9).compress(TENSORS)
+    frame = frame if embedded else bare(frame)
+    with pytest.raises(TypeError, match=words):
+        decompress(frame, schema)
+    with pytest.raises(TypeError, match=words):
+        next(decompress_from(io.BytesIO(frame), schema))
+    with pytest.raises(TypeError, match=words):
+        aggregate([frame], schema=schema)
 
 
 @pytest.mark.parametrize("codec", ["raw", "factors-fp32", "wf0"])

@@ -102,6 +102,12 @@ def dense_rows(shape: tuple[int, ...]) -> int:
     return next((rows // m for m in range(merged, 8 * merged + 1) if rows % m == 0), 1)
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a value is one number, also of torch or numpy; text is none."""
+    text = isinstance(value, (str, bytes, bytearray))
+    return not text and hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Tell whether a floating tensor holds neither NaN, which extremes propagate, nor Inf."""
     return not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fedkd_fast.codec.common import is_number
 from fedkd_fast.codec.curves import SPACING, Curve, Point, at_error
 
 # With scope "message" no tensor loses more than this many times its share, nor all of itself.
@@ -27,7 +28,8 @@ class Target(NamedTuple):
     def limit_bytes(self, numel: int) -> int | None:
         """Return the most bytes that a frame of so many elements may take."""
         if self.bits_per_param is not None:
-            return math.floor(self.bits_per_param * numel / 8)
+            # No update is larger than the most that this can be.
+            return math.floor(min(self.bits_per_param * numel / 8, 2.0**63))
         return self.budget_bytes
 
 
@@ -40,7 +42,7 @@ def check_energy(energy: float) -> float:
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
