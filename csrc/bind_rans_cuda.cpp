@@ -15,7 +15,8 @@ Tensor upload(const std::vector<Item>& items, const Tensor& data) {
   const size_t bytes = items.size() * sizeof(Item);
   Tensor host = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
   if (bytes > 0) std::memcpy(host.mutable_data_ptr<uint8_t>(), items.data(), bytes);
-  return torch::stable::to(host, data.device());
+  // Memory that is not pinned is read before the call returns, and nothing has to be waited for.
+  return torch::stable::to(host, data.device(), /*non_blocking=*/true);
 }
 
 template <typename Item>

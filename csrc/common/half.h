@@ -1,7 +1,8 @@
 // Conversions between fp32 and the two 16-bit storage formats, on their bits (uint16_t).
 //
 // Written without branches, so that a plain loop over them vectorises. Rounding to 16 bits is to
-// nearest, ties to even; NaN stays NaN, overflow becomes Inf, subnormals are kept.
+// nearest, ties to even; NaN stays NaN, overflow becomes Inf, subnormals are kept. GPUs have
+// instructions for it, which differ in the payloads of NaN alone.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,11 @@ FEDKD_HD inline float load_value(BFloat16 stored) {
 }
 
 FEDKD_HD inline float load_value(Float16 stored) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(stored.bits));
+  return value;
+#else
   const std::uint32_t sign = (stored.bits & 0x8000u) << 16;
   const std::uint32_t shifted = (stored.bits & 0x7fffu) << 13;
   // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals on the way.
@@ -64,19 +70,27 @@ FEDKD_HD inline float load_value(Float16 stored) {
   // An all-ones exponent (Inf, NaN) has to stay all ones.
   const std::uint32_t special = shifted >= 0x0f800000u ? 0x7f800000u : 0u;
   return float_from_bits(bits_from_float(scaled) | special | sign);
+#endif
 }
 
 FEDKD_HD inline void store_value(double* place, double value) { *place = value; }
 FEDKD_HD inline void store_value(float* place, float value) { *place = value; }
 
 FEDKD_HD inline void store_value(BFloat16* place, float value) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(place->bits) : "f"(value));
+#else
   const std::uint32_t bits = bits_from_float(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   place->bits = static_cast<std::uint16_t>(is_nan ? ((bits >> 16) | 0x40u) : rounded);
+#endif
 }
 
 FEDKD_HD inline void store_value(Float16* place, float value) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(place->bits) : "f"(value));
+#else
   const std::uint32_t bits = bits_from_float(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   // Below 2^-14 the result is subnormal: adding 0.5 lets the fp32 adder round at 2^-24.
@@ -87,6 +101,7 @@ FEDKD_HD inline void store_value(Float16* place, float value) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to 65536 or more: Inf
   half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
   place->bits = static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000u));
+#endif
 }
 
 }  // namespace fedkd_fast

@@ -54,9 +54,15 @@ inline int64_t most_shared_bytes() {
 template <auto kKernel, typename... Args>
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Args&&... args) {
-  if (shared_bytes > kPlainSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  // What kernels have besides, static, is less than half of that.
+  if (shared_bytes > kPlainSharedBytes / 2) {
+    cudaFuncAttributes facts;
+    cudaError_t error = cudaFuncGetAttributes(&facts, kKernel);
+    if (error != cudaSuccess) return error;
+    // All there is, not what this launch takes: another thread may launch the same kernel with more
+    // or less between here and there.
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(most_shared_bytes() - facts.sharedSizeBytes));
     if (error != cudaSuccess) return error;
   }
   // clang-format off

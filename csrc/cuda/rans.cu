@@ -84,15 +84,21 @@ struct Writer {
   }
 };
 
-__device__ uint32_t encode_piece(const RansSource& source, const Table& table, int lanes,
-                                 uint32_t state, Writer* writer) {
+// The source by value: bytes that are written might be its own, for all that the compiler knows.
+__device__ uint32_t encode_piece(RansSource source, const Table& table, int lanes, uint32_t state,
+                                 Writer* writer) {
   const int raw_bits = rans_raw_bits(source.level), lane = lane_of_warp();
   const int support = rans_support(kStored[rans_table(source.level)]);
-  for (int first = (source.count - 1) / lanes * lanes; first >= 0; first -= lanes) {
-    const bool active = lane < lanes && first + lane < source.count;
+  const auto is_active = [&](int first) { return lane < lanes && first + lane < source.count; };
+  int first = (source.count - 1) / lanes * lanes;
+  float next = is_active(first) ? source.values[first + lane] : 0.0f;
+  for (; first >= 0; first -= lanes) {
+    const bool active = is_active(first);
+    const float value = next;
+    // On its way while this one is coded.
+    if (lane < lanes && first > 0) next = source.values[first - lanes + lane];
     int32_t high = 0;
-    if (active)
-      high = rans_high(rans_quantise(source.values[first + lane], source.multiplier), raw_bits);
+    if (active) high = rans_high(rans_quantise(value, source.multiplier), raw_bits);
     const bool escaped = high > support || high < -support;
     writer->put_escapes(escaped, rans_zigzag(high));
     const int symbol = escaped ? kRansEscape : high + kRansReach;
@@ -225,8 +231,8 @@ __device__ bool has_padding(const RansTarget& target, int raw_bits) {
   return bits % 8 != 0 && target.low[bits / 8] >> bits % 8 != 0;
 }
 
-__device__ RansFault decode_piece(const RansTarget& target, const Table& table, int lanes,
-                                  uint32_t* state, Reader* reader) {
+__device__ RansFault decode_piece(RansTarget target, const Table& table, int lanes, uint32_t* state,
+                                  Reader* reader) {
   const int raw_bits = rans_raw_bits(target.level), lane = lane_of_warp();
   const int support = rans_support(kStored[rans_table(target.level)]);
   bool beyond = false;
