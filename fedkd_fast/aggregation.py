@@ -135,7 +135,7 @@ class _Sum:
         if self._dense is not None:
             self._dense = self._dense.to(dtype)
             return
-        self._dense = torch.zeros(self._shape, dtype=dtype)
+        self._dense = torch.zeros(self._shape, dtype=dtype, device="cpu")
         if self._pairs:
             whole = stacked(self._pairs, self._shape, dtype)
             self._pairs = []
@@ -157,7 +157,7 @@ class _Sum:
                 mean.clamp_(-self._largest, self._largest)
             return cast(mean, self._dtype)
         if not self._pairs:
-            return torch.zeros(self._shape, dtype=self._dtype)
+            return torch.zeros(self._shape, dtype=self._dtype, device="cpu")
         whole = stacked(self._pairs, self._shape, self._dtype)
         whole.left.div_(total)
         return whole

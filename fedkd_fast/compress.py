@@ -53,7 +53,7 @@ def _fits(found: Rows, dtype: torch.dtype) -> bool:
     """Tell whether what is sent of a tensor is finite in the dtype that it is sent in."""
     if dtype in (torch.float32, torch.float64) or not dtype.is_floating_point:
         return math.isfinite(found.largest)
-    return all_finite(torch.tensor(found.largest, dtype=torch.float64).to(dtype))
+    return all_finite(torch.tensor(found.largest, dtype=torch.float64, device="cpu").to(dtype))
 
 
 class Compressor:

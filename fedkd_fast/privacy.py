@@ -252,7 +252,7 @@ class GaussianMean:
                 )
         tied = tied_names(like)
         totals = {
-            name: torch.zeros(one.shape, dtype=torch.float64)
+            name: torch.zeros(one.shape, dtype=torch.float64, device="cpu")
             for name, one in like.items()
             if name not in tied
         }

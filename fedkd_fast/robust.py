@@ -172,7 +172,7 @@ class _Round:
 def _weighted(
     parts: Sequence[Parts], factors: Sequence[float], total: float, like: Tensor
 ) -> Tensor:
-    mean = torch.zeros(like.shape, dtype=torch.float64)
+    mean = torch.zeros(like.shape, dtype=torch.float64, device="cpu")
     for one, factor in zip(parts, factors, strict=True):
         if factor:
             add_to(mean, one, factor)
@@ -285,7 +285,7 @@ def _clip(given: _Round, rule: Rule, shares: Mapping[Client, float]) -> Robust:
 def _middle(parts: Sequence[Parts], like: Tensor, cut: int) -> Tensor:
     """Return the mean of each coordinate without so many of its smallest and largest values."""
     rows, cols = sides(like.shape)
-    mean = torch.empty(rows, cols, dtype=torch.float64)
+    mean = torch.empty(rows, cols, dtype=torch.float64, device="cpu")
     step = max(1, _BLOCK // (len(parts) * max(1, cols)))
     for start in range(0, rows, step):
         some = slice(start, start + step)
@@ -303,7 +303,7 @@ def _rows(parts: Parts, rows: int, cols: int, some: slice) -> Tensor:
 
 def _krum(given: _Round, rule: Rule, shares: Mapping[Client, float]) -> Robust:
     clients, hostile = list(given.updates), int(rule.value or 0)
-    distances = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    distances = torch.zeros(len(clients), len(clients), dtype=torch.float64, device="cpu")
     for one, parts in given.tensors():
         if one.is_floating_point():
             distances += _distances(parts, one.shape)
@@ -351,11 +351,13 @@ def _inner_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     """Return ``Σ (left_a·left_bᵀ) ∘ (right_a·right_bᵀ)``, (N, N), and most of what each adds up."""
     left, right = (torch.cat([pair[side] for pair in pairs]).double() for side in (0, 1))
     ranks = [len(pair[0]) for pair in pairs]
-    owner = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(ranks))  # (ΣK)
-    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    owner = torch.repeat_interleave(
+        torch.arange(len(pairs), device="cpu"), torch.tensor(ranks, device="cpu")
+    )  # (ΣK)
+    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device="cpu")
     both = zip(torch.split(left, ranks), torch.split(right, ranks), strict=True)
     for row, (one_left, one_right) in zip(inner, both, strict=True):
         row.index_add_(0, owner, ((one_left @ left.T) * (one_right @ right.T)).sum(dim=0))
     lengths = left.norm(dim=1) * right.norm(dim=1)
-    most = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, owner, lengths)
+    most = torch.zeros(len(pairs), dtype=torch.float64, device="cpu").index_add_(0, owner, lengths)
     return inner, most.square()

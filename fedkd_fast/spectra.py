@@ -27,7 +27,7 @@ def energy_ranks(matrix: Tensor) -> list[int]:
     reached = squares.cumsum(0)
     if not reached[-1] > 0.0:
         return [0] * len(ENERGIES)
-    wanted = reached[-1] * torch.tensor(ENERGIES, dtype=torch.float64)
+    wanted = reached[-1] * torch.tensor(ENERGIES, dtype=torch.float64, device="cpu")
     return [int(rank) + 1 for rank in torch.searchsorted(reached, wanted)]
 
 

@@ -192,7 +192,7 @@ def _factors_coding(columns: _Columns, sides: tuple[Tensor, Tensor], error: floa
         width=0,
         codes=np.empty(0, np.uint8),
         segments=sides,
-        multiplier=torch.ones(2 * len(columns.codes)),
+        multiplier=torch.ones(2 * len(columns.codes), device="cpu"),
         levels=columns.levels(),
         error=error,
     )
@@ -266,7 +266,7 @@ def scales_of(mode: Mode, step: int, sigmas: Ints) -> list[Tensor]:
     scales = []
     if mode is not Mode.CODED_DENSE:
         logs = 2 * step - 16 * sigmas.astype(np.int64)
-        scales += [_powers(logs), torch.ones(len(sigmas))]
+        scales += [_powers(logs), torch.ones(len(sigmas), device="cpu")]
     if mode is not Mode.CODED_FACTORS:
         scales.append(_powers(np.array([step])))
     return scales

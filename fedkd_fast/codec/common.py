@@ -53,7 +53,7 @@ def to_bytes(tensor: Tensor) -> bytes:
 def from_bytes(payload: bytes | memoryview, dtype: torch.dtype) -> Tensor:
     """Copy a payload into a new flat tensor."""
     if not len(payload):
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     # A frame has no alignment; the copy also makes the result independent of the frame.
     return torch.frombuffer(bytearray(payload), dtype=dtype)
 

@@ -58,13 +58,15 @@ def decode_parts(entry: Entry, backend: ModuleType) -> Parts:
     """Decode any entry but an alias; factors stay two: (K, P) and (K, Q), whose product it is."""
     match entry.mode:
         case Mode.ZERO:
-            return torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+            return torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="cpu")
         case Mode.RAW:
             return from_bytes(entry.payload, TORCH_DTYPES[entry.dtype])
         case Mode.HALF:
             parts = wire.half_parts(entry)
             halves = from_bytes(parts.halves, torch.float16).double()
-            return torch.ldexp(halves, torch.tensor(parts.exponent, dtype=torch.float64))
+            return torch.ldexp(
+                halves, torch.tensor(parts.exponent, dtype=torch.float64, device="cpu")
+            )
         case Mode.ROWS:
             ids, sent = split(entry)
             return placed(decode_entry(sent, backend), ids, entry.shape)
@@ -111,7 +113,7 @@ def _packed_factors(entry: Entry, backend: ModuleType) -> tuple[Tensor, Tensor]:
 
 def unpacked_levels(codes: Tensor, widths: Tensor, count: int, backend: ModuleType) -> Tensor:
     """Return the integers that codes of these widths stand for, in steps of one half."""
-    ones = torch.ones(widths.numel(), dtype=torch.float32)
+    ones = torch.ones(widths.numel(), dtype=torch.float32, device="cpu")
     levels: Tensor = backend.unpack_factors(codes, ones, widths, count)
     return levels
 
@@ -186,7 +188,7 @@ def _stream_values(
     decoded = iter(
         backend.rans_decode(
             from_bytes(stream, torch.uint8),
-            torch.tensor([len(stream)]),
+            torch.tensor([len(stream)], device="cpu"),
             sent[0].scale if one else torch.cat([s.scale for s in sent]),
             torch.from_numpy(sent[0].levels if one else np.concatenate([s.levels for s in sent])),
             [len(s.levels) for s in sent],
@@ -197,6 +199,6 @@ def _stream_values(
         else ()
     )
     return [
-        next(decoded) if count else torch.zeros(len(s.levels), s.length)
+        next(decoded) if count else torch.zeros(len(s.levels), s.length, device="cpu")
         for count, s in zip(coded, segments, strict=True)
     ]

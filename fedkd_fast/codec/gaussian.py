@@ -36,7 +36,7 @@ def shrink(ratio: Tensor) -> Tensor:
 
 @cache
 def _shrink_table() -> NDArray[np.float32]:
-    levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float64)
+    levels = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.float64, device="cpu")
     table: NDArray[np.float32] = shrink(2.0 ** (levels / PER_OCTAVE)).float().numpy()
     return table
 
@@ -49,9 +49,13 @@ def shrinks(levels: Levels) -> Tensor:
 
 def _below_split() -> tuple[Floats, Floats]:
     """Return squared error in steps² and bits of a symbol, for the levels below SPLIT."""
-    ratio = 2.0 ** (torch.arange(LOWEST, SPLIT, dtype=torch.float64)[:, None] / PER_OCTAVE)
-    symbol = torch.arange(-31, 32, dtype=torch.float64)
-    edges = (torch.arange(-31, 33, dtype=torch.float64) - 0.5) / (ratio * shrink(ratio))
+    ratio = 2.0 ** (
+        torch.arange(LOWEST, SPLIT, dtype=torch.float64, device="cpu")[:, None] / PER_OCTAVE
+    )
+    symbol = torch.arange(-31, 32, dtype=torch.float64, device="cpu")
+    edges = (torch.arange(-31, 33, dtype=torch.float64, device="cpu") - 0.5) / (
+        ratio * shrink(ratio)
+    )
     share = torch.special.ndtr(edges).diff(dim=1)
     density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
     # ∫ x φ and ∫ x² φ over the cells.

@@ -73,7 +73,7 @@ def _nonzero(
 ) -> tuple[Tensor, float, Tensor | None]:
     """Look at a tensor in so many rows: ids of those not zero, largest absolute value, squares."""
     if not tensor.numel():
-        return torch.empty(0, dtype=torch.int64), 0.0, None
+        return torch.empty(0, dtype=torch.int64, device="cpu"), 0.0, None
     if exactly or not tensor.is_floating_point():
         rows = torch.from_numpy(byte_view(tensor)).reshape(count, -1)
         return rows.amax(1).nonzero()[:, 0], _largest(tensor), None
@@ -96,7 +96,7 @@ def _largest(tensor: Tensor) -> float:
 
 def placed(rows: Tensor, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the tensor of this shape with these rows and zeros elsewhere."""
-    whole = torch.zeros(shape, dtype=rows.dtype)
+    whole = torch.zeros(shape, dtype=rows.dtype, device="cpu")
     whole[ids] = rows
     return whole
 

@@ -96,7 +96,9 @@ class Item:
         self.shift, self.factors = 0, factors
         self.exact: Tensor | LowRank = exact
         self.matrix: Tensor | LowRank
-        self.squares = torch.empty(0, dtype=torch.float64) if squares is None else squares
+        self.squares = (
+            torch.empty(0, dtype=torch.float64, device="cpu") if squares is None else squares
+        )
         if isinstance(exact, LowRank):
             self.matrix = exact.matrix()
             self.total = exact.squared_norm()
@@ -109,9 +111,9 @@ class Item:
             # Squares must stay inside float32.
             self.shift = math.frexp(max(abs(float(extreme)) for extreme in exact.aminmax()))[1]
             self.squares = self.squares[:0]
-            self._spread(torch.ldexp(exact, torch.tensor(-self.shift)), backend)
+            self._spread(torch.ldexp(exact, torch.tensor(-self.shift, device="cpu")), backend)
             if factors is not None:
-                sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift))
+                sigma = torch.ldexp(factors.sigma, torch.tensor(-self.shift, device="cpu"))
                 self.factors = factors._replace(sigma=sigma)
 
     def _spread(self, exact: Tensor, backend: ModuleType) -> None:
@@ -299,8 +301,8 @@ def _half(item: Item, exact: Tensor, allowed: float) -> Coded | None:
     exponent = math.frexp(largest)[1] - 15
     if abs(exponent + item.shift) > _MOST_EXPONENT:
         return None
-    values = torch.ldexp(exact, torch.tensor(-exponent)).half()
-    decoded = torch.ldexp(values.double(), torch.tensor(exponent))
+    values = torch.ldexp(exact, torch.tensor(-exponent, device="cpu")).half()
+    decoded = torch.ldexp(values.double(), torch.tensor(exponent, device="cpu"))
     decoded = decoded.to(TORCH_DTYPES[item.template.dtype]).double()
     error = float((decoded - exact.double()).square().sum())
     if error > allowed * item.total:

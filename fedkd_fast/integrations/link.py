@@ -325,7 +325,7 @@ class Receiver:
         """Return all that another process needs to go on, as one frame."""
         kept = {_HELD + name: value for name, value in self._held.items()}
         kept |= {_KEPT + name: value for name, value in self._compressor.state_dict().items()}
-        kept[_REPLIES] = torch.tensor(self._replies)
+        kept[_REPLIES] = torch.tensor(self._replies, device="cpu")
         places = {name: index for index, name in enumerate(kept)}
         tied = tied_names(kept)  # residuals stay one where they were one
         entries = [

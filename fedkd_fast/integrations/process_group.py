@@ -122,7 +122,7 @@ def _all_gather(
     payload: bytes | memoryview, size: int, group: dist.ProcessGroup | None
 ) -> list[memoryview]:
     """Gather bytes of every rank, padded to a size that all know."""
-    own = torch.zeros(size, dtype=torch.uint8)
+    own = torch.zeros(size, dtype=torch.uint8, device="cpu")
     own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     own = own.to(_device(group))
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

@@ -113,7 +113,7 @@ def truncated_svd_list(
                 f"got {len(values)}"
             )
     sources = [_wide(matrix.detach()) for matrix in matrices]
-    nothing = torch.empty(0, dtype=torch.float64)
+    nothing = torch.empty(0, dtype=torch.float64, device="cpu")
     found = _library.native.truncated_svd(
         sources,
         stop,
@@ -152,7 +152,10 @@ def _truncated_svd_fake(
         [matrix.new_empty(width, matrix.shape[0]) for matrix, width in pairs],
         [matrix.new_empty(width) for matrix, width in pairs],
         [matrix.new_empty(width, matrix.shape[1]) for matrix, width in pairs],
-        [torch.empty(context.new_dynamic_size(), dtype=torch.float64) for _ in matrices],
-        torch.empty(len(matrices), dtype=torch.int64),
-        torch.empty(len(matrices), 2, dtype=torch.float64),
+        [
+            torch.empty(context.new_dynamic_size(), dtype=torch.float64, device="cpu")
+            for _ in matrices
+        ],
+        torch.empty(len(matrices), dtype=torch.int64, device="cpu"),
+        torch.empty(len(matrices), 2, dtype=torch.float64, device="cpu"),
     )
