@@ -91,7 +91,17 @@ def test_same_bytes_for_any_thread_count(threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 4), (1, 1, 1), (7, 5, 33), (200, 13, 31), (193, 64, 96), (3, 0, 4), (3, 4, 0)]
+    "shape",
+    [
+        (0, 3, 4),
+        (1, 1, 1),
+        (7, 5, 33),
+        (200, 13, 31),
+        (193, 64, 96),
+        (17, 131, 201),
+        (3, 0, 4),
+        (3, 4, 0),
+    ],
 )
 def test_reconstruct_rounds_once_a_term_in_order(
     device: torch.device, shape: tuple[int, int, int]

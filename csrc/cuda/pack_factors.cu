@@ -4,10 +4,11 @@
 // of b bits are exactly b bytes and so no two threads share a byte; grid.x covers the row's groups,
 // grid.y the rows. What a row needs (scale, width, place) travels as a kernel argument, 256 rows a
 // launch: nothing is copied to the device, so launches are asynchronous and a CUDA graph can hold
-// them. reconstruct: one thread for four columns of a row, k ascending, one __fmaf_rn per term: the
-// wire format's order. No shared memory and no barrier anywhere. Formulas come from
-// common/quantise.h; this file is compiled with --fmad=false, so the only fused operations are the
-// written ones. Limits: rows of any length, at most 2^31-1 groups a row.
+// them. reconstruct: a block for a tile of the product, both sides' part of it in shared memory, a
+// thread for 4 x 4 of its values, k ascending, one __fmaf_rn per term: the wire format's order, so
+// the bits do not depend on the tiles. Formulas come from common/quantise.h; this file is compiled
+// with --fmad=false, so the only fused operations are the written ones. Limits: rows of any length,
+// at most 2^31-1 groups a row.
 
 #include <cstring>
 
@@ -21,6 +22,11 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kGroup = 8;  // values per thread
+
+// reconstruct: a block makes a tile, of as many rows as columns, from so many components at once.
+constexpr int kTile = 64, kDepth = 16;
+constexpr int kTileVectors = kTile / Vector<float>::kSize;
+static_assert(kDepth * kTileVectors == kTileVectors * kTileVectors);  // a thread for each vector
 
 constexpr int kBatch = 256;  // rows a launch: 3.3 KiB of the 4 KiB that arguments may take
 
@@ -88,30 +94,61 @@ __global__ void unpack_factors_kernel(const uint8_t* codes, int64_t count, Rows 
   }
 }
 
+FEDKD_HD int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
+
+// Brings a tile's part of one side, `depth` components of it, into shared memory: a vector a
+// thread.
+__device__ void stage(const float* side, int64_t length, int64_t first, int depth,
+                      Vector<float> (*part)[kTileVectors]) {
+  const int k = static_cast<int>(threadIdx.x) / kTileVectors;
+  const int vector = static_cast<int>(threadIdx.x) % kTileVectors;
+  const int64_t at = first + vector * Vector<float>::kSize;
+  if (k >= depth) return;
+  const float* const place = side + k * length + at;
+  Vector<float> values{};  // what lies beyond the edge is never stored
+  if (at + Vector<float>::kSize <= length) {
+    values = load_vector(place, is_aligned(place));
+  } else {
+    for (int i = 0; i < Vector<float>::kSize; ++i)
+      if (at + i < length) values.at[i] = place[i];
+  }
+  part[k][vector] = values;
+}
+
 __global__ void reconstruct_kernel(const float* left, const float* right, int64_t rank,
                                    int64_t rows, int64_t cols, float* out) {
-  constexpr int64_t kStep = Vector<float>::kSize;
-  const int64_t col = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kStep;
-  if (col >= cols) return;
-  const bool full = col + kStep <= cols;
-  const int size = full ? kStep : static_cast<int>(cols - col);
-  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
-    Vector<float> sum{};
-    for (int64_t k = 0; k < rank; ++k) {
-      const float* const place = right + k * cols + col;
-      const float factor = left[k * rows + row];
-      if (full) {
-        const Vector<float> terms = load_vector(place, is_aligned(place));
-        for (int i = 0; i < kStep; ++i) sum.at[i] = __fmaf_rn(factor, terms.at[i], sum.at[i]);
-      } else {
-        for (int i = 0; i < size; ++i) sum.at[i] = __fmaf_rn(factor, place[i], sum.at[i]);
+  constexpr int kStep = Vector<float>::kSize;
+  __shared__ Vector<float> of_left[kDepth][kTileVectors], of_right[kDepth][kTileVectors];
+  const int my_row = static_cast<int>(threadIdx.x) / kTileVectors;
+  const int my_col = static_cast<int>(threadIdx.x) % kTileVectors;
+  const int64_t across = tiles_of(cols), tiles = tiles_of(rows) * across;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t top = tile / across * kTile, start = tile % across * kTile;
+    Vector<float> sums[kStep] = {};
+    for (int64_t begin = 0; begin < rank; begin += kDepth) {
+      const int depth = rank - begin < kDepth ? static_cast<int>(rank - begin) : kDepth;
+      __syncthreads();  // all have read what lies there
+      stage(left + begin * rows, rows, top, depth, of_left);
+      stage(right + begin * cols, cols, start, depth, of_right);
+      __syncthreads();
+      // Not beyond the last component: a sum of -0 plus 0 would be +0.
+      for (int k = 0; k < depth; ++k) {
+        const Vector<float> factors = of_left[k][my_row], terms = of_right[k][my_col];
+        for (int i = 0; i < kStep; ++i)
+          for (int c = 0; c < kStep; ++c)
+            sums[i].at[c] = __fmaf_rn(factors.at[i], terms.at[c], sums[i].at[c]);
       }
     }
-    float* const place = out + row * cols + col;
-    if (full) {
-      store_vector(place, sum, is_aligned(place));
-    } else {
-      for (int i = 0; i < size; ++i) place[i] = sum.at[i];
+    const int64_t row = top + my_row * kStep, col = start + my_col * kStep;
+    for (int i = 0; i < kStep; ++i) {
+      if (row + i >= rows) continue;
+      float* const place = out + (row + i) * cols + col;
+      if (col + kStep <= cols) {
+        store_vector(place, sums[i], is_aligned(place));
+      } else {
+        for (int c = 0; c < kStep; ++c)
+          if (col + c < cols) place[c] = sums[i].at[c];
+      }
     }
   }
 }
@@ -166,10 +203,9 @@ cudaError_t unpack_factors(const uint8_t* codes, int64_t rank, int64_t count, co
 cudaError_t reconstruct(const float* left, const float* right, int64_t rank, int64_t rows,
                         int64_t cols, float* out, cudaStream_t stream) {
   if (rows == 0 || cols == 0) return cudaSuccess;
-  constexpr int64_t kStep = Vector<float>::kSize;
-  const dim3 grid(blocks_for((cols + kStep - 1) / kStep), blocks_of(rows));
-  return launch<reconstruct_kernel>(grid, dim3(kThreads), 0, stream, left, right, rank, rows, cols,
-                                    out);
+  return launch<reconstruct_kernel>(dim3(blocks_of(tiles_of(rows) * tiles_of(cols))),
+                                    dim3(kTileVectors * kTileVectors), 0, stream, left, right, rank,
+                                    rows, cols, out);
 }
 
 }  // namespace fedkd_fast::cuda

@@ -31,7 +31,16 @@ __device__ Vector<T> load_vector(const T* place, bool whole) {
 template <typename T>
 __device__ void store_vector(T* place, const Vector<T>& values, bool whole) {
   if (whole) {
+#ifdef __CUDA_ARCH__
+    // In so many words: of values that were computed, the compiler makes four stores.
+    uint4 words;
+    memcpy(&words, &values, sizeof(words));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+#else
     *reinterpret_cast<Vector<T>*>(place) = values;
+#endif
     return;
   }
   for (int i = 0; i < Vector<T>::kSize; ++i) place[i] = values.at[i];
