@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
+import functools
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from gpu_places import place
 
 from bench.gpu import __main__ as command
-from bench.gpu import cases, once, plan, process, result, stages, worker
-from bench.gpu.process import Finished, Place
+from bench.gpu import cases, once, plan, result, stages, timing, worker
+from bench.gpu.process import Finished
 from bench.gpu.timing import Timing
 
 CPU = torch.device("cpu")
@@ -32,10 +33,6 @@ SMALL = {
     "layer_mse": (2, 3, 2, 10, 10),
     "projected_mse": (3, 5, 12, 8),
 }
-
-
-def place(root: Path, seconds: float = 60) -> Place:
-    return Place(root, root, time.monotonic() + seconds)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -133,8 +130,9 @@ def clock(call: Callable[[], object]) -> Timing:
 
 def small_jobs(op: str) -> list[plan.Job]:
     first = plan.TABLE[op].shapes[0]
-    jobs = [job for job in plan.jobs(op) if job.shape == first and job.impl != plan.COMPILED]
-    return [job._replace(shape=SMALL[op]) for job in jobs]
+    jobs = [job for part in plan.PASSES for job in plan.jobs(part, op)]
+    jobs = [job for job in jobs if job.shape == first and job.impl != plan.COMPILED]
+    return [job._replace(shape=SMALL[op]) for job in sorted(jobs, key=lambda job: job[:3])]
 
 
 def outcomes(records: Iterator[worker.Record]) -> list[worker.Record]:
@@ -187,6 +185,76 @@ def test_a_case_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
+def test_a_slow_rival_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SLOW_S", 0.05)
+    impls = ["ours", "torch.matmul", "copy", plan.COMPILED]
+    made: list[str] = []
+
+    def build(*_: Any) -> cases.Prepared:
+        def call(impl: str) -> None:
+            made.append(impl)
+            time.sleep(0.0 if impl == "copy" else 0.06)
+
+        calls = {impl: functools.partial(call, impl) for impl in impls}
+        return cases.Prepared(calls, lambda impl, found: 0.0, 1)
+
+    monkeypatch.setitem(cases.BUILDERS, "reconstruct", build)
+    jobs = [plan.Job("reconstruct", (2, 3, 4), "float32", impl) for impl in impls]
+    records = outcomes(worker.measure_jobs(jobs, CPU, clock))
+    # A compiler's time is not its code's, and ours is always measured warm.
+    assert [made.count(impl) for impl in impls] == [2, 1, 2, 2]
+    assert [record["repeats"] for record in records] == [5, 1, 5, 5]
+    assert records[1]["ms"] == records[1]["call_ms"] >= 60
+
+
+@pytest.mark.parametrize(("takes_s", "calls"), [(0.6, 1), (0.3, 11)])
+def test_a_long_call_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, takes_s: float, calls: int
+) -> None:
+    made: list[int] = []
+
+    def seconds(call: Callable[[], object], repeats: int) -> float:
+        made.extend([1] * repeats)
+        return takes_s
+
+    def events(call: Callable[[], object], repeats: int, _: object) -> list[float]:
+        made.extend([1] * repeats)
+        return [1e3 * takes_s]
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing, "events", events)
+    monkeypatch.setattr(torch.cuda, "current_device", int)
+    properties = SimpleNamespace(L2_cache_size=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **_: empty(size))
+    times = timing.measure(lambda: made.append(1))
+    assert times.ms == times.call_ms == 1e3 * takes_s
+    assert len(made) == calls
+
+
+def test_the_important_comes_first() -> None:
+    quick, late = (plan.jobs(part) for part in plan.PASSES)
+    assert list(dict.fromkeys(job.op for job in quick)) == list(plan.TABLE)
+    assert list(plan.TABLE)[:3] == ["distill_loss", "layer_mse", "projected_mse"]
+    assert not {job.impl for job in quick} & set(plan.LATE)
+    assert {job.impl for job in late} == set(plan.LATE)
+    # The first turn has a case of every op, each with its largest shape.
+    assert late[0][:2] == ("distill_loss", plan.TABLE["distill_loss"].shapes[-1])
+    turn = list(dict.fromkeys(job[:3] for job in late))[: len({job.op for job in late})]
+    assert len({op for op, *_ in turn}) == len(turn)
+    every = {
+        (op, shape, dtype, impl)
+        for op, row in plan.TABLE.items()
+        for shape in row.shapes
+        for dtype in row.dtypes
+        for impl in row.impls
+    }
+    assert set(quick) | set(late) == every and len(quick) + len(late) == len(every)
+    for op in plan.TABLE:
+        assert plan.jobs("quick", op) == [job for job in quick if job.op == op]
+
+
 def test_every_op_runs_under_the_sanitizers(capsys: pytest.CaptureFixture[str]) -> None:
     assert once.main(["--device", "cpu"]) == 0
     assert capsys.readouterr().out.split() == [
@@ -195,145 +263,7 @@ def test_every_op_runs_under_the_sanitizers(capsys: pytest.CaptureFixture[str]) 
     assert list(once.RUNS) == list(plan.TABLE)
 
 
-# ---- stages, with processes that only pretend ----------------------------------------------------
-
-
-def pretend(
-    monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[str]], Finished]
-) -> list[list[str]]:
-    """Answer instead of running; returns the list in which the commands gather."""
-    commands: list[list[str]] = []
-
-    def run(line: list[str], **_: Any) -> Finished:
-        commands.append(line)
-        return answer(line)
-
-    monkeypatch.setattr(process, "run", run)
-    return commands
-
-
-def after(line: list[str], option: str) -> str:
-    return line[line.index(option) + 1]
-
-
-def write_measurements(line: list[str], die_at: int | None = None) -> Finished:
-    """Act as a worker; `die_at` names a job at which it crashes."""
-    op, first = after(line, "--op"), int(after(line, "--first"))
-    with Path(after(line, "--out")).open("w") as out:
-        for number, job in list(enumerate(plan.jobs(op)))[first:]:
-            record = dict(job._asdict(), outcome="started")
-            print(json.dumps(record), file=out)
-            if number == die_at:
-                out.write('{"half a li')
-                return Finished(-11, "a kernel faulted\n")
-            record.update(outcome="measured", ms=1.0, call_ms=2.0, repeats=3, deviation=0.0)
-            print(json.dumps(record | {"moved_bytes": 10**6, "flops": None}), file=out)
-    return Finished(0, "")
-
-
-def test_a_crash_costs_one_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    commands = pretend(monkeypatch, lambda line: write_measurements(line, die_at=4))
-    records = stages.bench(place(tmp_path), "reconstruct")
-    assert [after(line, "--first") for line in commands] == ["0", "5"]
-    assert len(records) == len(plan.jobs("reconstruct"))
-    (broken,) = [record for record in records if record["outcome"] != "measured"]
-    assert broken["error"] == "exit status -11: a kernel faulted"
-    assert broken["impl"] == plan.jobs("reconstruct")[4].impl
-
-
-def test_a_worker_that_cannot_begin_fails_every_case(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    commands = pretend(monkeypatch, lambda line: Finished(1, "ImportError: no library"))
-    records = stages.bench(place(tmp_path), "reconstruct")
-    assert len(commands) == 1
-    assert {record["error"] for record in records} == {"exit status 1: ImportError: no library"}
-
-
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.test_a" name="good"/>
-<testcase classname="tests.test_a" name="idle"><skipped message="one GPU"/></testcase>
-{}
-</testsuite></testsuites>"""
-BAD = '<testcase classname="tests.test_a" name="bad"><failure message="off by 3"/></testcase>'
-
-
-@pytest.mark.parametrize(("more", "outcome"), [("", stages.PASSED), (BAD, stages.FAILED)])
-def test_tests_are_counted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, more: str, outcome: str
-) -> None:
-    def answer(line: list[str]) -> Finished:
-        (option,) = [word for word in line if word.startswith("--junitxml=")]
-        Path(option.partition("=")[2]).write_text(JUNIT.format(more))
-        return Finished(int(bool(more)), "")
-
-    commands = pretend(monkeypatch, answer)
-    found = stages.tests(place(tmp_path), "unpack_factors")
-    assert (found["passed"], found["skipped"], found["outcome"]) == (1, 1, outcome)
-    assert found["failed"] == (1 if more else 0)
-    assert found.get("failures", []) == (["tests.test_a::bad: off by 3"] if more else [])
-    assert after(commands[0], "-k") == "test_pack_factors or unpack_factors"
-    assert "tests/test_pack_factors.py" in commands[0] and stages.RULES in commands[0]
-    assert "tests/test_distill_loss.py" not in commands[0]
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_training_is_tested_where_it_can_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool
-) -> None:
-    def answer(line: list[str]) -> Finished:
-        (option,) = [word for word in line if word.startswith("--junitxml=")]
-        Path(option.partition("=")[2]).write_text(JUNIT.format(""))
-        return Finished(0, "")
-
-    commands = pretend(monkeypatch, answer)
-    there = place(tmp_path)
-    (there.root / "fedkd_fast").mkdir(parents=True, exist_ok=True)
-    if built:
-        (there.root / "fedkd_fast" / "_C.cpython-312-x86_64-linux-gnu.so").touch()
-    stages.tests(there, None)
-    assert (stages.TRAINING in commands[0]) == built
-
-
-def test_every_test_on_a_gpu_is_run() -> None:
-    named = {name for row in plan.TABLE.values() for name in stages.test_files(row.stem)}
-    named |= {Path(one).name for one in (stages.RULES, stages.TRAINING)}
-    for path in (stages.CHECKOUT / "tests").glob("test_*.py"):
-        runs_there = re.search(r"\bdevice: torch\.device|pytest\.mark\.cuda", path.read_text())
-        assert not runs_there or path.name in named, path.name
-        # The Python at hand there need not have it, and would lose the whole file.
-        assert path.name not in named or "hypothesis" not in path.read_text(), path.name
-
-
-@pytest.mark.parametrize(
-    ("done", "outcome", "said"),
-    [
-        (Finished(0, "========= ERROR SUMMARY: 0 errors\n"), "passed", "0 errors"),
-        (Finished(99, "========= ERROR SUMMARY: 3 errors\n"), "failed", "3 errors"),
-        (
-            Finished(0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n"),
-            *("failed", "1 hazard displayed (0 errors, 1 warning)"),
-        ),
-        (
-            Finished(1, "RuntimeError: no\n========= ERROR SUMMARY: 0 errors\n"),
-            *("failed", "exit status 1: RuntimeError: no"),
-        ),
-        (Finished(0, "ran\n"), "failed", "compute-sanitizer gave no summary"),
-        (Finished(None, ""), "failed", "ran out of time"),
-    ],
-)
-def test_sanitizers_are_read(done: Finished, outcome: str, said: str) -> None:
-    found = stages.read_sanitizer(done)
-    assert found["outcome"] == outcome and said in (found.get("error"), found.get("summary"))
-
-
-def test_a_missing_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stages.shutil, "which", lambda *_, **__: None)
-    found = stages.sanitize(place(tmp_path), "memcheck", None)
-    assert found["outcome"] == stages.SKIPPED and "not found" in found["error"]
-
-
-# ---- the whole -----------------------------------------------------------------------------------
+# ---- the result ----------------------------------------------------------------------------------
 
 
 def measured(impl: str, ms: float, **more: Any) -> result.Record:
@@ -365,47 +295,31 @@ def test_what_failed_stays_in_the_result() -> None:
     assert result.rows([case])[0][-1] == "wrong result: off"
 
 
-FACTS = {"gpu": "A card", "driver": "1", "torch": "2", "copy_gb_per_s": 1e3, "bf16_tflop_per_s": 9}
+def found(*records: result.Record, **stages: result.Record) -> result.Record:
+    return {"stages": stages, "measurements": list(records), "machine": {}}
 
 
-def act(line: list[str]) -> Finished:
-    """A machine on which everything but one measurement goes well, and racecheck finds a race."""
-    if "facts" in line:
-        Path(after(line, "--out")).write_text(json.dumps(FACTS))
-    elif "measure" in line:
-        return write_measurements(line, die_at=1 if "reconstruct" in line else None)
-    elif "--tool" in line:
-        found = 1 if "racecheck" in line else 0
-        return Finished(99 * found, f"========= RACECHECK SUMMARY: {found} hazards displayed\n")
-    else:
-        (option,) = [word for word in line if word.startswith("--junitxml=")]
-        Path(option.partition("=")[2]).write_text(JUNIT.format(""))
-    return Finished(0, "")
+def test_what_was_not_reached_fails_nothing() -> None:
+    missed = measured("ours", 1.0) | {"outcome": stages.NOT_REACHED, "error": "the time was over"}
+    slow = measured("gesvdj", 1.0) | {"outcome": stages.TOO_SLOW, "error": "longer than 40 s"}
+    quick = {"outcome": stages.PASSED, "measured": 5, "too slow": 1, "not reached": 7}
+    whole = found(missed, slow, quick=quick)
+    assert result.failures(whole) == []
+    said = ["quick", "passed", "5", "measured,", "1", "too", "slow,", "7", "not", "reached"]
+    assert result.summary(whole)[0].split() == said
+    (case,) = result.assemble([missed, slow], 8.0)
+    assert case["outcome"] == "not reached" and case["peers"]["gesvdj"]["outcome"] == "too slow"
 
 
-@pytest.mark.parametrize("only", [None, "distill_loss"])
-def test_one_command(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    only: str | None,
-) -> None:
-    monkeypatch.setattr(command, "no_gpu", lambda: None)
-    monkeypatch.setattr(stages, "find_sanitizer", lambda: "compute-sanitizer")
-    pretend(monkeypatch, act)
-    library = stages.CHECKOUT / stages.LIBRARY
-    argv = ["--out", str(tmp_path), "--library", str(library)]
-    assert command.main(argv + (["--only", only] if only else [])) == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["machine"] == FACTS
-    assert found["stages"]["memcheck"]["outcome"] == stages.PASSED
-    assert found["stages"]["racecheck"]["error"] == "1 hazards displayed"
-    assert {case["op"] for case in found["cases"]} == ({only} if only else set(plan.TABLE))
-    expected = sum(len(plan.jobs(op)) for op in plan.TABLE if only in (None, op))
-    assert len(found["measurements"]) == expected
-    lines = capsys.readouterr().out.splitlines()
-    assert any("racecheck: 1 hazards displayed" in line for line in lines)
-    assert any("A card, driver 1" in line for line in lines)
-    broken = [line for line in lines if line.startswith("FAILED reconstruct")]
-    assert len(broken) == (0 if only else 1)
-    assert all(path.name in ("gpu.json", "gpu.log") for path in tmp_path.iterdir())
+def test_many_failures_hide_no_wrong_result() -> None:
+    broken = {"outcome": stages.FAILED, "error": "exit status -6"}
+    wrong = {"outcome": stages.FAILED, "error": f"{stages.WRONG_RESULT}: off by 3"}
+    records = [measured("ours", 1.0) | broken] * 50 + [measured("ours-op", 1.0) | wrong]
+    tests = {"outcome": stages.FAILED, "error": "40 tests failed", "failures": ["a test"] * 40}
+    lines = result.summary(found(*records, tests=tests))
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert len(failed) == 21 and failed[-1] == "FAILED 72 more, see gpu.json"
+    assert failed[:2] == [
+        "FAILED tests: 40 tests failed",
+        "FAILED reconstruct 2×3×4 float32 ours-op: wrong result: off by 3",
+    ]

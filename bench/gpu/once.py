@@ -124,16 +124,16 @@ def truncated_svd_list(device: torch.device) -> None:
 
 
 RUNS: dict[str, Callable[[torch.device], None]] = {
-    "pack_factors": pack_factors,
-    "unpack_factors": unpack_factors,
-    "reconstruct": reconstruct,
-    "rans_encode": rans_encode,
-    "rans_decode": rans_decode,
-    "truncated_svd": truncated_svd,
-    "truncated_svd_list": truncated_svd_list,
     "distill_loss": distill_loss,
     "layer_mse": layer_mse,
     "projected_mse": projected_mse,
+    "rans_encode": rans_encode,
+    "rans_decode": rans_decode,
+    "reconstruct": reconstruct,
+    "pack_factors": pack_factors,
+    "unpack_factors": unpack_factors,
+    "truncated_svd": truncated_svd,
+    "truncated_svd_list": truncated_svd_list,
 }
 
 

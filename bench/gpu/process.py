@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_GRACE_S = 5.0
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -20,6 +22,11 @@ class Finished:
 
     status: int | None  # None where it ran out of time
     output: str
+
+    @property
+    def ended_itself(self) -> bool:
+        """Whether it was over by `end_after`."""
+        return self.status == -signal.SIGALRM
 
     @property
     def problem(self) -> str | None:
@@ -30,6 +37,14 @@ class Finished:
             return "ran out of time"
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         return f"exit status {self.status}: {lines[-1] if lines else 'no output'}"
+
+
+def end_after(seconds: float) -> None:
+    """End this process in so many seconds, not at all for 0; each call takes back the last.
+
+    The signal has no handler: no kernel that hangs and no holder of Python's lock can delay it.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def run(
@@ -53,7 +68,9 @@ def run(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # A driver that waits for a hung kernel may keep even a killed process.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
         output.seek(0)
         text = output.read()
     with log.open("a") as lines:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.gpu.stages import FAILED, PASSED, SKIPPED
+from bench.gpu.plan import is_ours
+from bench.gpu.stages import FAILED, MEASURED, NOT_REACHED, PASSED, SKIPPED, TOO_SLOW, WRONG_RESULT
 
 Record = dict[str, Any]
 
 
+_COUNTED = (PASSED, MEASURED, FAILED, SKIPPED, TOO_SLOW, NOT_REACHED)
 _CASE = ("op", "shape", "dtype")
 # What a table and a terminal bear; gpu.json has all of it.
 _MOST_LETTERS, _MOST_FAILURES = 70, 20
-
-
-def is_ours(impl: str) -> bool:
-    return impl == "ours" or impl.startswith("ours-")
 
 
 def assemble(records: list[Record], copy_gb_per_s: float | None) -> list[Record]:
@@ -28,7 +26,7 @@ def assemble(records: list[Record], copy_gb_per_s: float | None) -> list[Record]
     for own in (record for record in records if is_ours(record["impl"])):
         case = {name: own[name] for name in (*_CASE, "impl", "outcome")}
         case["error"] = own.get("error")
-        if own["outcome"] == "measured":
+        if own["outcome"] == MEASURED:
             gb_per_s = own["moved_bytes"] / own["ms"] / 1e6
             case.update({name: own[name] for name in ("ms", "call_ms", "repeats", "deviation")})
             case["gb_per_s"] = gb_per_s
@@ -44,11 +42,11 @@ def assemble(records: list[Record], copy_gb_per_s: float | None) -> list[Record]
 
 
 def _compare(own: Record, peer: Record) -> Record:
-    if peer["outcome"] != "measured":
+    if peer["outcome"] != MEASURED:
         return {"outcome": peer["outcome"], "error": peer["error"]}
-    both = own["outcome"] == "measured"
+    both = own["outcome"] == MEASURED
     return {
-        "outcome": "measured",
+        "outcome": MEASURED,
         "ms": peer["ms"],
         "call_ms": peer["call_ms"],
         "deviation": peer["deviation"],
@@ -58,19 +56,25 @@ def _compare(own: Record, peer: Record) -> Record:
 
 
 def failures(result: Record) -> list[str]:
-    """Say in a line each what failed; empty after a good run."""
-    found = [
+    """Say in a line each what failed, the gravest first; empty after a good run.
+
+    What the time did not suffice for, and rivals that took too long, are no failures.
+    """
+    stages = [
         f"{name}: {stage['error']}"
         for name, stage in result["stages"].items()
         if stage["outcome"] == FAILED
     ]
-    found += result["stages"].get("tests", {}).get("failures", [])
-    found += [
+    broken = [record for record in result["measurements"] if record["outcome"] == FAILED]
+    # What a terminal has no room for should not be these.
+    broken.sort(key=lambda record: not record["error"].startswith(WRONG_RESULT))
+    cases = [
         f"{record['op']} {_shape(record)} {record['dtype']} {record['impl']}: {record['error']}"
-        for record in result["measurements"]
-        if record["outcome"] == FAILED
+        for record in broken
     ]
-    return found
+    wrong = sum(record["error"].startswith(WRONG_RESULT) for record in broken)
+    tests = result["stages"].get("tests", {}).get("failures", [])
+    return [*stages, *cases[:wrong], *tests, *cases[wrong:]]
 
 
 def _shape(record: Record) -> str:
@@ -81,9 +85,9 @@ def summary(result: Record) -> list[str]:
     """The lines below the table: card, stages, failures."""
     lines = []
     for name, stage in result["stages"].items():
-        counts = [f"{stage[kind]} {kind}" for kind in (PASSED, FAILED, SKIPPED) if kind in stage]
+        counts = [f"{stage[kind]} {kind}" for kind in _COUNTED if kind in stage]
         said = ", ".join(counts) or stage.get("error") or stage.get("summary") or ""
-        lines.append(f"{name:<10} {stage['outcome']:<8} {said}".rstrip())
+        lines.append(f"{name:<10} {stage['outcome']:<11} {said}".rstrip())
     if card := result["machine"]:
         lines.append(
             f"{card['gpu']}, driver {card['driver']}, torch {card['torch']}: "
@@ -102,7 +106,7 @@ def rows(cases: list[Record]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for case in cases:
         name = case["op"] + case["impl"].removeprefix("ours")
-        if case["outcome"] != "measured":
+        if case["outcome"] != MEASURED:
             said = (case["outcome"], "", "", "", (case["error"] or "")[:_MOST_LETTERS])
         else:
             share = case["bandwidth_share"]
