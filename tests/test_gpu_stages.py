@@ -12,7 +12,7 @@ import pytest
 from gpu_places import place
 
 from bench.gpu import __main__ as command
-from bench.gpu import plan, process, stages
+from bench.gpu import plan, process, sanitizer, stages
 from bench.gpu.process import Finished
 
 
@@ -205,34 +205,6 @@ def test_every_test_on_a_gpu_is_run() -> None:
         assert path.name not in named or "hypothesis" not in path.read_text(), path.name
 
 
-@pytest.mark.parametrize(
-    ("done", "outcome", "said"),
-    [
-        (Finished(0, "========= ERROR SUMMARY: 0 errors\n"), "passed", "0 errors"),
-        (Finished(99, "========= ERROR SUMMARY: 3 errors\n"), "failed", "3 errors"),
-        (
-            Finished(0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n"),
-            *("failed", "1 hazard displayed (0 errors, 1 warning)"),
-        ),
-        (
-            Finished(1, "RuntimeError: no\n========= ERROR SUMMARY: 0 errors\n"),
-            *("failed", "exit status 1: RuntimeError: no"),
-        ),
-        (Finished(0, "ran\n"), "failed", "compute-sanitizer gave no summary"),
-        (Finished(None, ""), "failed", "ran out of time"),
-    ],
-)
-def test_sanitizers_are_read(done: Finished, outcome: str, said: str) -> None:
-    found = stages.read_sanitizer(done)
-    assert found["outcome"] == outcome and said in (found.get("error"), found.get("summary"))
-
-
-def test_a_missing_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stages.shutil, "which", lambda *_, **__: None)
-    found = stages.sanitize(place(tmp_path), "memcheck", None)
-    assert found["outcome"] == stages.SKIPPED and "not found" in found["error"]
-
-
 # ---- the whole -----------------------------------------------------------------------------------
 
 FACTS = {"gpu": "A card", "driver": "1", "torch": "2", "copy_gb_per_s": 1e3, "bf16_tflop_per_s": 9}
@@ -261,20 +233,25 @@ def test_one_command(
     only: str | None,
 ) -> None:
     monkeypatch.setattr(command, "no_gpu", lambda: None)
-    monkeypatch.setattr(stages, "find_sanitizer", lambda: "compute-sanitizer")
-    pretend(monkeypatch, act)
+    monkeypatch.setattr(sanitizer, "find", lambda: "compute-sanitizer")
+    commands = pretend(monkeypatch, act)
     library = stages.CHECKOUT / stages.LIBRARY
     argv = ["--out", str(tmp_path), "--library", str(library)]
     assert command.main(argv + (["--only", only] if only else [])) == 1
+    order = ["facts", "pytest", "quick", "--tool", "late"]
+    words = dict.fromkeys(word for line in commands for word in line)
+    assert [word for word in words if word in order] == order
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["machine"] == FACTS
     assert found["stages"]["memcheck"]["outcome"] == stages.PASSED
-    assert found["stages"]["racecheck"]["error"] == "1 hazards displayed"
+    raced = [only] if only else list(plan.TABLE)
+    said = "; ".join(f"{op}: 1 hazards displayed" for op in raced)
+    assert found["stages"]["racecheck"]["error"] == said
     assert {case["op"] for case in found["cases"]} == ({only} if only else set(plan.TABLE))
     expected = sum(len(plan.jobs(part, only)) for part in plan.PASSES)
     assert len(found["measurements"]) == expected
     lines = capsys.readouterr().out.splitlines()
-    assert any("racecheck: 1 hazards displayed" in line for line in lines)
+    assert f"FAILED racecheck: {said}" in lines
     assert any("A card, driver 1" in line for line in lines)
     broken = [line for line in lines if line.startswith("FAILED reconstruct")]
     assert len(broken) == (0 if only else 1)

@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import plan, result, stages
+from bench.gpu import plan, result, sanitizer, stages
 from bench.gpu.process import Place
 from bench.provenance import commit
 
@@ -56,6 +57,13 @@ def no_gpu() -> str | None:
     return f"no CUDA device (torch {torch.__version__}, {built}): nothing was run"
 
 
+def sanitize(place: Place, only: str | None) -> dict[str, Any]:
+    """Run all tools at once: they mostly wait, and nothing is timed meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda tool: sanitizer.sanitize(place, tool, only), sanitizer.TOOLS)
+        return dict(zip(sanitizer.TOOLS, found, strict=True))
+
+
 def run_stages(place: Place, only: str | None, library: Path | None) -> dict[str, Any]:
     """Run all stages and assemble their findings."""
     found: dict[str, Any] = {}
@@ -78,11 +86,11 @@ def run_stages(place: Place, only: str | None, library: Path | None) -> dict[str
             found["facts"], machine = stages.facts(place)
         with stage("tests"):
             found["tests"] = stages.tests(place, only)
-        for tool in stages.SANITIZERS:
-            with stage(tool):
-                found[tool] = stages.sanitize(place, tool, only)
-        # Rivals that may take long come last, with what time is left.
         for part in plan.PASSES:
+            # Rivals that may take long come last, with what time is left.
+            if part == "late":
+                with stage("sanitizers"):
+                    found |= sanitize(place, only)
             with stage(part):
                 found[part], records = stages.bench(place, part, only)
             measured += records

@@ -24,16 +24,14 @@ LIBRARY = Path("fedkd_fast") / "libfedkd_fast_ops.so"
 RULES = "tests/test_cuda_rules.py"
 # Whole runs on the device; they need the wire format, which a library alone does not have.
 TRAINING = "tests/test_device.py"
-SANITIZERS = ("memcheck", "racecheck")
 
-BUILD_S, FACTS_S, TESTS_S, SANITIZER_S = 200.0, 60.0, 130.0, 80.0
+BUILD_S, FACTS_S, TESTS_S = 200.0, 60.0, 130.0
 # What no rival is waited for; the last pass has what time is left.
 BENCH_S = {"quick": 150.0, "late": math.inf}
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
 # The time did not suffice for it; a rival took so long that it was ended. Neither is a failure.
 NOT_REACHED, TOO_SLOW = "not reached", "too slow"
 WRONG_RESULT = "wrong result"
-_SANITIZER_STATUS = 99
 _MOST_FAILURES = 40
 
 Result = dict[str, Any]
@@ -155,7 +153,7 @@ def _unfinished(impl: str, done: Finished) -> Result:
     return failed(late) if plan.is_ours(impl) else {"outcome": TOO_SLOW, "error": late}
 
 
-# ---- pytest and compute-sanitizer ----------------------------------------------------------------
+# ---- pytest -------------------------------------------------------------------------------------
 
 
 def test_files(stem: str) -> list[str]:
@@ -208,45 +206,3 @@ def read_junit(report: Path) -> Result:
     if not counts["passed"]:
         return failed("no test ran", **counts)
     return {"outcome": PASSED, **counts}
-
-
-def find_sanitizer() -> str | None:
-    """Look for compute-sanitizer on the path and beside nvcc."""
-    nvcc = shutil.which("nvcc")
-    beside = Path(nvcc).resolve().parent if nvcc else None
-    return shutil.which("compute-sanitizer") or (
-        shutil.which("compute-sanitizer", path=str(beside)) if beside else None
-    )
-
-
-def sanitize(place: Place, tool: str, only: str | None) -> Result:
-    """Run every kernel once under a tool of compute-sanitizer."""
-    program = find_sanitizer()
-    if program is None:
-        return skipped("compute-sanitizer was not found on the path, nor beside nvcc")
-    # torch asks CUDA for things that may fail, and looks at the answer; our launches are checked.
-    options = ("--report-api-errors", "no", "--error-exitcode", str(_SANITIZER_STATUS))
-    done = place.python(
-        *("-m", "bench.gpu.once", *(("--only", only) if only else ())),
-        limit_s=SANITIZER_S,
-        prefix=(program, "--tool", tool, *options),
-        # One allocation for each tensor: in torch's large blocks a write past an end hits a
-        # neighbour, which is no error to memcheck.
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-    )
-    return read_sanitizer(done)
-
-
-def read_sanitizer(done: Finished) -> Result:
-    """Judge by the exit status and by the summary line, which has to be there."""
-    summary = [line for line in done.output.splitlines() if " SUMMARY: " in line]
-    words = summary[-1].split("SUMMARY: ")[1].strip() if summary else None
-    if words is not None and not words.startswith("0 "):
-        return failed(words)
-    # The tool's own lines begin with "="; the last of the others says what the program died of.
-    program = "\n".join(line for line in done.output.splitlines() if not line.startswith("="))
-    if problem := Finished(done.status, program).problem:
-        return failed(problem)
-    if words is None:
-        return failed("compute-sanitizer gave no summary")
-    return {"outcome": PASSED, "summary": words}
