@@ -14,7 +14,6 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from bench.gpu import plan
 from bench.gpu.process import Finished, Place
@@ -31,7 +30,11 @@ BENCH_S = {"quick": 150.0, "late": math.inf}
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
 # The time did not suffice for it; a rival took so long that it was ended. Neither is a failure.
 NOT_REACHED, TOO_SLOW = "not reached", "too slow"
+STARTED = "started"
 WRONG_RESULT = "wrong result"
+TEST_S = 60.0  # for one test; longer is a failure
+LOST_CONTEXT = 33  # of a pytest that a kernel's fault ended; its own statuses are below 10
+TEST_LOG = "FEDKD_FAST_TEST_LOG"  # names the file in which outcomes gather
 _MOST_FAILURES = 40
 
 Result = dict[str, Any]
@@ -123,8 +126,8 @@ def bench(place: Place, part: str, only: str | None) -> tuple[Result, list[Resul
             TORCHINDUCTOR_COMPILE_THREADS="1",
         )
         lines = read_lines(path)
-        records += [line for line in lines if line["outcome"] != "started"]
-        if lines and lines[-1]["outcome"] == "started":
+        records += [line for line in lines if line["outcome"] != STARTED]
+        if lines and lines[-1]["outcome"] == STARTED:
             records.append(dict(lines[-1], **_unfinished(lines[-1]["impl"], done)))
         elif not lines or done.status == 0:
             # A process that could not begin would not begin a second time either.
@@ -165,44 +168,71 @@ def tests(place: Place, only: str | None) -> Result:
     """Run the tests marked `cuda` of every op, or of one."""
     if importlib.util.find_spec("pytest") is None:
         return failed("pytest is not installed")
-    stems = sorted({row.stem for op, row in plan.TABLE.items() if only in (None, op)})
+    stems = dict.fromkeys(row.stem for op, row in plan.TABLE.items() if only in (None, op))
     chosen = [*(f"tests/{name}" for stem in stems for name in test_files(stem)), RULES]
     if only:
         # All of the stem's own files, and what the rules say of this op.
         chosen += ["-k", f"test_{plan.TABLE[only].stem} or {only}"]
     elif any((place.root / "fedkd_fast").glob("_C.*.so")):
         chosen.append(TRAINING)
-    report = place.out / "junit.xml"
-    report.unlink(missing_ok=True)
-    done = place.python(
-        *("-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
-        # What one file imports and this Python lacks is that file's failure alone.
-        "--continue-on-collection-errors",
-        *chosen,
-        limit_s=TESTS_S,
-    )
-    if not report.exists():
-        return failed(done.problem or "no report")
-    found = read_junit(report)
-    report.unlink()
-    if found["outcome"] == PASSED and done.problem:
-        return {**found, **failed(done.problem)}
+    path = place.out / "tests.jsonl"
+    path.unlink(missing_ok=True)
+    over = place.left_s() - TESTS_S
+    while True:
+        done = place.python(
+            *("-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"),
+            *("-p", "bench.gpu.pytest_log"),
+            # What one file imports and this Python lacks is that file's failure alone.
+            "--continue-on-collection-errors",
+            *chosen,
+            limit_s=max(0.0, place.left_s() - over),
+            **{TEST_LOG: str(path)},
+        )
+        found = read_tests(path)
+        begun = [test for test, record in found.items() if record["outcome"] == STARTED]
+        for test in begun:
+            found[test] |= _broken_test(done)
+        path.write_text("".join(json.dumps(record) + "\n" for record in found.values()))
+        again = begun or done.status == LOST_CONTEXT
+        left = any(record["outcome"] == NOT_REACHED for record in found.values())
+        if done.status is None or not (again and left):
+            break
+    path.unlink()
+    return _judge_tests(found, done)
+
+
+def read_tests(path: Path) -> dict[str, Result]:
+    """Read what came of each test: the last that was written of it, or its first failure."""
+    found: dict[str, Result] = {}
+    for record in read_lines(path):
+        known = found.get(record["test"])
+        if known is None or known["outcome"] != FAILED:
+            found[record["test"]] = record
     return found
 
 
-def read_junit(report: Path) -> Result:
-    """Count what pytest reports, and name what failed."""
-    tests = list(ElementTree.parse(report).iter("testcase"))
-    bad = [(test, child) for test in tests for child in test if child.tag in ("failure", "error")]
-    idle = sum(1 for test in tests if test.find("skipped") is not None)
-    broken = len({id(test) for test, _ in bad})
+def _broken_test(done: Finished) -> Result:
+    """Say what became of the test at which pytest ended."""
+    if done.status is None:
+        return {"outcome": NOT_REACHED}
+    return failed(f"took longer than {TEST_S:.0f} s" if done.ended_itself else str(done.problem))
+
+
+def _judge_tests(found: dict[str, Result], done: Finished) -> Result:
+    counts: dict[str, Any] = Counter(record["outcome"] for record in found.values())
     names = [
-        f"{test.get('classname')}::{test.get('name')}: {(child.get('message') or '').strip()[:200]}"
-        for test, child in bad[:_MOST_FAILURES]
+        f"{test}: {record['error']}"
+        for test, record in found.items()
+        if record["outcome"] == FAILED
     ]
-    counts = {"passed": len(tests) - broken - idle, "failed": broken, "skipped": idle}
-    if broken:
-        return failed(f"{broken} tests failed", **counts, failures=names)
-    if not counts["passed"]:
-        return failed("no test ran", **counts)
+    if names:
+        error = f"{len(names)} tests failed"
+        return failed(error, **counts, failures=names[:_MOST_FAILURES])
+    # Unlike a bench, a test that did not run leaves open whether the kernels are right.
+    if missed := counts.get(NOT_REACHED):
+        return failed(f"{done.problem}: {missed} tests not reached", **counts)
+    if not counts.get(PASSED):
+        return failed(done.problem or "no test ran", **counts)
+    if done.problem:
+        return failed(done.problem, **counts)
     return {"outcome": PASSED, **counts}
