@@ -145,12 +145,17 @@ Factors = tuple[Tensor, Tensor, Tensor]
 Earlier = list[reference.Subspace]  # of each matrix
 
 
-def updates(batch: int, rows: int, cols: int, seed: int) -> Tensor:
+def updates(
+    batch: int, rows: int, cols: int, seed: int, device: torch.device | None = None
+) -> Tensor:
+    # The numbers are those of the CPU; their factorisation takes a CPU minutes for a whole model.
     generator = torch.Generator().manual_seed(seed)
     width = min(rows, cols)
-    left = torch.linalg.qr(torch.randn(batch, rows, width, generator=generator))[0]
-    right = torch.linalg.qr(torch.randn(batch, cols, width, generator=generator))[0]
-    return (left * torch.arange(1, width + 1).float() ** -POWER) @ right.mT
+    left, right = (
+        torch.linalg.qr(torch.randn(batch, side, width, generator=generator).to(device))[0]
+        for side in (rows, cols)
+    )
+    return (left * torch.arange(1, width + 1, device=device).float() ** -POWER) @ right.mT
 
 
 def our_svd(matrix: Tensor, earlier: Earlier, rank: int) -> Factors:

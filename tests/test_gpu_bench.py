@@ -15,6 +15,7 @@ import pytest
 import torch
 from gpu_places import place
 
+from bench import peers
 from bench.gpu import __main__ as command
 from bench.gpu import cases, once, plan, result, stages, timing, worker
 from bench.gpu.process import Finished
@@ -183,6 +184,22 @@ def test_a_case_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> No
         ("failed", "wrong result: not 1"),
         ("measured", None),
     ]
+
+
+@pytest.mark.parametrize("op", ["truncated_svd", "truncated_svd_list"])
+def test_matrices_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    updates, devices = peers.updates, []
+
+    def recorded(
+        batch: int, rows: int, cols: int, seed: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        devices.append(device)
+        assert updates(batch, rows, cols, seed, torch.device("meta")).is_meta
+        return updates(batch, rows, cols, seed, device)
+
+    monkeypatch.setattr(peers, "updates", recorded)
+    cases.prepare(op, SMALL[op], "float32", CPU)
+    assert devices and set(devices) == {CPU}
 
 
 def test_a_slow_rival_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,9 +260,9 @@ def reconstruct(shape: tuple[int, ...], dtype: str, device: torch.device) -> Pre
 
 def truncated_svd(shape: tuple[int, ...], dtype: str, device: torch.device) -> Prepared:
     batch, rows, cols = shape
-    earlier = peers.updates(batch, rows, cols, seed=0)
-    matrix = (earlier + peers.DRIFT * peers.updates(batch, rows, cols, seed=1)).to(device)
-    before = ops.truncated_svd_list(list(earlier.to(device)), energy=peers.ENERGY)
+    earlier, drift = (peers.updates(batch, rows, cols, seed, device) for seed in (0, 1))
+    matrix = earlier + peers.DRIFT * drift
+    before = ops.truncated_svd_list(list(earlier), energy=peers.ENERGY)
     starts = [factors.subspace() for factors in before]
     rank = int(ops.truncated_svd(matrix, energy=peers.ENERGY).rank.max())
 
@@ -301,7 +301,7 @@ def truncated_svd_list(shape: tuple[int, ...], dtype: str, device: torch.device)
     batches = list(zip(shape[::3], shape[1::3], shape[2::3], strict=True))
 
     def stacked(seed: int) -> list[Tensor]:
-        return [peers.updates(*batch, seed=seed).to(device) for batch in batches]
+        return [peers.updates(*batch, seed, device) for batch in batches]
 
     before = stacked(0)
     stacks = [old + peers.DRIFT * new for old, new in zip(before, stacked(1), strict=True)]
