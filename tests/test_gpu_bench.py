@@ -190,12 +190,11 @@ def test_a_case_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> No
 def test_matrices_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     updates, devices = peers.updates, []
 
-    def recorded(
-        batch: int, rows: int, cols: int, seed: int, device: torch.device | None = None
-    ) -> torch.Tensor:
-        devices.append(device)
-        assert updates(batch, rows, cols, seed, torch.device("meta")).is_meta
-        return updates(batch, rows, cols, seed, device)
+    def recorded(*arguments: Any) -> torch.Tensor:
+        *sizes, chosen = arguments
+        devices.append(chosen)
+        assert updates(*sizes, torch.device("meta")).is_meta
+        return updates(*sizes, chosen)
 
     monkeypatch.setattr(peers, "updates", recorded)
     cases.prepare(op, SMALL[op], "float32", CPU)
