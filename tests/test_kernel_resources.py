@@ -24,6 +24,11 @@ def test_no_kernel_spills(records: list[dict[str, Any]]) -> None:
     assert [record for record in records if record["spill_bytes"] or record["stack_bytes"]] == []
 
 
+def test_launches_know_when_to_ask_for_shared_memory(records: list[dict[str, Any]]) -> None:
+    # cuda/launch.cuh asks from 24 KiB of dynamic memory on, so that 48 come of both kinds at most.
+    assert max(record["shared_bytes"] for record in records) <= 24 * 1024
+
+
 def test_every_kernel_is_compiled_for_every_architecture(records: list[dict[str, Any]]) -> None:
     written = {
         name for source in kernel_resources.sources() for name in KERNEL.findall(source.read_text())

@@ -22,6 +22,7 @@ def test_there_are_barriers() -> None:
     assert {name for name, _ in PLACES} == {
         "distill_loss.cu",
         "layer_mse.cu",
+        "pack_factors.cu",
         "truncated_svd.cu",
         "truncated_svd_small.cu",
     }

@@ -209,6 +209,7 @@ int main() {
   reconstruct(3, 5, 7);
   reconstruct(4, 2, 130);
   reconstruct(0, 3, 3);
+  reconstruct(17, 66, 70);  // more than a tile takes, on all sides
   // A warp owns a row up to 1024 classes, a block beyond.
   for (const int64_t rows : {1, 9}) {
     distill_loss<float>(FloatType::kFloat32, rows, 33, kPlainMode);
