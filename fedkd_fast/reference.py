@@ -110,8 +110,10 @@ def padded(found: Sequence[Factors], matrix: Tensor) -> TruncatedSVD:
         left.mT.reshape(*lead, rows, width),
         sigma.reshape(*lead, width),
         right.reshape(*lead, width, cols),
-        torch.tensor([one.rank for one in found], dtype=torch.int64).reshape(lead),
-        torch.tensor([one.energy for one in found], dtype=torch.float64).reshape(lead),
+        torch.tensor([one.rank for one in found], dtype=torch.int64, device="cpu").reshape(lead),
+        torch.tensor([one.energy for one in found], dtype=torch.float64, device="cpu").reshape(
+            lead
+        ),
     )
 
 
@@ -349,36 +351,36 @@ def projected_mse(
 
 def pack_factors(values: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
     """Specify `ops.pack_factors`, one row and one bit at a time."""
-    rows = []
+    rows, places = [], torch.arange(16, device=values.device)
     for row, step, width in zip(values.float(), scale.float(), bits.tolist(), strict=True):
         if width == 0:
             continue
         half = 2 ** (width - 1)
         cells = torch.floor(row * (0.5 / step)).clamp(-half, half - 1)
         codes = cells.to(torch.int64) + half
-        stream = (codes[:, None] >> torch.arange(width)) & 1  # (n, b), lowest bit first
+        stream = (codes[:, None] >> places[:width]) & 1  # (n, b), lowest bit first
         flat = torch.nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).reshape(-1, 8)
-        rows.append((flat << torch.arange(8)).sum(1).to(torch.uint8))
-    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+        rows.append((flat << places[:8]).sum(1).to(torch.uint8))
+    return torch.cat(rows) if rows else values.new_empty(0, dtype=torch.uint8)
 
 
 def unpack_factors(codes: Tensor, scale: Tensor, bits: Tensor, count: int) -> Tensor:
     """Specify `ops.unpack_factors`, one row and one bit at a time."""
-    values = torch.zeros(bits.numel(), count, dtype=torch.float32)
-    start = 0
+    values = codes.new_zeros(bits.numel(), count, dtype=torch.float32)
+    start, places = 0, torch.arange(16, device=codes.device)
     for index, width in enumerate(bits.tolist()):
         size = -(-count * width // 8)
-        stream = (codes[start : start + size, None].long() >> torch.arange(8)) & 1
+        stream = (codes[start : start + size, None].long() >> places[:8]) & 1
         start += size
         if width:
-            code = stream.flatten()[: count * width].reshape(count, width) << torch.arange(width)
+            code = stream.flatten()[: count * width].reshape(count, width) << places[:width]
             values[index] = scale[index].float() * (2 * code.sum(1) - (2**width - 1)).float()
     return values
 
 
 def reconstruct(left: Tensor, right: Tensor) -> Tensor:
     """Specify `ops.reconstruct`, bit for bit: one fused multiply-add per term, k ascending."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32)
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32)
     for column, row in zip(left.double(), right.double(), strict=True):
         # The product of two float32 is exact in float64.
         total = _sum_to_odd(total.double(), column[:, None] * row[None, :]).float()

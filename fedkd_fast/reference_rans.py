@@ -199,7 +199,7 @@ def rans_encode(
         lengths = struct.pack(f"<{len(coded)}I", *map(len, coded))
         streams.append(low + lengths + b"".join(coded))
     codes = torch.from_numpy(np.frombuffer(b"".join(streams), np.uint8).copy())
-    return codes, torch.tensor([len(stream) for stream in streams], dtype=torch.int64)
+    return codes, torch.tensor([len(stream) for stream in streams], dtype=torch.int64, device="cpu")
 
 
 def require(holds: bool, rule: str) -> None:
@@ -284,7 +284,7 @@ def rans_decode(
     owner: Sequence[int],
 ) -> list[Tensor]:
     """``value = scale · q``, of streams as the module describes them."""
-    values = [torch.zeros(shape) for shape in zip(rows, counts, strict=True)]
+    values = [torch.zeros(shape, device="cpu") for shape in zip(rows, counts, strict=True)]
     flat = [row for segment in values for row in segment]
     code, at = bytes(codes.numpy()), 0
     streams = stream_rows(rows, counts, owner, levels.tolist())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from fedkd_fast import Compressor, ErrorFeedback, aggregate, decompress, ops
+from fedkd_fast.integrations.ddp import LowRankState
 from fedkd_fast.integrations.link import Broadcaster, Compression, Receiver
+from fedkd_fast.methods.fedpaq import StochasticQuantiser
+from fedkd_fast.methods.packing import Packing
+from fedkd_fast.methods.powersgd import SubspaceIteration
+from fedkd_fast.methods.sparseloco import ChunkedTop
 
 
 def make(seed: int) -> dict[str, Tensor]:
@@ -55,11 +62,36 @@ def everything() -> list[object]:
     return found
 
 
-def test_the_default_device_is_of_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_the_reference() -> list[object]:
+    tensors = {name: make(0)[name][:20] for name in ("factors", "dense", "half", "embedding")}
+    found: list[object] = []
+    for codec in ("wf1", "wf0"):
+        frame = Compressor(0.9, codec, backend="reference").compress(tensors)
+        found += [frame, *decompress(frame, backend="reference").values()]
+    return found
+
+
+def of_other_methods() -> list[object]:
+    update, found = {name: make(0)[name] for name in ("factors", "dense", "half", "nothing")}, []
+    packings: list[Packing] = [StochasticQuantiser(4, 0), SubspaceIteration(2, 0), ChunkedTop(0.02)]
+    for packing in packings:
+        packed = packing.pack(update)
+        assert [value.device for value in packing.layout(update).values()] == [
+            value.device for value in packed.values()
+        ]
+        found += [*packed.values(), *packing.unpack(packed, update).values()]
+    hook = LowRankState(torch.nn.Linear(60, 50, device="cpu"), 2)
+    return [*found, *hook._first.values()]
+
+
+@pytest.mark.parametrize("calls", [everything, by_the_reference, of_other_methods])
+def test_the_default_device_is_of_no_account(
+    monkeypatch: pytest.MonkeyPatch, calls: Callable[[], list[object]]
+) -> None:
     monkeypatch.setattr("secrets.randbits", lambda bits: 5)
-    wanted = everything()
+    wanted = calls()
     with torch.device("meta"):
-        found = everything()
+        found = calls()
     for one, other in zip(found, wanted, strict=True):
         if isinstance(one, Tensor):
             assert isinstance(other, Tensor) and one.dtype == other.dtype

@@ -67,7 +67,7 @@ class LowRankState:
             if 2 * rank * (rows + columns) <= rows * columns:
                 device, dtype = parameter.device, _wide(parameter.dtype)
                 self._residual[name] = torch.zeros(rows, columns, dtype=dtype, device=device)
-                drawn = torch.randn(columns, rank, generator=generator)
+                drawn = torch.randn(columns, rank, generator=generator, device="cpu")
                 self._first[name] = drawn.to(device, dtype)
                 self._basis[name] = self._first[name].clone()
 

@@ -293,7 +293,7 @@ class Steps:
         self._optimizer.state.clear()
         # Steps are counted on the device, too. One tensor for each, made at once.
         counts = [0.0 if one is None else one["step"] for one in found]
-        steps = torch.tensor(counts, dtype=torch.float32).unbind()
+        steps = torch.tensor(counts, dtype=torch.float32, device="cpu").unbind()
         for parameter, one, step in zip(parameters, found, steps, strict=True):
             if one is not None:
                 self._optimizer.state[parameter] = {

@@ -47,8 +47,8 @@ class StochasticQuantiser:
             dtype, shape = _DTYPES.get(self._bits), tuple(value.shape)
             if dtype is None:
                 dtype, shape = torch.uint8, (packed_bytes(value.numel(), self._bits),)
-            found[f"{name}/codes"] = torch.zeros(shape, dtype=dtype)
-            found[f"{name}/scale"] = torch.zeros(())
+            found[f"{name}/codes"] = torch.zeros(shape, dtype=dtype, device="cpu")
+            found[f"{name}/scale"] = torch.zeros((), device="cpu")
         return found
 
     def pack(self, update: State) -> dict[str, Tensor]:
@@ -56,10 +56,11 @@ class StochasticQuantiser:
         found: dict[str, Tensor] = {}
         for name, value in update.items():
             single = value.float()
-            scale = single.abs().max() / self._most if value.numel() else torch.zeros(())
+            scale = single.abs().max() / self._most if value.numel() else single.new_zeros(())
             steps = single / torch.where(scale > 0, scale, 1.0)
             low = steps.floor()
-            up = torch.rand(value.shape, generator=self._generator) < steps - low
+            dice = torch.rand(value.shape, generator=self._generator, device="cpu")
+            up = dice < steps - low
             codes = (low + up).clamp(-self._most, self._most)
             dtype = _DTYPES.get(self._bits)
             found[f"{name}/codes"] = (

@@ -56,7 +56,7 @@ class SubspaceIteration:
                 found[name] = torch.zeros_like(value)
             else:
                 found[f"{name}/left"], found[f"{name}/right"] = (
-                    torch.zeros(side, self._rank) for side in sides
+                    torch.zeros(side, self._rank, device="cpu") for side in sides
                 )
         return found
 
@@ -71,7 +71,7 @@ class SubspaceIteration:
             matrix = value.float().reshape(sides)
             start = self._right.get(name)
             if start is None:
-                start = torch.randn(sides[1], self._rank, generator=self._generator)
+                start = torch.randn(sides[1], self._rank, generator=self._generator, device="cpu")
             left = torch.linalg.qr(matrix @ start).Q.contiguous()
             right = matrix.T @ left
             self._right[name] = right

@@ -54,7 +54,7 @@ class ChunkedTop:
         """Return how many entries of each chunk are sent, (chunks,) int64."""
         whole, rest = divmod(value.numel(), CHUNK)
         counts = [self._count(CHUNK)] * whole + [self._count(rest)] * min(rest, 1)
-        return torch.tensor(counts, dtype=torch.int64)
+        return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
     def layout(self, like: State) -> dict[str, Tensor]:
         """Return empty places, values and levels of these tensors."""
@@ -63,8 +63,8 @@ class ChunkedTop:
             kept = self._kept(value)
             for part, bits in (("places", INDEX_BITS), ("values", VALUE_BITS)):
                 size = packed_bytes(int(kept.sum()), bits)
-                found[f"{name}/{part}"] = torch.zeros(size, dtype=torch.uint8)
-            found[f"{name}/levels"] = torch.zeros(len(kept), 2, dtype=torch.bfloat16)
+                found[f"{name}/{part}"] = torch.zeros(size, dtype=torch.uint8, device="cpu")
+            found[f"{name}/levels"] = torch.zeros(len(kept), 2, dtype=torch.bfloat16, device="cpu")
         return found
 
     def pack(self, update: State) -> dict[str, Tensor]:
@@ -84,13 +84,13 @@ class ChunkedTop:
         for name, value in like.items():
             kept = self._kept(value)
             count = int(kept.sum())
-            chunk = torch.arange(len(kept)).repeat_interleave(kept)  # of each entry
+            chunk = torch.arange(len(kept), device="cpu").repeat_interleave(kept)  # of each entry
             places = unpack_bits(packed[f"{name}/places"], INDEX_BITS, count) + CHUNK * chunk
             if count and int(places.max()) >= value.numel():
                 raise ValueError(f"places of {name!r} must lie within its {value.numel()} entries")
             codes = unpack_bits(packed[f"{name}/values"], VALUE_BITS, count)
             magnitudes = packed[f"{name}/levels"].float()[chunk, codes >> 1]
-            update = torch.zeros(value.numel())
+            update = torch.zeros(value.numel(), device="cpu")
             update[places] = torch.where(codes & 1 == 1, -magnitudes, magnitudes)
             found[name] = update.reshape(value.shape).to(value.dtype)
         return found

@@ -56,9 +56,9 @@ def by_length(tokens: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 def pad(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     """Pad rows on the right to the longest: (N, L) int64."""
-    padded = torch.full((len(rows), max(map(len, rows))), filler)
+    padded = torch.full((len(rows), max(map(len, rows))), filler, device="cpu")
     for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row)
+        padded[index, : len(row)] = torch.tensor(row, device="cpu")
     return padded
 
 

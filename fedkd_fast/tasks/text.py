@@ -199,7 +199,7 @@ class TextTask:
             order += part
         model.train(was_training)
         probabilities = torch.cat(found).cpu()  # (samples, C), sorted by length
-        probabilities[torch.tensor(order)] = probabilities.clone()
+        probabilities[torch.tensor(order, device="cpu")] = probabilities.clone()
         return probabilities
 
     def describe(self) -> dict[str, Any]:
