@@ -4,24 +4,42 @@
 // decoder, which then knows whether to refuse.
 
 #include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "bind_rans.h"
 
 namespace fedkd_fast::bind::on_gpu_half {
 namespace {
 
-template <typename Item>
-Tensor upload(const std::vector<Item>& items, const Tensor& data) {
-  const size_t bytes = items.size() * sizeof(Item);
-  Tensor host = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  if (bytes > 0) std::memcpy(host.mutable_data_ptr<uint8_t>(), items.data(), bytes);
-  // Memory that is not pinned is read before the call returns, and nothing has to be waited for.
-  return torch::stable::to(host, data.device(), /*non_blocking=*/true);
-}
+// Lists that a kernel reads, in one piece of the device's memory.
+template <typename... Items>
+struct Plan {
+  Tensor memory;
+  std::tuple<const Items*...> lists;
+};
 
-template <typename Item>
-const Item* items_in(const Tensor& uploaded) {
-  return reinterpret_cast<const Item*>(uploaded.const_data_ptr<uint8_t>());
+template <typename... Items>
+Plan<Items...> upload(const Tensor& data, const std::vector<Items>&... lists) {
+  int64_t bytes = 0;
+  const auto place = [&bytes](size_t size) {
+    constexpr int64_t kAligned = 16;
+    return std::exchange(bytes,
+                         (bytes + static_cast<int64_t>(size) + kAligned - 1) / kAligned * kAligned);
+  };
+  const int64_t starts[] = {place(lists.size() * sizeof(Items))...};
+  Tensor host = empty_on_host({bytes}, ScalarType::Byte);
+  const int64_t* start = starts;
+  const auto put = [&](const auto& list) {
+    uint8_t* const to = host.mutable_data_ptr<uint8_t>() + *start++;
+    if (!list.empty()) std::memcpy(to, list.data(), list.size() * sizeof(list[0]));
+  };
+  (put(lists), ...);
+  // Memory that is not pinned is read before the call returns, and nothing has to be waited for.
+  Tensor there = torch::stable::to(host, data.device(), /*non_blocking=*/true);
+  const uint8_t* const memory = there.const_data_ptr<uint8_t>();
+  start = starts;
+  return {there, {reinterpret_cast<const Items*>(memory + *start++)...}};
 }
 
 }  // namespace
@@ -38,13 +56,12 @@ RansEncoded rans_encode(const RansLayout& layout, const std::vector<RansSource>&
   }
   std::vector<int64_t> lows;
   for (const RansLayout::Piece& piece : layout.pieces) lows.push_back(piece.low);
-  const Tensor device_pieces = upload(pieces, data), device_chunks = upload(chunks, data);
-  const Tensor device_lows = upload(lows, data);
+  const auto plan = upload(data, pieces, chunks, lows);
+  const auto [device_pieces, device_chunks, device_lows] = plan.lists;
   Tensor scratch = empty_like_device(data, {scratch_bytes}, ScalarType::Byte);
   Tensor sizes = empty_like_device(data, {count}, ScalarType::Long);
-  const auto* const sources = items_in<RansSource>(device_pieces);
-  const auto* const plan = items_in<cuda::RansEncodeChunk>(device_chunks);
-  check_launch(cuda::rans_encode_chunks(sources, plan, count, scratch.mutable_data_ptr<uint8_t>(),
+  check_launch(cuda::rans_encode_chunks(device_pieces, device_chunks, count,
+                                        scratch.mutable_data_ptr<uint8_t>(),
                                         sizes.mutable_data_ptr<int64_t>(), gpu.stream));
   const Tensor known = on_host(sizes);
   const int64_t* const size = known.const_data_ptr<int64_t>();
@@ -56,11 +73,11 @@ RansEncoded rans_encode(const RansLayout& layout, const std::vector<RansSource>&
     for (int64_t c = stream.begin; c < stream.end; bytes += size[c], table += 4, ++c)
       places.push_back({bytes, table, starts[s]});
   }
-  const Tensor device_places = upload(places, data);
+  const auto rest = upload(data, places);
   Tensor codes = empty_like_device(data, {starts.back()}, ScalarType::Byte);
   check_launch(cuda::rans_gather_chunks(
-      sources, items_in<int64_t>(device_lows), plan, items_in<cuda::RansPlaces>(device_places),
-      count, scratch.const_data_ptr<uint8_t>(), sizes.const_data_ptr<int64_t>(),
+      device_pieces, device_lows, device_chunks, std::get<0>(rest.lists), count,
+      scratch.const_data_ptr<uint8_t>(), sizes.const_data_ptr<int64_t>(),
       codes.mutable_data_ptr<uint8_t>(), gpu.stream));
   return {codes, std::move(starts)};
 }
@@ -80,12 +97,11 @@ std::vector<RansFault> rans_decode(const RansLayout& layout, const std::vector<R
                         c - stream.begin, c + 1 == stream.end, rans_lanes(chunk.symbols)});
     }
   }
-  const Tensor device_pieces = upload(pieces, codes.bytes);
-  const Tensor device_chunks = upload(chunks, codes.bytes);
+  const auto plan = upload(codes.bytes, pieces, chunks);
+  const auto [device_pieces, device_chunks] = plan.lists;
   Tensor faults = empty_like_device(codes.bytes, {count}, ScalarType::Int);
   check_launch(cuda::rans_decode_chunks(
-      codes.bytes.const_data_ptr<uint8_t>(), items_in<RansTarget>(device_pieces),
-      items_in<cuda::RansDecodeChunk>(device_chunks), count,
+      codes.bytes.const_data_ptr<uint8_t>(), device_pieces, device_chunks, count,
       reinterpret_cast<RansFault*>(faults.mutable_data_ptr<int32_t>()), gpu.stream));
   const Tensor known = on_host(faults);
   std::vector<RansFault> found;
