@@ -135,7 +135,7 @@ __global__ void rans_encode_kernel(const RansSource* pieces, const RansEncodeChu
   }
 }
 
-__device__ void pack_low(const RansSource& source, uint8_t* low) {
+__device__ void pack_low(RansSource source, uint8_t* low) {
   const int raw_bits = rans_raw_bits(source.level);
   if (raw_bits == 0) return;
   const int stride = static_cast<int>(blockDim.x) * kGroup;
@@ -173,18 +173,57 @@ __global__ void rans_gather_kernel(const RansSource* pieces, const int64_t* lows
 
 // ---- decoding -----------------------------------------------------------------------------------
 
-// The same in all lanes, but for the state.
+// A chunk's words. Each lane holds one of 32 and one of the 32 behind these, so that what is wanted
+// comes from a lane and not from memory; 32 more are on their way, as bytes, because to make a word
+// of them would be to wait for them. All else is the same in all lanes.
 struct Reader {
-  const uint8_t *at, *end;
+  const uint8_t* words;
+  uint32_t count, next;  // they are fewer than 2^31
+  uint32_t now, soon, later[2];
 
-  __device__ bool has(int words) const { return end - at >= 2 * words; }
+  __device__ Reader(const uint8_t* from, int64_t size)
+      : words(from), count(static_cast<uint32_t>(size / 2)), next(0) {
+    load(0);
+    now = later[0] | later[1] << 8;
+    load(1);
+    soon = later[0] | later[1] << 8;
+    load(2);
+  }
+
+  // Of so many times 32, the lane's one; nothing beyond the end is read.
+  __device__ void load(uint32_t group) {
+    const uint32_t index = kWarp * group + threadIdx.x;
+    for (uint32_t i = 0; i < 2; ++i)
+      later[i] = index < count ? words[2 * static_cast<int64_t>(index) + i] : 0;
+  }
+
+  __device__ bool has(int wanted) const { return count - next >= static_cast<uint32_t>(wanted); }
+
+  // By the whole warp: what is so many words ahead, at most 31. It lies in the lane of its index,
+  // and each lane has one of these 32.
+  __device__ uint32_t word(int ahead) const {
+    const uint32_t mine = threadIdx.x >= next % kWarp ? now : soon;
+    return __shfl_sync(kAllLanes, mine,
+                       static_cast<int>((next + static_cast<uint32_t>(ahead)) % kWarp));
+  }
+
+  // At most 32 words.
+  __device__ void skip(int read) {
+    const uint32_t group = next / kWarp;
+    next += static_cast<uint32_t>(read);
+    if (next / kWarp == group) return;
+    now = soon;
+    soon = later[0] | later[1] << 8;
+    load(group + 3);
+  }
 
   // A state each for the lanes that want a word.
   __device__ bool refill(bool wants, uint32_t* state) {
     const unsigned votes = __ballot_sync(kAllLanes, wants);
     if (!has(__popc(votes))) return false;
-    if (wants) *state = *state << 16 | word_at(at + 2 * __popc(votes & earlier_lanes()));
-    at += 2 * __popc(votes);
+    const uint32_t found = word(__popc(votes & earlier_lanes()));
+    if (wants) *state = *state << 16 | found;
+    skip(__popc(votes));
     return true;
   }
 
@@ -193,12 +232,12 @@ struct Reader {
     const unsigned votes = __ballot_sync(kAllLanes, escaped);
     for (unsigned rest = votes; rest != 0; rest &= rest - 1) {
       if (!has(1)) return RansFault::kTruncated;
-      uint32_t zigzag = word_at(at);
-      at += 2;
+      uint32_t zigzag = word(0);
+      skip(1);
       if ((zigzag & 0x8000u) != 0) {
         if (!has(1)) return RansFault::kTruncated;
-        const uint32_t more = word_at(at);
-        at += 2;
+        const uint32_t more = word(0);
+        skip(1);
         if (more == 0 || (more & 0x8000u) != 0) return RansFault::kEscape;
         zigzag = (zigzag & 0x7fffu) | more << 15;
       }
@@ -217,14 +256,21 @@ __device__ int find_symbol(const Table& table, uint32_t slot) {
   return symbol;
 }
 
-// The low part of value i.
-__device__ int32_t read_low(const uint8_t* low, int i, int raw_bits) {
-  const int64_t bit = static_cast<int64_t>(i) * raw_bits;
-  const int64_t last = (bit + raw_bits - 1) / 8;
-  uint32_t window = 0;
-  for (int64_t byte = last; byte >= bit / 8; --byte) window = window << 8 | low[byte];
-  return static_cast<int32_t>(window >> bit % 8 & ((1u << raw_bits) - 1u));
-}
+// The low part of a value: its bytes, loaded before they are wanted.
+struct Low {
+  uint32_t first;     // bit
+  uint32_t bytes[4];  // of 18 bits at most
+
+  __device__ Low(const uint8_t* low, int begin, int bits) : first(static_cast<uint32_t>(begin)) {
+    for (uint32_t i = 0; i < 4; ++i)
+      bytes[i] = 8 * (first / 8 + i) < first + static_cast<uint32_t>(bits) ? low[first / 8 + i] : 0;
+  }
+
+  __device__ int32_t value(int bits) const {
+    const uint32_t window = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
+    return static_cast<int32_t>(window >> first % 8 & ((1u << bits) - 1u));
+  }
+};
 
 __device__ bool has_padding(const RansTarget& target, int raw_bits) {
   const int64_t bits = static_cast<int64_t>(target.count) * raw_bits;
@@ -238,6 +284,7 @@ __device__ RansFault decode_piece(RansTarget target, const Table& table, int lan
   bool beyond = false;
   for (int first = 0; first < target.count; first += lanes) {
     const bool active = lane < lanes && first + lane < target.count;
+    const Low low(target.low, (first + lane) * raw_bits, active ? raw_bits : 0);
     const uint32_t slot = *state & (kRansTotal - 1);
     const int symbol = find_symbol(table, slot);
     const uint32_t before = table.before[symbol];
@@ -249,10 +296,7 @@ __device__ RansFault decode_piece(RansTarget target, const Table& table, int lan
         reader->read_escapes(active && symbol == kRansEscape, support, raw_bits, &high);
     if (fault != RansFault::kNone) return fault;
     if (!active) continue;
-    int32_t q = high;
-    if (raw_bits > 0)
-      q = high * (1 << raw_bits) + read_low(target.low, first + lane, raw_bits) -
-          rans_half(raw_bits);
+    const int32_t q = high * (1 << raw_bits) + low.value(raw_bits) - rans_half(raw_bits);
     beyond |= q > kRansLargest || q < -kRansLargest;
     target.values[first + lane] = target.scale * static_cast<float>(q);
   }
@@ -260,9 +304,9 @@ __device__ RansFault decode_piece(RansTarget target, const Table& table, int lan
   return __any_sync(kAllLanes, beyond) ? RansFault::kLargest : RansFault::kNone;
 }
 
-// Sets the reader to the chunk by the lengths of those before it.
+// Finds the chunk by the lengths of those before it.
 __device__ RansFault find_chunk(const uint8_t* codes, const RansDecodeChunk& chunk,
-                                Reader* reader) {
+                                const uint8_t** bytes, int64_t* size) {
   const auto length = [&](int64_t index) {
     const uint8_t* const entry = codes + chunk.table + 4 * index;
     return static_cast<int64_t>(word_at(entry) | word_at(entry + 2) << 16);
@@ -272,24 +316,25 @@ __device__ RansFault find_chunk(const uint8_t* codes, const RansDecodeChunk& chu
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
     start += __shfl_xor_sync(kAllLanes, start, lanes);
   start += chunk.body;
-  const int64_t end = start + length(chunk.index);
+  *size = length(chunk.index);
+  const int64_t end = start + *size;
   if (end > chunk.stop || (chunk.last != 0 && end != chunk.stop)) return RansFault::kLength;
-  *reader = {codes + start, codes + end};
+  *bytes = codes + start;
   return RansFault::kNone;
 }
 
 __device__ RansFault decode_chunk(const uint8_t* codes, const RansTarget* pieces,
                                   const RansDecodeChunk& chunk, Table* table) {
-  Reader reader{};
-  RansFault fault = find_chunk(codes, chunk, &reader);
+  const uint8_t* bytes = nullptr;
+  int64_t size = 0;
+  RansFault fault = find_chunk(codes, chunk, &bytes, &size);
   if (fault != RansFault::kNone) return fault;
-  if ((reader.end - reader.at) % 2 != 0 || !reader.has(2 * chunk.lanes)) return RansFault::kOdd;
+  if (size % 2 != 0 || size < 4 * chunk.lanes) return RansFault::kOdd;
   const int lane = lane_of_warp();
   uint32_t state = kRansRest;
-  if (lane < chunk.lanes)
-    state = word_at(reader.at + 4 * lane) | word_at(reader.at + 4 * lane + 2) << 16;
+  if (lane < chunk.lanes) state = word_at(bytes + 4 * lane) | word_at(bytes + 4 * lane + 2) << 16;
   if (__any_sync(kAllLanes, state < kRansRest)) return RansFault::kStart;
-  reader.at += 4 * chunk.lanes;
+  Reader reader(bytes + 4 * chunk.lanes, size - 4 * chunk.lanes);
   int made = -1;
   for (int64_t piece = chunk.begin; piece < chunk.end; ++piece) {
     const int wanted = rans_table(pieces[piece].level);
@@ -298,7 +343,7 @@ __device__ RansFault decode_chunk(const uint8_t* codes, const RansTarget* pieces
     if (fault != RansFault::kNone) return fault;
   }
   if (__any_sync(kAllLanes, state != kRansRest)) return RansFault::kEnd;
-  return reader.at == reader.end ? RansFault::kNone : RansFault::kTrailing;
+  return !reader.has(1) ? RansFault::kNone : RansFault::kTrailing;
 }
 
 __global__ void rans_decode_kernel(const uint8_t* codes, const RansTarget* pieces,
